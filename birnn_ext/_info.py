@@ -1,0 +1,43 @@
+"""What was built, and what has run."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from typing import Any
+
+import torch  # noqa: F401  the extension links against torch's libraries, which this import loads
+
+try:
+    from birnn_ext import _C
+except ImportError as error:
+    raise ImportError(
+        "birnn_ext's compiled extension can't be loaded: install the package with "
+        "`pip install --no-build-isolation .` for the torch of this environment "
+        f"({torch.__version__}). The loader said: {error}"
+    ) from error
+
+__version__ = version("birnn_ext")
+
+# Calls of the operators' reference implementation, by name: see ops.py.
+reference_calls = {"reference_forward": 0, "reference_backward": 0}
+
+
+def build_info() -> dict[str, Any]:
+    """Describes the compiled extension.
+
+    Returns:
+        A dict with ``version``; ``torch`` and ``cuda``, the versions it was built with (``cuda`` is None for a CPU-only
+        build); ``cuda_architectures``, e.g. ``"8.0+PTX 9.0"``; ``compiler``; ``cpu_isas``, the instruction sets that CPU
+        kernels were compiled for, and ``cpu_isa``, the one in use (environment variable ``BIRNN_CPU_ISA``).
+    """
+    return {"version": __version__, **_C.build_info()}
+
+
+def op_calls() -> dict[str, int]:
+    """Counts the calls of each implementation of the operators in this process.
+
+    Returns:
+        ``{"cpu_forward": n, "cpu_backward": n, "cuda_forward": n, "cuda_backward": n, "reference_forward": n,
+        "reference_backward": n}``; the last two are calls that no compiled kernel could serve.
+    """
+    return {**_C.op_calls(), **reference_calls}

@@ -1,0 +1,121 @@
+"""The LSTM recurrence in plain, differentiable PyTorch.
+
+Written independently of the kernels: it is the oracle that tests compare them with, the implementation for devices that
+have no kernel, and what double backward differentiates. Shapes: T steps, B sequences, D directions, H hidden units;
+the arguments are those of the operators (`birnn_ext.ops`). Values are computed in float32, or float64 for float64.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _accumulate_type(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _active(lengths: Tensor | None, t: int) -> Tensor | None:
+    """(B, 1) mask of the sequences that have a step t; None stands for all."""
+    return None if lengths is None else (lengths > t).unsqueeze(-1)
+
+
+def _where(mask: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    return a if mask is None else torch.where(mask, a, b)
+
+
+def lstm_recurrence(
+    gates_x: Tensor, w_hh: Tensor, h0: Tensor | None, c0: Tensor | None, lengths: Tensor | None, save: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See `birnn_ext.ops.lstm_recurrence`; returns (y, h_n, c_n, gates, cells)."""
+    steps, batch, directions, size = gates_x.shape
+    hidden = size // 4
+    dtype, acc = gates_x.dtype, _accumulate_type(gates_x.dtype)
+    zeros = gates_x.new_zeros(batch, hidden, dtype=acc)
+    per_direction = []
+    for d in range(directions):
+        h = zeros if h0 is None else h0[d].to(acc)
+        c = zeros if c0 is None else c0[d].to(acc)
+        w = w_hh[d].to(acc)
+        ys, gates, cells = [], [], []
+        times = range(steps) if d == 0 else range(steps - 1, -1, -1)
+        for t in times:
+            mask = _active(lengths, t)
+            i, f, g, o = (gates_x[t, :, d].to(acc) + h @ w.T).chunk(4, -1)
+            i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
+            c_t = f * c + i * g
+            h_t = o * c_t.tanh()
+            c, h = _where(mask, c_t, c), _where(mask, h_t, h)
+            ys.append(_where(mask, h_t, zeros))
+            gates.append(torch.cat([i, f, g, o], -1))
+            cells.append(c_t)
+        if d == 1:
+            ys, gates, cells = ys[::-1], gates[::-1], cells[::-1]
+        per_direction.append((torch.stack(ys), torch.stack(gates), torch.stack(cells), h, c))
+    y, all_gates, all_cells = (torch.stack(part, 2) for part in list(zip(*per_direction, strict=True))[:3])
+    h_n, c_n = (torch.stack(part) for part in list(zip(*per_direction, strict=True))[3:])
+    if not save:
+        all_gates, all_cells = gates_x.new_empty(0), gates_x.new_empty(0, dtype=acc)
+    return y.to(dtype), h_n.to(dtype), c_n.to(dtype), all_gates.to(dtype), all_cells
+
+
+def lstm_recurrence_backward(
+    w_hh: Tensor,
+    c0: Tensor | None,
+    lengths: Tensor | None,
+    gates: Tensor,
+    cells: Tensor,
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    state_grads: bool,
+    d_gates: Tensor | None = None,
+    d_cells: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `birnn_ext.ops.lstm_recurrence_backward`; returns (d_gates_x, dh0, dc0).
+
+    d_gates (T, B, D, 4H) and d_cells (T, B, D, H): gradients that reach the saved gates and cells directly, as happens
+    in double backward; None for none.
+    """
+    steps, batch, directions, size = gates.shape
+    hidden = size // 4
+    dtype, acc = gates.dtype, cells.dtype
+    zeros = cells.new_zeros(batch, hidden)
+    per_direction = []
+    for d in range(directions):
+        w = w_hh[d].to(acc)
+        c_first = zeros if c0 is None else c0[d].to(acc)
+        # Gradients of the state after the step at hand. A sequence without that step passes them on untouched.
+        dh = zeros if dh_n is None else dh_n[d].to(acc)
+        dc = zeros if dc_n is None else dc_n[d].to(acc)
+        dzs: list[Tensor] = []
+        times = range(steps - 1, -1, -1) if d == 0 else range(steps)
+        for t in times:
+            mask = _active(lengths, t)
+            i, f, g, o = gates[t, :, d].to(acc).chunk(4, -1)
+            if d == 0:
+                c_prev = cells[t - 1, :, d] if t > 0 else c_first
+            elif t == steps - 1:
+                c_prev = c_first
+            else:
+                c_prev = _where(_active(lengths, t + 1), cells[t + 1, :, d], c_first)
+            tanh_c = cells[t, :, d].tanh()
+            dh_t = dh if dy is None else dh + dy[t, :, d].to(acc)
+            do = dh_t * tanh_c
+            dc_t = dc + dh_t * o * (1 - tanh_c * tanh_c)
+            if d_cells is not None:
+                dc_t = dc_t + d_cells[t, :, d]
+            di, df, dg = dc_t * g, dc_t * c_prev, dc_t * i
+            if d_gates is not None:
+                more = d_gates[t, :, d].to(acc).chunk(4, -1)
+                di, df, dg, do = di + more[0], df + more[1], dg + more[2], do + more[3]
+            dz = torch.cat([di * i * (1 - i), df * f * (1 - f), dg * (1 - g * g), do * o * (1 - o)], -1)
+            dz = _where(mask, dz, torch.zeros_like(dz))
+            dh, dc = _where(mask, dz @ w, dh), _where(mask, dc_t * f, dc)
+            dzs.append(dz)
+        per_direction.append((torch.stack(dzs[::-1] if d == 0 else dzs), dh, dc))
+    dz_all, dh0, dc0 = (list(part) for part in zip(*per_direction, strict=True))
+    d_gates_x = torch.stack(dz_all, 2).to(dtype)
+    if not state_grads:
+        return d_gates_x, gates.new_empty(0), gates.new_empty(0)
+    return d_gates_x, torch.stack(dh0).to(dtype), torch.stack(dc0).to(dtype)

@@ -1,0 +1,47 @@
+// What a recurrence kernel is told: raw pointers and sizes. T steps, B sequences, D directions (1 or 2), H hidden units.
+//
+// Direction 0 runs t = 0 .. T-1, direction 1 runs t = T-1 .. 0. With lengths, sequence b consists of its first
+// lengths[b] steps only: direction 1 starts at lengths[b]-1, and steps beyond are skipped.
+//
+// All tensors are contiguous and distinct. Element types: S is the tensors' type (double, float, half, bfloat16); A is
+// the type in which the kernels accumulate and keep the cell state (double for double, else float).
+#pragma once
+
+#include <cstdint>
+
+namespace birnn {
+
+enum class DType : int { f64, f32, f16, bf16 };
+
+struct RecurrenceSizes {
+  int64_t T, B, D, H;
+};
+
+struct ForwardParams : RecurrenceSizes {
+  const void* gates_x;     // S (T, B, D, 4H): input projection with both biases added, gate order i, f, g, o
+  const void* w_hh;        // S (D, 4H, H)
+  const void* h0;          // S (D, B, H), or null: zeros
+  const void* c0;          // S (D, B, H), or null: zeros
+  const int64_t* lengths;  // (B), each in 0..T, or null: all T
+  void* y;                 // S (T, B, D, H): h of every step; 0 beyond a sequence's end
+  void* h_n;               // S (D, B, H): h after each sequence's own last step (h0 if it has none)
+  void* c_n;               // S (D, B, H): likewise c
+  void* gates;             // S (T, B, D, 4H): activated gates for the backward pass, or null: not wanted
+  void* cells;             // A (T, B, D, H): c of every step for the backward pass; null with gates
+};
+
+struct BackwardParams : RecurrenceSizes {
+  const void* w_hh;        // as above
+  const void* c0;          // S, or null: zeros
+  const int64_t* lengths;  // as above
+  const void* gates;       // as the forward pass saved them; steps beyond a sequence's end are never read
+  const void* cells;       // likewise
+  const void* dy;          // S (T, B, D, H), or null: zeros
+  const void* dh_n;        // S (D, B, H), or null: zeros
+  const void* dc_n;        // S (D, B, H), or null: zeros
+  void* d_gates_x;         // S (T, B, D, 4H): 0 beyond a sequence's end
+  void* dh0;               // S (D, B, H), or null: not wanted
+  void* dc0;               // S (D, B, H), or null with dh0
+};
+
+}  // namespace birnn

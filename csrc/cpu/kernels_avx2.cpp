@@ -1,0 +1,19 @@
+// The kernels for AVX2 + FMA + F16C: 3 x 4 accumulators of 16 registers.
+#if defined(__x86_64__)
+#include <cstdint>
+
+#include "kernels.h"
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c")
+#endif
+#define BIRNN_ISA avx2
+#define BIRNN_ISA_NAME "avx2"
+#define BIRNN_ISA_BYTES 32
+#define BIRNN_ISA_ROWS 3
+#include "recurrence_kernel.h"
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+#endif

@@ -1,0 +1,156 @@
+// SIMD values of kBytes bytes in GCC's vector extensions, which every ISA's compiler target lowers to its own
+// instructions. Included once per ISA, inside that ISA's namespace (see recurrence_kernel.h); includes nothing, so that
+// no function of a header is compiled for an ISA that the machine may lack.
+
+// N lanes of type E.
+template <class E, int N>
+struct VectorOf {
+  typedef E type __attribute__((vector_size(N * sizeof(E))));
+};
+
+template <class A>
+constexpr int kLanes = kBytes / sizeof(A);
+
+template <class A>
+using Vec = typename VectorOf<A, kLanes<A>>::type;
+
+template <class To, class From>
+INLINE To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From));
+  To to;
+  __builtin_memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+// --- loads and stores: storage type S <-> vector of the accumulation type A -----------------------------------------
+
+struct bfloat16 {
+  uint16_t bits;
+};
+
+template <class S>
+struct Storage {  // double, float, _Float16
+  using Accumulate = S;
+  template <class A>
+  static INLINE Vec<A> load(const S* p) {
+    typename VectorOf<S, kLanes<A>>::type v;
+    __builtin_memcpy(&v, p, sizeof(v));
+    return __builtin_convertvector(v, Vec<A>);
+  }
+  template <class A>
+  static INLINE void store(S* p, Vec<A> v) {
+    const auto s = __builtin_convertvector(v, typename VectorOf<S, kLanes<A>>::type);
+    __builtin_memcpy(p, &s, sizeof(s));
+  }
+};
+
+template <>
+struct Storage<bfloat16> {
+  using U16 = VectorOf<uint16_t, kLanes<float>>::type;
+  using U32 = VectorOf<uint32_t, kLanes<float>>::type;
+  template <class A>
+  static INLINE Vec<A> load(const bfloat16* p) {
+    U16 v;
+    __builtin_memcpy(&v, p, sizeof(v));
+    return bit_cast<Vec<A>>(__builtin_convertvector(v, U32) << 16);
+  }
+  template <class A>
+  static INLINE void store(bfloat16* p, Vec<A> v) {
+    const U32 bits = bit_cast<U32>(v);
+    const U32 rounded = bits + 0x7fffu + ((bits >> 16) & 1u);  // to nearest, ties to even
+    const U32 kept = v != v ? (bits | 0x400000u) : rounded;    // a NaN must not round to infinity
+    const U16 s = __builtin_convertvector(kept >> 16, U16);
+    __builtin_memcpy(p, &s, sizeof(s));
+  }
+};
+
+// The first n lanes only (1 <= n <= kLanes); the others are 0, or not written.
+template <class A, class S>
+INLINE Vec<A> load(const S* p, int64_t n) {
+  if (n >= kLanes<A>) return Storage<S>::template load<A>(p);
+  S some[kLanes<A>] = {};
+  for (int64_t k = 0; k < n; ++k) some[k] = p[k];
+  return Storage<S>::template load<A>(some);
+}
+
+template <class A, class S>
+INLINE void store(S* p, Vec<A> v, int64_t n) {
+  if (n >= kLanes<A>) return Storage<S>::template store<A>(p, v);
+  S some[kLanes<A>];
+  Storage<S>::template store<A>(some, v);
+  for (int64_t k = 0; k < n; ++k) p[k] = some[k];
+}
+
+// --- sigmoid and tanh -------------------------------------------------------------------------------------------------
+
+template <class A>
+struct Math;
+
+// float: within 4 ulp of the exact value over all floats; exact at +-0 and +-inf; NaN propagates (tests/test_math.py).
+// Method: Cody-Waite reduction x = n ln2 + r, |r| <= ln2/2, and the polynomial of Cephes' expf for (exp(r) - 1 - r)/r^2.
+// tanh goes through expm1, so that nothing cancels near 0 and no second branch is needed.
+template <>
+struct Math<float> {
+  using Scalar = float;
+  using V = Vec<float>;
+  using I = VectorOf<int32_t, kLanes<float>>::type;
+
+  // x = n ln2 + r; returns exp(r) - 1.
+  static INLINE V reduce(V x, I& n) {
+    constexpr float kRound = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer, found in the low bits
+    const V shifted = x * 1.44269504088896341f + kRound;
+    const V whole = shifted - kRound;
+    n = bit_cast<I>(shifted) - bit_cast<I>(V{} + kRound);
+    const V r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
+    V p = V{} + 1.9875691500e-4f;
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    return r + (r * r) * p;
+  }
+  static INLINE V power_of_two(I n) { return bit_cast<V>((n + 127) << 23); }
+  static INLINE V abs(V x) { return bit_cast<V>(bit_cast<I>(x) & 0x7fffffff); }
+
+  static INLINE V sigmoid(V x) {
+    V magnitude = abs(x);
+    magnitude = magnitude > 110.f ? V{} + 110.f : magnitude;  // exp(-110) rounds to 0; the comparison keeps NaN
+    I n;
+    const V p = reduce(-magnitude, n);
+    const I half = n >> 1;  // 2^n can be below the smallest float: in two factors
+    const V e = (p + 1.f) * power_of_two(half) * power_of_two(n - half);
+    return (x < 0.f ? e : V{} + 1.f) / (1.f + e);
+  }
+
+  static INLINE V tanh(V x) {
+    V magnitude = abs(x);
+    magnitude = magnitude > 20.f ? V{} + 20.f : magnitude;  // tanh(20) rounds to 1
+    I n;
+    const V p = reduce(-2.f * magnitude, n);
+    const V scale = power_of_two(n);
+    const V expm1 = scale * p + (scale - 1.f);
+    const V result = -expm1 / (2.f + expm1);
+    return bit_cast<V>(bit_cast<I>(result) | (bit_cast<I>(x) & int32_t(0x80000000)));
+  }
+};
+
+// double serves gradient checks, not speed: libm, lane by lane.
+template <>
+struct Math<double> {
+  using Scalar = double;
+  using V = Vec<double>;
+  static INLINE V sigmoid(V x) {
+    V y;
+    for (int k = 0; k < kLanes<double>; ++k) {
+      const double e = __builtin_exp(-__builtin_fabs(x[k]));
+      y[k] = (x[k] < 0 ? e : 1) / (1 + e);
+    }
+    return y;
+  }
+  static INLINE V tanh(V x) {
+    V y;
+    for (int k = 0; k < kLanes<double>; ++k) y[k] = __builtin_tanh(x[k]);
+    return y;
+  }
+};

@@ -1,0 +1,53 @@
+// The Python module birnn_ext._C: what was built, which kernels were chosen, how often they ran. Importing it registers
+// the operators. The macros BIRNN_* come from setup.py.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/version.h>
+
+#include "cpu/isa.h"
+#include "op_common.h"
+
+namespace py = pybind11;
+
+namespace {
+
+py::dict build_info() {
+  py::dict info;
+  info["torch"] = TORCH_VERSION;
+#if defined(BIRNN_WITH_CUDA)
+  info["cuda"] = BIRNN_CUDA_VERSION;
+  info["cuda_architectures"] = BIRNN_CUDA_ARCHITECTURES;
+#else
+  info["cuda"] = py::none();
+  info["cuda_architectures"] = "";
+#endif
+  info["compiler"] = __VERSION__;
+  info["cpu_isas"] = birnn::cpu::compiled_isas();
+  info["cpu_isa"] = birnn::cpu::chosen_kernels().isa;
+  return info;
+}
+
+py::dict op_calls() {
+  py::dict calls;
+  calls["cpu_forward"] = birnn::op_calls.cpu_forward.load();
+  calls["cpu_backward"] = birnn::op_calls.cpu_backward.load();
+  calls["cuda_forward"] = birnn::op_calls.cuda_forward.load();
+  calls["cuda_backward"] = birnn::op_calls.cuda_backward.load();
+  return calls;
+}
+
+// sigmoid or tanh of n floats at address x, to address y, by the chosen kernels' own function.
+void cell_math(const std::string& name, uintptr_t x, uintptr_t y, int64_t n) {
+  const auto& kernels = birnn::cpu::chosen_kernels();
+  const auto function = name == "sigmoid" ? kernels.sigmoid : kernels.tanh;
+  function(reinterpret_cast<const float*>(x), reinterpret_cast<float*>(y), n);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  birnn::cpu::chosen_kernels();  // a wrong BIRNN_CPU_ISA is an error at import, not at the first call
+  m.def("build_info", &build_info);
+  m.def("op_calls", &op_calls);
+  m.def("cell_math", &cell_math);
+}
