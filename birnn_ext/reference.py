@@ -47,8 +47,9 @@ def lstm_recurrence(
             h_t = o * c_t.tanh()
             c, h = _where(mask, c_t, c), _where(mask, h_t, h)
             ys.append(_where(mask, h_t, zeros))
-            gates.append(torch.cat([i, f, g, o], -1))
-            cells.append(c_t)
+            four = torch.cat([i, f, g, o], -1)
+            gates.append(_where(mask, four, torch.zeros_like(four)))
+            cells.append(_where(mask, c_t, zeros))
         if d == 1:
             ys, gates, cells = ys[::-1], gates[::-1], cells[::-1]
         per_direction.append((torch.stack(ys), torch.stack(gates), torch.stack(cells), h, c))

@@ -14,7 +14,7 @@ namespace {
 py::dict build_info() {
   py::dict info;
   info["torch"] = TORCH_VERSION;
-#if defined(BIRNN_WITH_CUDA)
+#if defined(BIRNN_CUDA_VERSION)
   info["cuda"] = BIRNN_CUDA_VERSION;
   info["cuda_architectures"] = BIRNN_CUDA_ARCHITECTURES;
 #else

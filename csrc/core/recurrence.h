@@ -27,14 +27,14 @@ struct ForwardParams : RecurrenceSizes {
   void* h_n;               // S (D, B, H): h after each sequence's own last step (h0 if it has none)
   void* c_n;               // S (D, B, H): likewise c
   void* gates;             // S (T, B, D, 4H): activated gates for the backward pass, or null: not wanted
-  void* cells;             // A (T, B, D, H): c of every step for the backward pass; null with gates
+  void* cells;             // A (T, B, D, H): c of every step for the backward pass; null with gates. Both 0 beyond ends
 };
 
 struct BackwardParams : RecurrenceSizes {
   const void* w_hh;        // as above
   const void* c0;          // S, or null: zeros
   const int64_t* lengths;  // as above
-  const void* gates;       // as the forward pass saved them; steps beyond a sequence's end are never read
+  const void* gates;       // as the forward pass saved them
   const void* cells;       // likewise
   const void* dy;          // S (T, B, D, H), or null: zeros
   const void* dh_n;        // S (D, B, H), or null: zeros

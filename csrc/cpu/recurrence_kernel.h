@@ -201,8 +201,14 @@ struct Forward {
         store<A>(static_cast<S*>(p.h_n) + (d * B + b) * H + unit, h_row, H - unit);
         store<A>(static_cast<S*>(p.c_n) + (d * B + b) * H + unit, c_row, H - unit);
       }
-      for (int64_t t = length; t < p.T; ++t)
-        __builtin_memset(static_cast<S*>(p.y) + ((t * B + b) * D + d) * H, 0, H * sizeof(S));
+      for (int64_t t = length; t < p.T; ++t) {
+        const int64_t row = (t * B + b) * D + d;
+        __builtin_memset(static_cast<S*>(p.y) + row * H, 0, H * sizeof(S));
+        if (p.gates) {
+          __builtin_memset(static_cast<S*>(p.gates) + row * 4 * H, 0, 4 * H * sizeof(S));
+          __builtin_memset(static_cast<A*>(p.cells) + row * H, 0, H * sizeof(A));
+        }
+      }
     }
   }
 

@@ -100,14 +100,16 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const CellForward p) 
   const int64_t state = (d * p.B + b) * p.H + unit;             // in (D, B, H)
   const int64_t gate = (d * p.B + b) * 4 * p.H + unit;          // in (D, B, 4H)
   const int64_t row = (t * p.B + b) * p.D + d;                  // of (T, B, D)
-  A h[N];
+  A z[4][N], z_h[N], c[N], h[N];
   if (p.lengths && t >= p.lengths[b]) {
 #pragma unroll
     for (int k = 0; k < N; ++k) h[k] = A(0);
     store<S, N>(p.y, row * p.H + unit, h);
+#pragma unroll
+    for (int g = 0; g < 4; ++g) store<S, N>(p.gates, row * 4 * p.H + g * p.H + unit, h);
+    store<A, N>(p.cells, row * p.H + unit, h);
     return;
   }
-  A z[4][N], z_h[N], c[N];
 #pragma unroll
   for (int g = 0; g < 4; ++g) {
     load<S, N>(z[g], p.gates_x, row * 4 * p.H + g * p.H + unit);

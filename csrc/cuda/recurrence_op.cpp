@@ -1,5 +1,7 @@
 // The CUDA implementation of the operators, algorithm `stepwise`: T times one batched GEMM for both directions and one
 // fused cell kernel. Serves every size and type; launches only, so it can be captured into a CUDA graph.
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/_assert_async.h>
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDAException.h>
@@ -29,6 +31,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_recurrence(
   const auto [T, B, D, H] = static_cast<const RecurrenceSizes&>(call.params);
   const auto stream = c10::cuda::getCurrentCUDAStream();
   const auto accumulate = gates_x.options().dtype(accumulate_type(gates_x.scalar_type()));
+
+  if (lengths)  // checked on the device: no wait for it
+    at::_assert_async(((*lengths >= 0) & (*lengths <= T)).all(), "lstm_recurrence: lengths must be between 0 and T");
 
   // h_n is the running state; so is c_n, unless the cell state is kept in a wider type.
   h0 ? call.h_n.copy_(*h0) : call.h_n.zero_();

@@ -1,0 +1,267 @@
+"""Modules: `LSTM`, a drop-in for `torch.nn.LSTM`, and `BiRNN`, the tutorial's classifier on top of it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+from birnn_ext.ops import lstm_recurrence
+
+State = tuple[Tensor, Tensor]
+
+
+class LSTM(nn.LSTM):
+    """A drop-in for `torch.nn.LSTM`: same arguments, parameters, initialisation, state_dict and results.
+
+    Its time steps run in birnn_ext's fused kernels. In place of nn.LSTM's flattened weights it reads the parameters as
+    they are at each call, so pruning, parametrizations, sharing and swapping of weights just work.
+
+    Args:
+        input_size: I, features of the input.
+        hidden_size: H, units per direction.
+        num_layers: stacked layers; layer k > 0 reads the outputs of layer k-1.
+        bias: whether layers have b_ih and b_hh.
+        batch_first: input and output are (B, T, .) instead of (T, B, .). States are not affected.
+        dropout: probability with which outputs of all layers but the last are zeroed in training mode.
+        bidirectional: D = 2 directions instead of 1.
+        proj_size: not implemented; must be 0.
+        device, dtype: of the parameters; float64, float32, float16 or bfloat16.
+
+    Raises:
+        NotImplementedError: proj_size is not 0.
+        ValueError, TypeError: as `torch.nn.LSTM`.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if proj_size != 0:
+            raise NotImplementedError(f"birnn_ext.LSTM: proj_size must be 0, got {proj_size}")
+        super().__init__(
+            input_size,
+            hidden_size,
+            num_layers=num_layers,
+            bias=bias,
+            batch_first=batch_first,
+            dropout=dropout,
+            bidirectional=bidirectional,
+            device=device,
+            dtype=dtype,
+        )
+
+    def flatten_parameters(self) -> None:
+        """Does nothing: there is no flattened copy of the weights. Kept for code that calls it on an nn.LSTM."""
+
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: State | None = None,
+        *,
+        lengths: Tensor | None = None,
+        output: Literal["all", "last"] = "all",
+    ) -> tuple[Tensor | PackedSequence, State | tuple[Tensor, None] | None]:
+        """Runs all layers.
+
+        Args:
+            input: (T, B, I), with batch_first (B, T, I), unbatched (T, I), or a PackedSequence.
+            hx: (h_0, c_0), each (D * num_layers, B, H), unbatched (D * num_layers, H); None stands for zeros.
+            lengths: (B,) int64 on the input's device, in any order: sequence b is its first lengths[b] steps, as if
+                packed with enforce_sorted=False; 0 <= lengths[b] <= T. Not with a PackedSequence or unbatched input.
+            output: "all" returns every step. "last" returns what ``output[:, -1]`` (batch_first; else ``output[-1]``)
+                would be, with lengths at each sequence's own last step, without computing what that does not need: of
+                the last layer's reverse direction only one step.
+
+        Returns:
+            ``(output, (h_n, c_n))`` as `torch.nn.LSTM`: output (T, B, D * H), arranged as the input; h_n and c_n
+            (D * num_layers, B, H). With output="last": ``(output, (h_n, c_n))`` with output (B, D * H) if this LSTM is
+            unidirectional, and ``(output, None)`` if it is bidirectional, as the reverse direction's final states are
+            what "last" does without. Beyond a sequence's end the output is 0.
+
+        Raises:
+            ValueError: a wrong number of dimensions, `output` or `lengths` that fit nothing.
+            RuntimeError: sizes of input or hx that do not fit, as `torch.nn.LSTM`.
+            TypeError: a dtype that does not fit.
+        """
+        if output not in ("all", "last"):
+            raise ValueError(f'LSTM: output must be "all" or "last", got {output!r}')
+        if isinstance(input, PackedSequence):
+            if lengths is not None:
+                raise ValueError("LSTM: lengths must be None with a PackedSequence, which has its own")
+            return self._forward_packed(input, hx, output)
+
+        if input.dim() not in (2, 3):
+            raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
+        batched = input.dim() == 3
+        x = input if batched else input.unsqueeze(1)
+        if batched and self.batch_first:
+            x = x.transpose(0, 1)
+        if hx is not None:
+            self._check_state_dims(hx, batched)
+            if not batched:
+                hx = (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
+        if lengths is not None:
+            if not batched:
+                raise ValueError("LSTM: lengths must be None with unbatched (2-D) input")
+            self._check_lengths(lengths, x)
+        y, states = self._run(x, hx, lengths, output == "last")
+
+        if not batched:
+            y = y.squeeze(0 if output == "last" else 1)
+            if states is not None:
+                states = (states[0].squeeze(1), states[1].squeeze(1))
+        elif self.batch_first and output == "all":
+            y = y.transpose(0, 1)
+        return y, states
+
+    def _forward_packed(self, packed: PackedSequence, hx: State | None, output: str):
+        """Works on the padded batch in packed (sorted) order; hx and all results but a packed one are in the user's."""
+        x, lengths = pad_packed_sequence(PackedSequence(packed.data, packed.batch_sizes))
+        if hx is not None:
+            hx = self.permute_hidden(hx, packed.sorted_indices)
+        y, states = self._run(x, hx, lengths.to(x.device), output == "last")
+        if states is not None:
+            states = self.permute_hidden(states, packed.unsorted_indices)
+        if output == "last":
+            return (y if packed.unsorted_indices is None else y[packed.unsorted_indices]), states
+        y = pack_padded_sequence(y, lengths)
+        return PackedSequence(y.data, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices), states
+
+    def _check_state_dims(self, hx: State, batched: bool) -> None:
+        if hx[0].dim() != (3 if batched else 2) or hx[1].dim() != hx[0].dim():
+            dims, kind = (3, "batched 3-D") if batched else (2, "unbatched 2-D")
+            raise RuntimeError(
+                f"For {kind} input, hx and cx should also be {dims}-D but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
+            )
+
+    @staticmethod
+    def _check_lengths(lengths: Tensor, x: Tensor) -> None:
+        if lengths.shape != x.shape[1:2]:
+            raise ValueError(f"LSTM: lengths must have shape ({x.shape[1]},), got {tuple(lengths.shape)}")
+        if lengths.dtype != torch.int64:
+            raise TypeError(f"LSTM: lengths must be int64, got {lengths.dtype}")
+        if lengths.device != x.device:
+            raise ValueError(f"LSTM: lengths must be on the input's device {x.device}, got {lengths.device}")
+
+    def _run(self, x: Tensor, hx: State | None, lengths: Tensor | None, last: bool) -> tuple[Tensor, State | None]:
+        """x (T, B, I), hx (D * num_layers, B, H) -> y (T, B, D * H) or, if last, (B, D * H), and the final states."""
+        if x.shape[0] == 0:
+            raise RuntimeError("LSTM: Expected sequence length to be larger than 0 in RNN")
+        self._check_sizes(x, hx)
+        directions = 2 if self.bidirectional else 1
+        if torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x = x.to(dtype)
+            hx = None if hx is None else (hx[0].to(dtype), hx[1].to(dtype))
+        h_ns, c_ns = [], []
+        for layer in range(self.num_layers):
+            h0, c0 = (None, None) if hx is None else (s.unflatten(0, (-1, directions))[layer] for s in hx)
+            if last and layer == self.num_layers - 1:
+                y, h_n, c_n = self._last_output(layer, x, h0, c0, lengths)
+            else:
+                y, h_n, c_n = self._layer(layer, range(directions), x, h0, c0, lengths)
+                y = y.flatten(2)
+            if self.dropout > 0 and layer < self.num_layers - 1:
+                y = F.dropout(y, self.dropout, self.training)
+            h_ns.append(h_n)
+            c_ns.append(c_n)
+            x = y
+        if last and self.bidirectional:
+            return x, None
+        return x, (torch.cat(h_ns), torch.cat(c_ns))
+
+    def _check_sizes(self, x: Tensor, hx: State | None) -> None:
+        weight = self.weight_ih_l0
+        if x.shape[2] != self.input_size:
+            raise RuntimeError(
+                f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {x.shape[2]}"
+            )
+        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(f"LSTM input and weights must have the same dtype: input {x.dtype}, weights {weight.dtype}")
+        if x.device != weight.device:
+            raise ValueError(f"LSTM: input must be on the weights' device {weight.device}, got {x.device}")
+        if hx is None:
+            return
+        expected = (self.num_layers * (2 if self.bidirectional else 1), x.shape[1], self.hidden_size)
+        for name, state in zip(("hidden[0]", "hidden[1]"), hx, strict=True):
+            if state.shape != expected:
+                raise RuntimeError(f"Expected {name} size {expected}, got {list(state.shape)}")
+            if state.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+                raise ValueError(f"LSTM: {name} must be {x.dtype} as the input, got {state.dtype}")
+            if state.device != x.device:
+                raise ValueError(f"LSTM: {name} must be on the input's device {x.device}, got {state.device}")
+
+    def _parameters_of(self, name: str, layer: int, directions: range, dtype: torch.dtype) -> list[Tensor]:
+        return [getattr(self, f"{name}_l{layer}{'_reverse' if d else ''}").to(dtype) for d in directions]
+
+    def _layer(self, layer: int, directions: range, x: Tensor, h0: Tensor | None, c0: Tensor | None, lengths):
+        """One layer's given directions: x (T, B, .) -> y (T, B, D, H), h_n, c_n (D, B, H)."""
+        weight = torch.cat(self._parameters_of("weight_ih", layer, directions, x.dtype))
+        bias = None
+        if self.bias:
+            b_ih, b_hh = (self._parameters_of(name, layer, directions, x.dtype) for name in ("bias_ih", "bias_hh"))
+            bias = torch.cat(b_ih) + torch.cat(b_hh)
+        w_hh = torch.stack(self._parameters_of("weight_hh", layer, directions, x.dtype))
+        gates_x = F.linear(x, weight, bias).unflatten(-1, (len(directions), -1))
+        return lstm_recurrence(gates_x, w_hh, h0, c0, lengths)
+
+    def _last_output(self, layer: int, x: Tensor, h0: Tensor | None, c0: Tensor | None, lengths: Tensor | None):
+        """The last layer's output at each sequence's last step, (B, D * H), and the forward direction's h_n, c_n.
+
+        The reverse direction begins at that step, so one step of it is all that is needed.
+        """
+
+        def state_of(d: int) -> tuple[Tensor | None, Tensor | None]:
+            return (None, None) if h0 is None else (h0[d : d + 1], c0[d : d + 1])
+
+        y, h_n, c_n = self._layer(layer, range(1), x, *state_of(0), lengths)
+        outputs = [h_n[0] if lengths is None else h_n[0] * (lengths > 0).unsqueeze(-1)]
+        if self.bidirectional:
+            if lengths is None:
+                at_last = x[-1:]
+            else:
+                batch = torch.arange(x.shape[1], device=x.device)
+                at_last = x[(lengths - 1).clamp(min=0), batch].unsqueeze(0)
+            y, _, _ = self._layer(
+                layer, range(1, 2), at_last, *state_of(1), None if lengths is None else lengths.clamp(max=1)
+            )
+            outputs.append(y[0, :, 0])
+        return torch.cat(outputs, -1), h_n, c_n
+
+
+class BiRNN(nn.Module):
+    """The many-to-one classifier of the well-known PyTorch tutorial: a bidirectional LSTM and a linear layer.
+
+    Parameters are named as the tutorial's (``lstm.*``, ``fc.*``), so checkpoints go both ways.
+
+    Args:
+        input_size: I, features of each step.
+        hidden_size: H, units per direction.
+        num_layers: stacked LSTM layers.
+        num_classes: outputs.
+    """
+
+    def __init__(self, input_size: int, hidden_size: int, num_layers: int, num_classes: int) -> None:
+        super().__init__()
+        self.hidden_size = hidden_size
+        self.num_layers = num_layers
+        self.lstm = LSTM(input_size, hidden_size, num_layers, batch_first=True, bidirectional=True)
+        self.fc = nn.Linear(hidden_size * 2, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, T, I) -> class scores (B, num_classes), from the LSTM's output at the last step."""
+        last, _ = self.lstm(x, output="last")
+        return self.fc(last)

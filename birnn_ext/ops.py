@@ -1,0 +1,180 @@
+"""The operators: the LSTM recurrence of one layer, both directions, forward and backward.
+
+`torch.ops.birnn_ext.lstm_recurrence` and `.lstm_recurrence_backward` are compiled for CPU and CUDA (csrc/). This module
+gives them everything else: shapes for fake tensors, autograd, and the reference implementation on devices that have no
+kernel. The input projection before the recurrence and the weight gradients after it are ordinary matrix products.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from birnn_ext import _C, reference
+from birnn_ext._info import reference_calls
+
+Tensors3 = tuple[Tensor, Tensor, Tensor]
+Tensors5 = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def lstm_recurrence(
+    gates_x: Tensor,
+    w_hh: Tensor,
+    h0: Tensor | None = None,
+    c0: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> Tensors3:
+    """Runs an LSTM layer's time steps, given its input projection.
+
+    For D = 2, direction 1 runs the same recurrence backwards in time. Gate order is i, f, g, o, as in `torch.nn.LSTM`;
+    the equations are in csrc/core/lstm_cell.h. Differentiable any number of times in all floating-point arguments.
+
+    Args:
+        gates_x: (T, B, D, 4H), W_ih x_t + b_ih + b_hh; T >= 1, D is 1 or 2; float64, float32, float16 or bfloat16.
+        w_hh: (D, 4H, H), of gates_x's dtype and device, as all floating-point arguments.
+        h0, c0: (D, B, H), the initial states; None stands for zeros.
+        lengths: (B,) int64 on the same device: sequence b is its first lengths[b] steps, 0 <= lengths[b] <= T. Any order.
+
+    Returns:
+        y (T, B, D, H), the output of every step, 0 beyond a sequence's end; h_n and c_n (D, B, H), the states after
+        each sequence's own last step.
+
+    Raises:
+        ValueError: a shape or device does not fit, or a length is out of range (on CUDA: a device-side assertion).
+        TypeError: a dtype does not fit.
+    """
+    floating = (gates_x, w_hh, h0, c0)
+    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in floating)
+    return torch.ops.birnn_ext.lstm_recurrence(gates_x, w_hh, h0, c0, lengths, save)[:3]
+
+
+# --- fake tensors -----------------------------------------------------------------------------------------------------
+
+
+def _cell_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@torch.library.register_fake("birnn_ext::lstm_recurrence")
+def _(gates_x, w_hh, h0, c0, lengths, save) -> Tensors5:
+    steps, batch, directions, _ = gates_x.shape
+    hidden = w_hh.shape[-1]
+    cell_dtype = _cell_dtype(gates_x.dtype)
+    y = gates_x.new_empty(steps, batch, directions, hidden)
+    state = gates_x.new_empty(directions, batch, hidden)
+    if save:
+        gates, cells = gates_x.new_empty(gates_x.shape), torch.empty_like(y, dtype=cell_dtype)
+    else:
+        gates, cells = gates_x.new_empty(0), gates_x.new_empty(0, dtype=cell_dtype)
+    return y, state, torch.empty_like(state), gates, cells
+
+
+@torch.library.register_fake("birnn_ext::lstm_recurrence_backward")
+def _(w_hh, c0, lengths, gates, cells, dy, dh_n, dc_n, state_grads) -> Tensors3:
+    _, batch, directions, _ = gates.shape
+    d_state = gates.new_empty(directions, batch, w_hh.shape[-1]) if state_grads else gates.new_empty(0)
+    return gates.new_empty(gates.shape), d_state, torch.empty_like(d_state)
+
+
+# --- devices without a kernel -----------------------------------------------------------------------------------------
+
+
+def _reference(name: str, counter: str, device: torch.device) -> None:
+    if reference_calls[counter] == 0:
+        built = "for CPU and CUDA" if _C.build_info()["cuda"] else "for the CPU only (no CUDA)"
+        warnings.warn(
+            f"birnn_ext::{name} has no compiled kernel for device '{device.type}': the extension was built {built}. "
+            "Using the reference implementation in plain PyTorch, which is slow.",
+            stacklevel=2,
+        )
+    reference_calls[counter] += 1
+
+
+@torch.library.impl("birnn_ext::lstm_recurrence", "CompositeExplicitAutograd")
+def _(gates_x, w_hh, h0, c0, lengths, save) -> Tensors5:
+    _reference("lstm_recurrence", "reference_forward", gates_x.device)
+    return reference.lstm_recurrence(gates_x, w_hh, h0, c0, lengths, save)
+
+
+@torch.library.impl("birnn_ext::lstm_recurrence_backward", "CompositeExplicitAutograd")
+def _(w_hh, c0, lengths, gates, cells, dy, dh_n, dc_n, state_grads) -> Tensors3:
+    _reference("lstm_recurrence_backward", "reference_backward", gates.device)
+    return reference.lstm_recurrence_backward(w_hh, c0, lengths, gates, cells, dy, dh_n, dc_n, state_grads)
+
+
+# --- autograd ---------------------------------------------------------------------------------------------------------
+
+
+def _weight_grad(dz: Tensor, y: Tensor, h0: Tensor | None, lengths: Tensor | None) -> Tensor:
+    """dW_hh (D, 4H, H) = sum over steps of dz_t h_{t-1}^T, one matrix product per direction.
+
+    dz (T, B, D, 4H) is 0 beyond a sequence's end, y (T, B, D, H) too.
+    """
+    steps, batch, directions, _ = dz.shape
+    grads = []
+    for d in range(directions):
+        later, earlier = (dz[1:, :, 0], y[:-1, :, 0]) if d == 0 else (dz[:-1, :, 1], y[1:, :, 1])
+        grad = later.flatten(0, 1).T @ earlier.flatten(0, 1)
+        if h0 is not None:
+            if d == 0:
+                first = dz[0, :, 0]
+            elif lengths is None:
+                first = dz[-1, :, 1]
+            else:
+                first = dz[(lengths - 1).clamp(min=0), torch.arange(batch, device=dz.device), 1]
+            grad = grad + first.T @ h0[d]
+        grads.append(grad)
+    return torch.stack(grads)
+
+
+def _save_forward(ctx: Any, inputs: tuple, output: Tensors5) -> None:
+    _, w_hh, h0, c0, lengths, ctx.save = inputs
+    y, _, _, gates, cells = output
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(w_hh, h0, c0, lengths, y, gates, cells)
+
+
+def _forward_grad(ctx: Any, dy, dh_n, dc_n, d_gates, d_cells) -> tuple:
+    if not ctx.save:
+        raise RuntimeError(
+            "birnn_ext::lstm_recurrence was called with save=False, so it can't be differentiated; "
+            "call it with save=True, or birnn_ext.ops.lstm_recurrence, which knows when to save"
+        )
+    w_hh, h0, c0, lengths, y, gates, cells = ctx.saved_tensors
+    needs_w, needs_h0, needs_c0 = ctx.needs_input_grad[1:4]
+    state_grads = needs_h0 or needs_c0
+    args = (w_hh, c0, lengths, gates, cells, dy, dh_n, dc_n, state_grads)
+    if d_gates is None and d_cells is None:
+        dz, dh0, dc0 = torch.ops.birnn_ext.lstm_recurrence_backward(*args)
+    else:  # double backward
+        dz, dh0, dc0 = reference.lstm_recurrence_backward(*args, d_gates, d_cells)
+    d_w_hh = _weight_grad(dz, y, h0, lengths) if needs_w else None
+    return dz, d_w_hh, dh0 if needs_h0 else None, dc0 if needs_c0 else None, None, None
+
+
+def _save_backward(ctx: Any, inputs: tuple, output: Tensors3) -> None:
+    *tensors, ctx.state_grads = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _backward_grad(ctx: Any, *cotangents: Tensor) -> tuple:
+    inputs = list(ctx.saved_tensors)
+    wanted = [k for k, needed in enumerate(ctx.needs_input_grad[: len(inputs)]) if needed]
+
+    def run(*tensors: Tensor) -> Tensors3:
+        for k, tensor in zip(wanted, tensors, strict=True):
+            inputs[k] = tensor
+        return reference.lstm_recurrence_backward(*inputs, ctx.state_grads)
+
+    _, vjp = torch.func.vjp(run, *(inputs[k] for k in wanted))
+    grads: list[Tensor | None] = [None] * (len(inputs) + 1)
+    for k, grad in zip(wanted, vjp(cotangents), strict=True):
+        grads[k] = grad
+    return tuple(grads)
+
+
+torch.library.register_autograd("birnn_ext::lstm_recurrence", _forward_grad, setup_context=_save_forward)
+torch.library.register_autograd("birnn_ext::lstm_recurrence_backward", _backward_grad, setup_context=_save_backward)

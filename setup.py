@@ -1,0 +1,126 @@
+"""Builds birnn_ext._C: the CPU kernels always, the CUDA kernels where an nvcc fits the installed torch.
+
+Environment: BIRNN_CUDA=1 makes a missing nvcc an error, BIRNN_CUDA=0 builds for the CPU only; CUDA_HOME names the
+toolkit; TORCH_CUDA_ARCH_LIST the GPU architectures; MAX_JOBS the number of parallel compilations.
+"""
+
+import glob
+import os
+import re
+import shutil
+import subprocess
+import sysconfig
+
+import torch
+from setuptools import setup
+
+# Turing to Blackwell in machine code; PTX of 8.0 and 9.0 for what comes after.
+DEFAULT_ARCHITECTURES = "7.5;8.0+PTX;8.6;8.9;9.0+PTX;10.0;12.0"
+
+
+def site_packages_cuda():
+    """The folder in which pip's nvidia packages for torch's CUDA version keep bin, include and lib."""
+    major = (torch.version.cuda or "").split(".")[0]
+    return os.path.join(sysconfig.get_paths()["purelib"], "nvidia", f"cu{major}")
+
+
+def toolkit_candidates():
+    """Folders that may hold a CUDA toolkit, the most explicit first."""
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        if os.environ.get(variable):
+            yield os.environ[variable]
+    nvcc = shutil.which("nvcc")
+    if nvcc:
+        # nvcc on the PATH may be a wrapper script far from its toolkit; nvcc itself knows where that is.
+        dry = subprocess.run([nvcc, "--dryrun", "-x", "cu", "-c", os.devnull], capture_output=True, text=True)
+        top = re.search(r"^#\$ TOP=(.+)$", dry.stderr, re.MULTILINE)
+        yield top.group(1).strip() if top else os.path.dirname(os.path.dirname(os.path.realpath(nvcc)))
+    yield "/usr/local/cuda"
+    yield site_packages_cuda()
+
+
+def release_of(home):
+    """The version of the nvcc in folder home, such as "13.0"; None if that is no toolkit."""
+    nvcc = os.path.join(home, "bin", "nvcc")
+    header = os.path.join(home, "include", "cuda_runtime.h")
+    if not (os.access(nvcc, os.X_OK) and os.path.exists(header)):
+        return None
+    out = subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout
+    release = re.search(r"release (\d+\.\d+)", out)
+    return release and release.group(1)
+
+
+def find_toolkit():
+    """(folder, version) of a toolkit that fits torch, or (None, why there is none)."""
+    if torch.version.cuda is None:
+        return None, f"the installed torch {torch.__version__} is built without CUDA"
+    wanted = torch.version.cuda.split(".")[0]
+    seen = []
+    for candidate in toolkit_candidates():
+        home = os.path.normpath(candidate)
+        release = release_of(home)
+        if release and release.split(".")[0] == wanted:
+            return home, release
+        seen.append(f"{home} ({'CUDA ' + release if release else 'no bin/nvcc with include/cuda_runtime.h'})")
+    return None, (
+        f"no nvcc of CUDA {wanted}.x, which torch {torch.__version__} needs; looked in {', '.join(dict.fromkeys(seen))}. "
+        f"Get one with `pip install 'nvidia-cuda-nvcc>={wanted},<{int(wanted) + 1}' "
+        f"'nvidia-cuda-cccl>={wanted},<{int(wanted) + 1}'`, or install the CUDA toolkit and set CUDA_HOME"
+    )
+
+
+def choose_cuda():
+    """(folder, version) of the toolkit to build with, or (None, why the build is for the CPU only)."""
+    wish = os.environ.get("BIRNN_CUDA", "")
+    if wish not in ("", "0", "1"):
+        raise SystemExit(f"birnn_ext: BIRNN_CUDA must be 0, 1 or unset, got {wish!r}")
+    if wish == "0":
+        return None, "BIRNN_CUDA=0"
+    home, detail = find_toolkit()
+    if home is None and wish == "1":
+        raise SystemExit(f"birnn_ext: BIRNN_CUDA=1, but {detail}")
+    return home, detail
+
+
+cuda_home, cuda_detail = choose_cuda()
+if cuda_home:
+    os.environ["CUDA_HOME"] = cuda_home  # read by torch.utils.cpp_extension when it is imported
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHITECTURES)
+    architectures = " ".join(os.environ["TORCH_CUDA_ARCH_LIST"].replace(";", " ").split())
+    print(f"birnn_ext: building for the CPU and CUDA {cuda_detail} ({cuda_home}), architectures {architectures}")
+else:
+    print(f"birnn_ext: building for the CPU only: {cuda_detail}")
+
+from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension  # noqa: E402
+
+options = {
+    "sources": ["csrc/module.cpp", "csrc/schema.cpp", *sorted(glob.glob("csrc/cpu/*.cpp"))],
+    "depends": sorted(glob.glob("csrc/**/*.h", recursive=True)),
+    "include_dirs": [os.path.abspath("csrc")],
+    "extra_compile_args": {
+        # strict ISO C++ mode would turn off the contraction to fused multiply-add
+        "cxx": ["-O3", "-ffp-contract=fast", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-Wno-unknown-pragmas"],
+    },
+}
+if cuda_home:
+    options["sources"] += sorted(glob.glob("csrc/cuda/*.cpp") + glob.glob("csrc/cuda/*.cu"))
+    options["define_macros"] = [
+        ("BIRNN_CUDA_VERSION", f'"{cuda_detail}"'),
+        ("BIRNN_CUDA_ARCHITECTURES", f'"{architectures}"'),
+    ]
+    # A warning of ptxas (a spill, local memory) fails the build: kernels must fit the registers.
+    options["extra_compile_args"]["nvcc"] = ["-O3", "--threads", "2", "-Xptxas", "-warn-spills,-Werror"]
+    # cuSPARSE and cuBLAS headers, which ATen's CUDA headers include, may be in pip's packages only.
+    options["include_dirs"].append(os.path.join(site_packages_cuda(), "include"))
+
+extension = (CUDAExtension if cuda_home else CppExtension)("birnn_ext._C", **options)
+if cuda_home and not glob.glob(os.path.join(cuda_home, "lib*", "libcudart.so")):
+    # pip's toolkit has the library under its full name only, where -lcudart does not look.
+    libcudart = glob.glob(os.path.join(cuda_home, "lib*", "libcudart.so.*"))[0]
+    extension.libraries.remove("cudart")
+    extension.extra_link_args += [f"-L{os.path.dirname(libcudart)}", f"-l:{os.path.basename(libcudart)}"]
+
+setup(
+    ext_modules=[extension],
+    cmdclass={"build_ext": BuildExtension.with_options(use_ninja=True)},
+)
