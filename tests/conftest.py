@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+import birnn_ext
+
+CUDA_MISSING = (
+    None
+    if torch.cuda.is_available() and birnn_ext.build_info()["cuda"]
+    else "birnn_ext is built without CUDA"
+    if torch.cuda.is_available()
+    else "torch.cuda is not available: no GPU and no emulator"
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if CUDA_MISSING:
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason=CUDA_MISSING))
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Every test that takes it runs on the CPU and on CUDA."""
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def compiled_kernels_only(request: pytest.FixtureRequest):
+    """No test runs the reference through the operators unnoticed, unless it is marked to be about just that."""
+    before = birnn_ext.op_calls()
+    yield
+    after = birnn_ext.op_calls()
+    if "reference_operators" not in request.fixturenames:
+        assert all(after[name] == before[name] for name in after if name.startswith("reference"))
+
+
+@pytest.fixture
+def reference_operators() -> None:
+    """For tests in which operators fall back to the reference on purpose."""

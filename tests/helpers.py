@@ -1,0 +1,71 @@
+"""What the tests share: tolerances, twins of modules, the tutorial's own class."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+import birnn_ext
+
+# Largest difference, relative to the largest expected value, between two ways of computing in a dtype; forward and
+# backward. 16-bit results are compared with float64 truth instead, in relation to nn.LSTM's own error (WORSE_THAN_TORCH);
+# the figures here serve comparisons among ourselves.
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
+WORSE_THAN_TORCH = 1.5
+
+
+def error(actual: Tensor, expected: Tensor) -> float:
+    """Largest difference, relative to the largest expected value; not a number if actual is."""
+    assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    if expected.numel() == 0:
+        return 0.0
+    actual, expected = actual.detach().double(), expected.detach().double()
+    return float((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
+
+
+def assert_near(actual: Tensor, expected: Tensor, what: str = "", dtype: torch.dtype | None = None) -> None:
+    tolerance = TOLERANCE[dtype or expected.dtype]
+    found = error(actual, expected)
+    assert found <= tolerance, f"{what}: relative error {found:.2e}, tolerance {tolerance:.0e}"
+
+
+def all_near(actual: Iterable[Tensor], expected: Iterable[Tensor], what: str = "") -> None:
+    for k, (a, e) in enumerate(zip(actual, expected, strict=True)):
+        assert_near(a, e, f"{what}[{k}]")
+
+
+def twins(*args, device: str = "cpu", **kwargs) -> tuple[birnn_ext.LSTM, nn.LSTM]:
+    """Ours and nn.LSTM with the same arguments and weights."""
+    theirs = nn.LSTM(*args, device=device, **kwargs)
+    ours = birnn_ext.LSTM(*args, device=device, **kwargs)
+    ours.load_state_dict(theirs.state_dict())
+    return ours, theirs
+
+
+def gradients(module: nn.Module, outputs: Iterable[Tensor], inputs: Iterable[Tensor]) -> list[Tensor]:
+    """Of a random but repeatable function of all outputs, with respect to inputs and parameters."""
+    outputs = list(outputs)
+    generator = torch.Generator().manual_seed(7)
+    weights = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o) for o in outputs]
+    return list(torch.autograd.grad(outputs, [*inputs, *module.parameters()], weights))
+
+
+def random_state(layers_and_directions: int, batch: int, hidden: int, **kwargs) -> tuple[Tensor, Tensor]:
+    return tuple(torch.randn(layers_and_directions, batch, hidden, **kwargs) for _ in range(2))
+
+
+class TutorialBiRNN(nn.Module):
+    """The tutorial's classifier on nn.LSTM: many-to-one, from the output at the last step."""
+
+    def __init__(self, input_size: int, hidden_size: int, num_layers: int, num_classes: int) -> None:
+        super().__init__()
+        self.hidden_size, self.num_layers = hidden_size, num_layers
+        self.lstm = nn.LSTM(input_size, hidden_size, num_layers, batch_first=True, bidirectional=True)
+        self.fc = nn.Linear(hidden_size * 2, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h0 = torch.zeros(self.num_layers * 2, x.size(0), self.hidden_size, dtype=x.dtype, device=x.device)
+        out, _ = self.lstm(x, (h0, torch.zeros_like(h0)))
+        return self.fc(out[:, -1, :])

@@ -1,0 +1,441 @@
+"""birnn_ext.LSTM against torch.nn.LSTM: results, gradients, states, arguments, errors."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+
+import pytest
+import torch
+from helpers import (
+    WORSE_THAN_TORCH,
+    all_near,
+    assert_near,
+    error,
+    gradients,
+    random_state,
+    twins,
+)
+from torch import nn
+from torch.nn.utils import parametrize, prune
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
+
+from birnn_ext import LSTM, op_calls
+
+# T, B, I, H: batch 1, one step, one unit, H at and off multiples of every vector width, more rows than a register tile
+SIZES = [(1, 1, 3, 5), (5, 3, 4, 1), (7, 1, 8, 16), (4, 13, 5, 17), (3, 2, 28, 24), (2, 7, 3, 66)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+@pytest.mark.parametrize("bidirectional", [True, False], ids=["bi", "uni"])
+@pytest.mark.parametrize("layers", [1, 2, 3])
+@pytest.mark.parametrize("size", SIZES, ids=str)
+def test_same_numbers_and_gradients(size, layers, bidirectional, bias, dtype, device):
+    steps, batch, features, hidden = size
+    ours, theirs = twins(features, hidden, layers, bias=bias, bidirectional=bidirectional, device=device, dtype=dtype)
+    x = torch.randn(steps, batch, features, device=device, dtype=dtype, requires_grad=True)
+    state = random_state(layers * (1 + bidirectional), batch, hidden, device=device, dtype=dtype)
+    for s in state:
+        s.requires_grad_()
+    results = []
+    for module in (ours, theirs):
+        y, (h_n, c_n) = module(x, state)
+        results.append([y, h_n, c_n, *gradients(module, (y, h_n, c_n), (x, *state))])
+    all_near(*results)
+
+
+@pytest.mark.parametrize("contiguous", [True, False], ids=["contiguous", "strided"])
+@pytest.mark.parametrize("with_state", [True, False], ids=["hx", "no_hx"])
+@pytest.mark.parametrize("layout", ["time_first", "batch_first", "unbatched", "unbatched_batch_first"])
+def test_layouts(layout, with_state, contiguous, device):
+    steps, batch, features, hidden = 6, 4, 5, 9
+    ours, theirs = twins(features, hidden, 2, bidirectional=True, batch_first="batch_first" in layout, device=device)
+    shape = {"time_first": (steps, batch, features), "batch_first": (batch, steps, features)}.get(
+        layout, (steps, features)
+    )
+    x = torch.randn(shape, device=device)
+    state_shape = (4, hidden) if "unbatched" in layout else (4, batch, hidden)
+    state = (torch.randn(state_shape, device=device), torch.randn(state_shape, device=device))
+    if not contiguous:
+        x = torch.randn(*shape[:-1], 2 * features, device=device)[..., ::2]
+        state = tuple(torch.stack([s, s], -1)[..., 0] for s in state)
+        assert not x.is_contiguous()
+        assert not state[0].is_contiguous()
+    x.requires_grad_()
+    hx = state if with_state else None
+    results = []
+    for module in (ours, theirs):
+        y, (h_n, c_n) = module(x, hx)
+        results.append([y, h_n, c_n, *gradients(module, (y, h_n, c_n), (x,))])
+    all_near(*results)
+
+
+def test_non_contiguous_gradient_of_the_output(device):
+    ours, theirs = twins(4, 6, bidirectional=True, device=device)
+    x = torch.randn(5, 3, 4, device=device, requires_grad=True)
+    # expand makes a gradient with strides 0
+    all_near(*(torch.autograd.grad(m(x)[0].sum(), [x, *m.parameters()]) for m in (ours, theirs)))
+
+
+@pytest.mark.parametrize("used", ["y", "h_n", "c_n"])
+def test_gradient_of_one_result_alone(used, device):
+    ours, theirs = twins(4, 6, 2, bidirectional=True, device=device)
+    x = torch.randn(5, 3, 4, device=device, requires_grad=True)
+    results = []
+    for module in (ours, theirs):
+        y, (h_n, c_n) = module(x)
+        one = {"y": y, "h_n": h_n, "c_n": c_n}[used]
+        results.append(gradients(module, [one], [x]))
+    all_near(*results)
+
+
+@pytest.mark.parametrize("size", [(9, 5, 7, 19), (28, 8, 28, 64), (1, 1, 3, 40)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_16_bit_error_is_no_worse_than_torch(size, dtype, device):
+    """Root-mean-square error against float64, over y, states and all gradients; means over 3 draws."""
+    steps, batch, features, hidden = size
+    errors = torch.zeros(2, 3)
+    for draw in range(3):
+        truth = nn.LSTM(features, hidden, 2, bidirectional=True).to(dtype).double()
+        ours, theirs = twins(features, hidden, 2, bidirectional=True, device=device, dtype=dtype)
+        x = torch.randn(steps, batch, features).to(dtype)
+        weights = torch.randn(steps, batch, 2 * hidden).to(dtype)
+        results = []
+        for module in (truth, ours, theirs):
+            module.load_state_dict(truth.state_dict())
+            leaf = x.to(next(module.parameters())).requires_grad_()
+            y, (h_n, c_n) = module(leaf)
+            grads = torch.autograd.grad((y * weights.to(y)).sum(), [leaf, *module.parameters()])
+            assert module is truth or y.dtype == h_n.dtype == c_n.dtype == dtype
+            results.append([t.detach().double().cpu() for t in (y, torch.cat([h_n, c_n]))] + [g.double().cpu() for g in grads])
+
+        def norm_error(result, results=results):
+            relative = [float((a - e).norm() / e.norm().clamp(min=1e-30)) for a, e in zip(result, results[0], strict=True)]
+            return torch.tensor([relative[0], relative[1], sum(relative[2:]) / len(relative[2:])])
+
+        errors[0] += norm_error(results[1])
+        errors[1] += norm_error(results[2])
+    ratio = errors[0] / errors[1]
+    assert (ratio <= WORSE_THAN_TORCH).all(), f"errors of y, states, gradients in terms of nn.LSTM's: {ratio.tolist()}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_autocast(dtype, device):
+    ours, theirs = twins(5, 12, 2, bidirectional=True, device=device)
+    x = torch.randn(6, 4, 5, device=device, requires_grad=True)
+    state = random_state(4, 4, 12, device=device)
+    results = []
+    for module, enabled in ((ours, True), (theirs, False)):  # nn.LSTM's own autocast fails for float16 on some CPUs
+        with torch.autocast(device, dtype, enabled=enabled):
+            y, (h_n, c_n) = module(x, state)
+        results.append([y, h_n, c_n, *gradients(module, (y, h_n, c_n), (x,))])
+    for a, e in zip(*results, strict=True):
+        assert_near(a, e, dtype=dtype)
+    assert all(t.dtype == dtype for t in results[0][:3])
+    assert all(g.dtype == torch.float32 for g in results[0][3:])
+
+
+# --- what nn.LSTM is asked to be and do -------------------------------------------------------------------------------
+
+
+def test_signature_is_that_of_the_documentation():
+    expected = (
+        "(input_size, hidden_size, num_layers=1, bias=True, batch_first=False, dropout=0.0, bidirectional=False, "
+        "proj_size=0, device=None, dtype=None)"
+    )
+    parameters = list(inspect.signature(LSTM).parameters.values())
+    plain = inspect.Signature([p.replace(annotation=inspect.Parameter.empty) for p in parameters])
+    assert str(plain) == expected
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_same_seed_same_weights(bidirectional, bias, device):
+    modules = []
+    for cls in (LSTM, nn.LSTM):
+        torch.manual_seed(3)
+        modules.append(cls(5, 7, 3, bias=bias, bidirectional=bidirectional, device=device))
+    ours, theirs = modules
+    assert [n for n, _ in ours.named_parameters()] == [n for n, _ in theirs.named_parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+    assert isinstance(ours, nn.LSTM)
+    assert ours.all_weights[2][0] is ours.get_parameter("weight_ih_l" + ("1" if bidirectional else "2"))
+
+
+def test_state_dict_both_ways():
+    ours, theirs = LSTM(5, 7, 2, bidirectional=True), nn.LSTM(5, 7, 2, bidirectional=True)
+    x = torch.randn(4, 3, 5)
+    assert theirs.load_state_dict(ours.state_dict()) == ours.load_state_dict(ours.state_dict())
+    all_near([ours(x)[0]], [theirs(x)[0]])
+    theirs = nn.LSTM(5, 7, 2, bidirectional=True)
+    ours.load_state_dict(theirs.state_dict())
+    all_near([ours(x)[0]], [theirs(x)[0]])
+
+
+def test_dropout(device):
+    ours = LSTM(4, 8, 3, dropout=0.5, device=device)
+    x = torch.randn(3, 2, 4, device=device)
+    ours.eval()
+    assert torch.equal(ours(x)[0], ours(x)[0])
+    ours.train()
+    assert not torch.equal(ours(x)[0], ours(x)[0])
+    torch.manual_seed(5)
+    first = ours(x)[0]
+    torch.manual_seed(5)
+    assert torch.equal(first, ours(x)[0])
+
+
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_dropout_1_zeroes_the_input_of_later_layers(bidirectional, device):
+    ours, theirs = twins(4, 8, 2, dropout=1.0, bidirectional=bidirectional, device=device)
+    x = torch.randn(3, 2, 4, device=device)
+    all_near([ours(x)[0]], [theirs(x)[0]])
+
+
+def test_dropout_has_the_right_mean():
+    ours = LSTM(4, 8, 2, dropout=0.25)
+    seen = []
+    ours._layer, real = lambda layer, d, x, *rest: seen.append(x) or real(layer, d, x, *rest), ours._layer
+    ours(torch.randn(50, 40, 4))
+    kept = (seen[1] != 0).float().mean().item()
+    assert abs(kept - 0.75) < 0.02
+
+
+def test_live_weights(device):
+    """Pruning, parametrization, sharing and swapping of weights need no flattening."""
+    ours, theirs = twins(4, 6, device=device)
+    x = torch.randn(3, 2, 4, device=device)
+    for module in (ours, theirs):
+        with torch.no_grad():
+            module.weight_hh_l0.data = module.weight_hh_l0.data.clone() * 2
+    all_near([ours(x)[0]], [theirs(x)[0]])
+    prune.l1_unstructured(ours, "weight_hh_l0", 0.5)
+    with torch.no_grad():
+        theirs.weight_hh_l0.copy_(ours.weight_hh_l0)
+    all_near([ours(x)[0]], [theirs(x)[0]])
+
+    class Double(nn.Module):
+        def forward(self, w):
+            return 2 * w
+
+    ours, theirs = twins(4, 6, device=device)
+    parametrize.register_parametrization(ours, "weight_ih_l0", Double())
+    with torch.no_grad():
+        theirs.weight_ih_l0.mul_(2)
+    all_near([ours(x)[0]], [theirs(x)[0]])
+
+
+def test_copies(tmp_path):
+    ours = LSTM(4, 6, 2, bidirectional=True)
+    x = torch.randn(3, 2, 4)
+    expected = ours(x)[0]
+    assert torch.equal(copy.deepcopy(ours)(x)[0], expected)
+    torch.save(ours, tmp_path / "m.pt")
+    assert torch.equal(torch.load(tmp_path / "m.pt", weights_only=False)(x)[0], expected)
+    assert_near(ours.double()(x.double())[0], expected.double(), dtype=torch.float32)
+    assert ours.flatten_parameters() is None
+
+
+def test_backward_in_eval_mode(device):
+    ours = LSTM(4, 6, bidirectional=True, device=device).eval()
+    x = torch.randn(3, 2, 4, device=device, requires_grad=True)
+    ours(x)[0].sum().backward()
+    assert x.grad.abs().sum() > 0
+
+
+def test_no_grad_saves_nothing_and_gives_the_same():
+    ours = LSTM(4, 6, bidirectional=True)
+    x = torch.randn(3, 2, 4)
+    with torch.no_grad():
+        y = ours(x)[0]
+    assert not y.requires_grad
+    assert torch.equal(y, ours(x)[0])
+
+
+def test_double_backward(device):
+    """A gradient penalty, which nn.LSTM on cuDNN refuses."""
+    ours, theirs = twins(3, 5, bidirectional=True, dtype=torch.float64)
+    ours = ours.to(device)
+    results = []
+    for module in (ours, theirs):
+        x = torch.arange(24, dtype=torch.float64).view(4, 2, 3).cos().to(module.weight_ih_l0.device).requires_grad_()
+        (grad,) = torch.autograd.grad(module(x)[0].square().sum(), x, create_graph=True)
+        (grad.norm() - 1).square().backward()
+        results.append([x.grad.cpu(), *(p.grad.cpu() for p in module.parameters())])
+    all_near(*results)
+
+
+def test_runs_the_compiled_op(device):
+    before = op_calls()
+    ours = LSTM(3, 5, 2, bidirectional=True, device=device)
+    ours(torch.randn(4, 2, 3, device=device))[0].sum().backward()
+    after = op_calls()
+    assert {name: after[name] - before[name] for name in after if after[name] != before[name]} == {
+        f"{device}_forward": 2,
+        f"{device}_backward": 2,
+    }
+
+
+def test_empty_batch(device):
+    ours = LSTM(3, 5, 2, bidirectional=True, device=device)
+    x = torch.randn(4, 0, 3, device=device, requires_grad=True)
+    y, (h_n, c_n) = ours(x)
+    assert y.shape == (4, 0, 10)
+    assert h_n.shape == c_n.shape == (4, 0, 5)
+    y.sum().backward()
+    assert x.grad.shape == x.shape
+    assert all((p.grad == 0).all() for p in ours.parameters())
+
+
+# --- output="last" ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("with_state", [True, False], ids=["hx", "no_hx"])
+@pytest.mark.parametrize("bidirectional", [True, False], ids=["bi", "uni"])
+@pytest.mark.parametrize("layout", ["time_first", "batch_first", "unbatched"])
+def test_last(layout, bidirectional, with_state, device):
+    ours, theirs = twins(3, 7, 2, bidirectional=bidirectional, batch_first=layout == "batch_first", device=device)
+    x = torch.randn({"unbatched": (6, 3), "time_first": (6, 4, 3), "batch_first": (4, 6, 3)}[layout], device=device)
+    x.requires_grad_()
+    state = random_state(2 * (1 + bidirectional), 4, 7, device=device) if with_state else None
+    if state and layout == "unbatched":
+        state = (state[0][:, 0], state[1][:, 0])
+    y, states = ours(x, state, output="last")
+    full, expected_states = theirs(x, state)
+    expected = full[:, -1] if layout == "batch_first" else full[-1]
+    assert_near(y, expected)
+    all_near(gradients(ours, [y], [x]), gradients(theirs, [expected], [x]))
+    if bidirectional:
+        assert states is None
+    else:
+        all_near(states, expected_states)
+
+
+# --- lengths and PackedSequence ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("with_state", [True, False], ids=["hx", "no_hx"])
+@pytest.mark.parametrize("bidirectional", [True, False], ids=["bi", "uni"])
+@pytest.mark.parametrize("lengths", [[3, 6, 1, 6, 2], [6, 6, 6, 6, 6], [1, 1, 1, 1, 4]], ids=str)
+def test_lengths_equal_packing(lengths, bidirectional, with_state, device):
+    ours, theirs = twins(3, 7, 2, bidirectional=bidirectional, device=device, dtype=torch.float64)
+    x = torch.randn(6, 5, 3, device=device, dtype=torch.float64, requires_grad=True)
+    state = random_state(2 * (1 + bidirectional), 5, 7, device=device, dtype=torch.float64) if with_state else None
+    y, states = ours(x, state, lengths=torch.tensor(lengths, device=device))
+    packed, expected_states = theirs(pack_padded_sequence(x, torch.tensor(lengths), enforce_sorted=False), state)
+    expected, _ = pad_packed_sequence(packed, total_length=6)
+    all_near([y, *states], [expected, *expected_states])
+    all_near(gradients(ours, [y, *states], [x]), gradients(theirs, [expected, *expected_states], [x]))
+
+
+@pytest.mark.parametrize("bidirectional", [True, False], ids=["bi", "uni"])
+def test_last_with_lengths(bidirectional, device):
+    ours, _ = twins(3, 7, 2, bidirectional=bidirectional, batch_first=True, device=device, dtype=torch.float64)
+    x = torch.randn(5, 6, 3, device=device, dtype=torch.float64, requires_grad=True)
+    lengths = torch.tensor([3, 6, 0, 1, 5], device=device)
+    state = random_state(2 * (1 + bidirectional), 5, 7, device=device, dtype=torch.float64)
+    y, states = ours(x, state, lengths=lengths, output="last")
+    full, all_states = ours(x, state, lengths=lengths)
+    expected = full[torch.arange(5), (lengths - 1).clamp(min=0)]
+    assert_near(y, expected)
+    assert (y[2] == 0).all()
+    all_near(gradients(ours, [y], [x]), gradients(ours, [expected], [x]))
+    if not bidirectional:
+        all_near(states, all_states)
+
+
+def test_zero_lengths_keep_the_state(device):
+    ours, _ = twins(3, 5, bidirectional=True, device=device)
+    x = torch.randn(4, 3, 3, device=device)
+    h0, c0 = random_state(2, 3, 5, device=device)
+    h0.requires_grad_(), c0.requires_grad_()
+    y, (h_n, c_n) = ours(x, (h0, c0), lengths=torch.tensor([0, 4, 0], device=device))
+    assert (y[:, [0, 2]] == 0).all()
+    assert torch.equal(h_n[:, [0, 2]], h0[:, [0, 2]])
+    assert torch.equal(c_n[:, [0, 2]], c0[:, [0, 2]])
+    dh0, dc0 = torch.autograd.grad([h_n, c_n], [h0, c0], [torch.full_like(h_n, 2), torch.full_like(c_n, 3)])
+    assert (dh0[:, [0, 2]] == 2).all()
+    assert (dc0[:, [0, 2]] == 3).all()
+
+
+def test_padding_is_never_read(device):
+    ours = LSTM(3, 5, 2, bidirectional=True, device=device)
+    x = torch.randn(4, 3, 3, device=device)
+    lengths = torch.tensor([2, 4, 1], device=device)
+    y, states = ours(x, lengths=lengths)
+    for b, length in enumerate(lengths.tolist()):
+        x[length:, b] = float("inf")
+    again, states_again = ours(x, lengths=lengths)
+    assert torch.equal(y, again)
+    assert all(torch.equal(a, b) for a, b in zip(states, states_again, strict=True))
+
+
+@pytest.mark.parametrize("enforce_sorted", [True, False])
+@pytest.mark.parametrize("with_state", [True, False], ids=["hx", "no_hx"])
+def test_packed_sequence(with_state, enforce_sorted, device):
+    ours, theirs = twins(3, 7, 2, bidirectional=True, device=device)
+    lengths = [6, 4, 4, 1] if enforce_sorted else [4, 1, 6, 4]
+    x = torch.randn(6, 4, 3, device=device, requires_grad=True)
+    state = random_state(4, 4, 7, device=device) if with_state else None
+    results = []
+    for module in (ours, theirs):
+        packed = pack_padded_sequence(x, lengths, enforce_sorted=enforce_sorted)
+        y, states = module(packed, state)
+        assert isinstance(y, PackedSequence)
+        padded, lengths_back = pad_packed_sequence(y)
+        assert lengths_back.tolist() == lengths
+        results.append([y.data, padded, *states, *gradients(module, [y.data, *states], [x])])
+    all_near(*results)
+    last, none = ours(packed, state, output="last")
+    assert none is None
+    assert_near(last, padded[torch.tensor(lengths) - 1, torch.arange(4)])
+
+
+def test_packed_from_pack_sequence_without_indices():
+    ours, theirs = twins(3, 5)
+    packed = pack_sequence([torch.randn(n, 3) for n in (4, 2, 1)])
+    bare = PackedSequence(packed.data, packed.batch_sizes)
+    all_near([ours(bare)[0].data], [theirs(bare)[0].data])
+    assert ours(bare)[0].sorted_indices is None
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+ERRORS = [
+    (lambda m: m(torch.randn(4, 2, 5)), RuntimeError, "input.size.-1. must be equal to input_size. Expected 3, got 5"),
+    (lambda m: m(torch.randn(3)), ValueError, "Expected input to be 2D or 3D, got 1D"),
+    (lambda m: m(torch.randn(0, 2, 3)), RuntimeError, "Expected sequence length to be larger than 0"),
+    (lambda m: m(torch.randn(4, 2, 3, dtype=torch.float64)), ValueError, "same dtype: input torch.float64, weights"),
+    (lambda m: m(torch.ones(4, 2, 3, dtype=torch.int64)), ValueError, "same dtype: input torch.int64"),
+    (lambda m: m(torch.randn(4, 2, 3, device="meta")), ValueError, "weights' device cpu, got meta"),
+    (lambda m: m(torch.randn(4, 2, 3), (torch.randn(1, 2, 6), torch.randn(1, 2, 5))), RuntimeError, r"hidden\[0\] size \(1, 2, 5\), got \[1, 2, 6\]"),
+    (lambda m: m(torch.randn(4, 2, 3), (torch.randn(1, 2, 5), torch.randn(2, 2, 5))), RuntimeError, r"hidden\[1\] size \(1, 2, 5\), got \[2, 2, 5\]"),
+    (lambda m: m(torch.randn(4, 2, 3), (torch.randn(1, 5), torch.randn(1, 5))), RuntimeError, "batched 3-D input, hx and cx should also be 3-D"),
+    (lambda m: m(torch.randn(4, 3), (torch.randn(1, 1, 5), torch.randn(1, 1, 5))), RuntimeError, "unbatched 2-D input, hx and cx should also be 2-D"),
+    (lambda m: m(torch.randn(4, 2, 3), (torch.randn(1, 2, 5).double(), torch.randn(1, 2, 5))), ValueError, r"hidden\[0\] must be torch.float32"),
+    (lambda m: m(torch.randn(4, 2, 3), (torch.randn(1, 2, 5), torch.randn(1, 2, 5, device="meta"))), ValueError, r"hidden\[1\] must be on the input's device cpu, got meta"),
+    (lambda m: m(torch.randn(4, 2, 3), output="first"), ValueError, 'output must be "all" or "last", got \'first\''),
+    (lambda m: m(torch.randn(4, 2, 3), lengths=torch.tensor([1])), ValueError, r"lengths must have shape \(2,\), got \(1,\)"),
+    (lambda m: m(torch.randn(4, 2, 3), lengths=torch.tensor([1.0, 2.0])), TypeError, "lengths must be int64, got torch.float32"),
+    (lambda m: m(torch.randn(4, 2, 3), lengths=torch.tensor([1, 5])), ValueError, r"lengths must be between 0 and T = 4, got lengths\[1\] = 5"),
+    (lambda m: m(torch.randn(4, 2, 3), lengths=torch.tensor([-1, 4])), ValueError, r"got lengths\[0\] = -1"),
+    (lambda m: m(torch.randn(4, 3), lengths=torch.tensor([4])), ValueError, "lengths must be None with unbatched"),
+    (lambda m: m(pack_sequence([torch.randn(2, 3)]), lengths=torch.tensor([2])), ValueError, "lengths must be None with a PackedSequence"),
+    (lambda m: LSTM(3, 5, proj_size=2), NotImplementedError, "proj_size must be 0, got 2"),
+    (lambda m: LSTM(3, 0), ValueError, "hidden_size must be greater than zero"),
+    (lambda m: LSTM(3, 5, dropout=2), ValueError, "dropout should be a number in range"),
+    (lambda m: LSTM(3, 5, 0), ValueError, "num_layers must be greater than zero"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "kind", "message"), ERRORS, ids=[message for _, _, message in ERRORS])
+def test_errors(call, kind, message):
+    with pytest.raises(kind, match=message):
+        call(LSTM(3, 5))
+
+
+def test_error_function_of_the_tests_can_fail():
+    assert error(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 4.0])) == 0.5
+    with pytest.raises(AssertionError, match="relative error nan"):
+        assert_near(torch.tensor([float("nan")]), torch.tensor([1.0]), "x")
