@@ -63,7 +63,8 @@ def find_toolkit():
             return home, release
         seen.append(f"{home} ({'CUDA ' + release if release else 'no bin/nvcc with include/cuda_runtime.h'})")
     return None, (
-        f"no nvcc of CUDA {wanted}.x, which torch {torch.__version__} needs; looked in {', '.join(dict.fromkeys(seen))}. "
+        f"no nvcc of CUDA {wanted}.x, which torch {torch.__version__} needs; "
+        f"looked in {', '.join(dict.fromkeys(seen))}. "
         f"Get one with `pip install 'nvidia-cuda-nvcc>={wanted},<{int(wanted) + 1}' "
         f"'nvidia-cuda-cccl>={wanted},<{int(wanted) + 1}'`, or install the CUDA toolkit and set CUDA_HOME"
     )

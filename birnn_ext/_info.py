@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.metadata import version
 from typing import Any
 
-import torch  # noqa: F401  the extension links against torch's libraries, which this import loads
+import torch  # the extension links against torch's libraries, which this import loads
 
 try:
     from birnn_ext import _C
@@ -27,8 +27,8 @@ def build_info() -> dict[str, Any]:
 
     Returns:
         A dict with ``version``; ``torch`` and ``cuda``, the versions it was built with (``cuda`` is None for a CPU-only
-        build); ``cuda_architectures``, e.g. ``"8.0+PTX 9.0"``; ``compiler``; ``cpu_isas``, the instruction sets that CPU
-        kernels were compiled for, and ``cpu_isa``, the one in use (environment variable ``BIRNN_CPU_ISA``).
+        build); ``cuda_architectures``, e.g. ``"8.0+PTX 9.0"``; ``compiler``; ``cpu_isas``, the instruction sets that
+        CPU kernels were compiled for, and ``cpu_isa``, the one in use (environment variable ``BIRNN_CPU_ISA``).
     """
     return {"version": __version__, **_C.build_info()}
 

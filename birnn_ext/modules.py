@@ -144,7 +144,8 @@ class LSTM(nn.LSTM):
         if hx[0].dim() != (3 if batched else 2) or hx[1].dim() != hx[0].dim():
             dims, kind = (3, "batched 3-D") if batched else (2, "unbatched 2-D")
             raise RuntimeError(
-                f"For {kind} input, hx and cx should also be {dims}-D but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
+                f"For {kind} input, hx and cx should also be {dims}-D "
+                f"but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
             )
 
     @staticmethod
@@ -190,7 +191,7 @@ class LSTM(nn.LSTM):
                 f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {x.shape[2]}"
             )
         if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
-            raise ValueError(f"LSTM input and weights must have the same dtype: input {x.dtype}, weights {weight.dtype}")
+            raise ValueError(f"LSTM: input and weights must have the same dtype, got {x.dtype} and {weight.dtype}")
         if x.device != weight.device:
             raise ValueError(f"LSTM: input must be on the weights' device {weight.device}, got {x.device}")
         if hx is None:

@@ -36,7 +36,7 @@ def lstm_recurrence(
         gates_x: (T, B, D, 4H), W_ih x_t + b_ih + b_hh; T >= 1, D is 1 or 2; float64, float32, float16 or bfloat16.
         w_hh: (D, 4H, H), of gates_x's dtype and device, as all floating-point arguments.
         h0, c0: (D, B, H), the initial states; None stands for zeros.
-        lengths: (B,) int64 on the same device: sequence b is its first lengths[b] steps, 0 <= lengths[b] <= T. Any order.
+        lengths: (B,) int64 on the same device, in any order: sequence b is its first lengths[b] steps, 0 to T.
 
     Returns:
         y (T, B, D, H), the output of every step, 0 beyond a sequence's end; h_n and c_n (D, B, H), the states after
@@ -113,7 +113,7 @@ def _weight_grad(dz: Tensor, y: Tensor, h0: Tensor | None, lengths: Tensor | Non
 
     dz (T, B, D, 4H) is 0 beyond a sequence's end, y (T, B, D, H) too.
     """
-    steps, batch, directions, _ = dz.shape
+    _, batch, directions, _ = dz.shape
     grads = []
     for d in range(directions):
         later, earlier = (dz[1:, :, 0], y[:-1, :, 0]) if d == 0 else (dz[:-1, :, 1], y[1:, :, 1])

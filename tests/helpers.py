@@ -10,8 +10,8 @@ from torch import Tensor, nn
 import birnn_ext
 
 # Largest difference, relative to the largest expected value, between two ways of computing in a dtype; forward and
-# backward. 16-bit results are compared with float64 truth instead, in relation to nn.LSTM's own error (WORSE_THAN_TORCH);
-# the figures here serve comparisons among ourselves.
+# backward. Against nn.LSTM, 16-bit results are judged by float64 truth and nn.LSTM's own error (WORSE_THAN_TORCH); their
+# figures here serve comparisons among ourselves.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 WORSE_THAN_TORCH = 1.5
 

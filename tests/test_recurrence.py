@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
 import re
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -54,7 +56,7 @@ def test_operators_against_the_reference(dtype, case, device):
     assert all(torch.equal(a, b) for a, b in zip(without_saving[:3], results[:3], strict=True))
     assert without_saving[3].numel() == without_saving[4].numel() == 0
 
-    gates_x, w_hh, _, c0, lengths = args
+    _, w_hh, _, c0, lengths = args
     y, h_n, c_n, gates, cells = results
     dy, dh_n, dc_n = (torch.randn_like(t) for t in (y, h_n, c_n))
     if case % 4 == 1:
@@ -146,9 +148,7 @@ def test_differentiating_what_was_not_saved_is_an_error():
 
 def test_strided_arguments(device):
     args = random_case(random.Random(4), torch.float32, device)
-    strided = [
-        None if a is None else torch.stack([a, a], -1)[..., 0] if a.is_floating_point() else a for a in args
-    ]
+    strided = [None if a is None else torch.stack([a, a], -1)[..., 0] if a.is_floating_point() else a for a in args]
     assert not strided[0].is_contiguous()
     assert all(torch.equal(a, b) for a, b in zip(forward_op(*strided, True), forward_op(*args, True), strict=True))
 
@@ -199,13 +199,28 @@ def test_bitwise_the_same_for_any_number_of_threads(ragged):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+IMPORT = "import birnn_ext"
+
+
+def python(*arguments: str, isa: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "BIRNN_CPU_ISA": isa}
+    return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True)
+
+
+def runnable_isas() -> list[str]:
+    """What the extension itself says when asked for kernels that don't exist."""
+    said = python("-c", IMPORT, isa="none").stderr
+    return re.search(r"this build and CPU run ([\w, ]+)", said).group(1).split(", ")
+
+
 @pytest.mark.parametrize("isa", birnn_ext.build_info()["cpu_isas"])
 def test_every_instruction_set(isa):
     """Each ISA's kernels in a process of its own; one that this CPU lacks must fail loudly."""
     runnable = isa in runnable_isas()
-    tests = [f"{__file__}::test_operators_against_the_reference", f"{__file__[: -len('recurrence.py')]}math.py"]
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "not cuda", *tests] if runnable else [sys.executable, "-c", "import birnn_ext"]  # fmt: skip
-    done = subprocess.run(command, env={**os_environ(), "BIRNN_CPU_ISA": isa}, capture_output=True, text=True)
+    here = Path(__file__)
+    tests = [f"{here}::test_operators_against_the_reference", f"{here.with_name('test_math.py')}"]
+    arguments = ["-m", "pytest", "-q", "-m", "not cuda and not slow", *tests] if runnable else ["-c", IMPORT]
+    done = python(*arguments, isa=isa)
     if runnable:
         assert done.returncode == 0, done.stdout[-3000:]
         assert re.search(r"\d+ passed", done.stdout)
@@ -215,29 +230,9 @@ def test_every_instruction_set(isa):
 
 
 def test_unknown_instruction_set_fails_at_import():
-    done = subprocess.run(
-        [sys.executable, "-c", "import birnn_ext"],
-        env={**os_environ(), "BIRNN_CPU_ISA": "mmx"},
-        capture_output=True,
-        text=True,
-    )
+    done = python("-c", IMPORT, isa="mmx")
     assert done.returncode != 0
     assert "BIRNN_CPU_ISA=mmx is not available: this build and CPU run generic" in done.stderr
-
-
-def os_environ() -> dict[str, str]:
-    import os
-
-    return dict(os.environ)
-
-
-def runnable_isas() -> list[str]:
-    """What the extension itself says when asked for kernels that don't exist."""
-    code = "import birnn_ext"
-    done = subprocess.run(
-        [sys.executable, "-c", code], env={**os_environ(), "BIRNN_CPU_ISA": "none"}, capture_output=True, text=True
-    )
-    return re.search(r"this build and CPU run ([\w, ]+)", done.stderr).group(1).split(", ")
 
 
 def test_reference_serves_other_devices_and_says_so_once(reference_operators):

@@ -1,0 +1,5 @@
+import sys
+
+from birnn_ext.mnist import main
+
+sys.exit(main())

