@@ -120,12 +120,13 @@ def run_train(args: argparse.Namespace) -> int:
     run = Training(hp, mnist, device, state)
     with training.interruptible() as stop:
         finished = run.run(args.max_steps, stop, say)
+        predicted = training.predictions(run.model, hp, mnist.test)
+        run.accuracy = training.accuracy(predicted, mnist.test) if finished else None
         training.save(run, args.out)
         if not finished:
             say(f"Interrupted after {len(run.progress.losses)} steps. To go on: {PROGRAM} train --resume {args.out}")
             return 130
-    predicted = training.predictions(run.model, hp, mnist.test)
-    say(training.accuracy_line(training.accuracy(predicted, mnist.test), mnist.test))
+    say(training.accuracy_line(run.accuracy, mnist.test))
     if mnist.source == "sample":
         say("(accuracy on the embedded sample's test digits, not on MNIST's 10000)")
     draw_curves(run.progress, -(-len(mnist.train) // hp.batch_size), args.out / "curves.png")

