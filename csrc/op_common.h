@@ -24,13 +24,17 @@ inline OpCalls op_calls;
 
 inline DType dtype_of(const Tensor& t, const char* name) {
   switch (t.scalar_type()) {
-    case at::kDouble: return DType::f64;
-    case at::kFloat: return DType::f32;
-    case at::kHalf: return DType::f16;
-    case at::kBFloat16: return DType::bf16;
+    case at::kDouble:
+      return DType::f64;
+    case at::kFloat:
+      return DType::f32;
+    case at::kHalf:
+      return DType::f16;
+    case at::kBFloat16:
+      return DType::bf16;
     default:
-      TORCH_CHECK_TYPE(false, "lstm_recurrence: ", name,
-                       " must be float64, float32, float16 or bfloat16, got ", t.scalar_type());
+      TORCH_CHECK_TYPE(false, "lstm_recurrence: ", name, " must be float64, float32, float16 or bfloat16, got ",
+                       t.scalar_type());
   }
 }
 

@@ -120,8 +120,9 @@ def run_train(args: argparse.Namespace) -> int:
     run = Training(hp, mnist, device, state)
     with training.interruptible() as stop:
         finished = run.run(args.max_steps, stop, say)
-        predicted = training.predictions(run.model, hp, mnist.test)
-        run.accuracy = training.accuracy(predicted, mnist.test) if finished else None
+        if finished:
+            predicted = training.predictions(run.model, hp, mnist.test)
+            run.accuracy = training.accuracy(predicted, mnist.test)
         training.save(run, args.out)
         if not finished:
             say(f"Interrupted after {len(run.progress.losses)} steps. To go on: {PROGRAM} train --resume {args.out}")

@@ -1,4 +1,5 @@
-// What a recurrence kernel is told: raw pointers and sizes. T steps, B sequences, D directions (1 or 2), H hidden units.
+// What a recurrence kernel is told: raw pointers and sizes. T steps, B sequences, D directions (1 or 2), H hidden
+// units.
 //
 // Direction 0 runs t = 0 .. T-1, direction 1 runs t = T-1 .. 0. With lengths, sequence b consists of its first
 // lengths[b] steps only: direction 1 starts at lengths[b]-1, and steps beyond are skipped.

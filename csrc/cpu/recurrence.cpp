@@ -18,7 +18,9 @@ struct Free {
 };
 using Buffer = std::unique_ptr<void, Free>;
 
-Buffer allocate(int64_t bytes) { return Buffer(::operator new(static_cast<size_t>(std::max<int64_t>(bytes, 1)), kAlign)); }
+Buffer allocate(int64_t bytes) {
+  return Buffer(::operator new(static_cast<size_t>(std::max<int64_t>(bytes, 1)), kAlign));
+}
 
 // Sequences, longest first, dealt out to as many chains per direction as keep all threads busy.
 struct Chains {
@@ -34,7 +36,8 @@ struct Chains {
     int64_t next = 0;
     for (int64_t part = 0; part < parts; ++part) {
       const int64_t begin = next;
-      // With lengths every part takes each parts-th sequence, so that all have as many steps to do; without, neighbours.
+      // With lengths every part takes each parts-th sequence, so that all have as many steps to do; without,
+      // neighbours.
       if (lengths)
         for (int64_t k = part; k < sizes.B; k += parts) rows[next++] = order[k];
       else
@@ -45,7 +48,8 @@ struct Chains {
   }
 };
 
-// Packs the weights of all directions and runs all chains. state_values: values of scratch per sequence and padded unit.
+// Packs the weights of all directions and runs all chains. state_values: values of scratch per sequence and padded
+// unit.
 template <class Params>
 void run(DType dtype, const Params& params, int64_t state_values, int64_t threads, const ParallelFor& parallel_for,
          const Kernels& kernels, decltype(Kernels::pack_forward) pack,

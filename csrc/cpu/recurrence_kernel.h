@@ -37,7 +37,8 @@ struct AccumulateOf<double> {
 template <class S>
 using Accumulate = typename AccumulateOf<S>::type;
 
-// Sequences in which gradients vanish fill the backward pass with denormals, on which arithmetic is 10-100 times slower.
+// Sequences in which gradients vanish fill the backward pass with denormals, on which arithmetic is 10-100 times
+// slower.
 class FlushDenormals {
  public:
 #if defined(__x86_64__)
@@ -93,7 +94,8 @@ INLINE int64_t active_rows(const Chain& chain, const int64_t* lengths, int64_t t
   return hint;
 }
 
-// --- forward ----------------------------------------------------------------------------------------------------------
+// --- forward
+// ----------------------------------------------------------------------------------------------------------
 
 // panels: [block][k: H][gate: 4][lane]
 template <class S>
@@ -227,7 +229,8 @@ struct Forward {
   }
 };
 
-// --- backward ---------------------------------------------------------------------------------------------------------
+// --- backward
+// ---------------------------------------------------------------------------------------------------------
 
 // Vectors of units in the tile that begins at vector `v` of `count`: 4, and at the end 2 or 1.
 INLINE int64_t tile_vectors(int64_t v, int64_t count) { return count - v >= 4 ? 4 : count - v >= 2 ? 2 : 1; }
@@ -291,8 +294,8 @@ struct Backward {
     const S* dh_n = static_cast<const S*>(p.dh_n);
     for (int m = 0; m < M; ++m) {
       const int64_t b = chain.rows[first + m], row = (t * B + b) * D + d;
-      const bool last = t == (d == 0 ? length(b) - 1 : 0);       // the sequence's last step: dh_n arrives
-      const bool begin = t == (d == 0 ? 0 : length(b) - 1);      // its first: the cell came from c0
+      const bool last = t == (d == 0 ? length(b) - 1 : 0);   // the sequence's last step: dh_n arrives
+      const bool begin = t == (d == 0 ? 0 : length(b) - 1);  // its first: the cell came from c0
       const int64_t prev = d == 0 ? row - B * D : row + B * D;
       for (int n = 0; n < N; ++n) {
         const int64_t unit = (v + n) * L, left = H - unit;
@@ -404,15 +407,20 @@ struct Backward {
   }
 };
 
-// --- the table --------------------------------------------------------------------------------------------------------
+// --- the table
+// --------------------------------------------------------------------------------------------------------
 
 template <class F>
 void with_storage(DType dtype, const F& f) {
   switch (dtype) {
-    case DType::f64: return f(double());
-    case DType::f32: return f(float());
-    case DType::f16: return f(_Float16());
-    case DType::bf16: return f(bfloat16());
+    case DType::f64:
+      return f(double());
+    case DType::f32:
+      return f(float());
+    case DType::f16:
+      return f(_Float16());
+    case DType::bf16:
+      return f(bfloat16());
   }
 }
 

@@ -16,13 +16,14 @@ void parallel_for(int64_t n, const std::function<void(int64_t)>& task) {
 
 void check_lengths(const int64_t* lengths, const RecurrenceSizes& sizes) {
   for (int64_t b = 0; lengths && b < sizes.B; ++b)
-    TORCH_CHECK_VALUE(0 <= lengths[b] && lengths[b] <= sizes.T, "lstm_recurrence: lengths must be between 0 and T = ",
-                      sizes.T, ", got lengths[", b, "] = ", lengths[b]);
+    TORCH_CHECK_VALUE(0 <= lengths[b] && lengths[b] <= sizes.T,
+                      "lstm_recurrence: lengths must be between 0 and T = ", sizes.T, ", got lengths[", b,
+                      "] = ", lengths[b]);
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_recurrence(
-    const Tensor& gates_x, const Tensor& w_hh, const OptionalTensor& h0, const OptionalTensor& c0,
-    const OptionalTensor& lengths, bool save) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_recurrence(const Tensor& gates_x, const Tensor& w_hh,
+                                                                   const OptionalTensor& h0, const OptionalTensor& c0,
+                                                                   const OptionalTensor& lengths, bool save) {
   birnn::Forward call(gates_x, w_hh, h0, c0, lengths, save);
   check_lengths(call.params.lengths, call.params);
   recurrence_forward(call.dtype, call.params, at::get_num_threads(), parallel_for);

@@ -81,14 +81,15 @@ INLINE void store(S* p, Vec<A> v, int64_t n) {
   for (int64_t k = 0; k < n; ++k) p[k] = some[k];
 }
 
-// --- sigmoid and tanh -------------------------------------------------------------------------------------------------
+// --- sigmoid and tanh
+// -------------------------------------------------------------------------------------------------
 
 template <class A>
 struct Math;
 
 // float: within 4 ulp of the exact value over all floats; exact at +-0 and +-inf; NaN propagates (tests/test_math.py).
-// Method: Cody-Waite reduction x = n ln2 + r, |r| <= ln2/2, and the polynomial of Cephes' expf for (exp(r) - 1 - r)/r^2.
-// tanh goes through expm1, so that nothing cancels near 0 and no second branch is needed.
+// Method: Cody-Waite reduction x = n ln2 + r, |r| <= ln2/2, and the polynomial of Cephes' expf for (exp(r) - 1 -
+// r)/r^2. tanh goes through expm1, so that nothing cancels near 0 and no second branch is needed.
 template <>
 struct Math<float> {
   using Scalar = float;

@@ -97,9 +97,9 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const CellForward p) 
   const auto [d, b, unit, valid] = place<N>(p);
   if (!valid) return;
   const int64_t t = d == 0 ? p.s : p.T - 1 - p.s;
-  const int64_t state = (d * p.B + b) * p.H + unit;             // in (D, B, H)
-  const int64_t gate = (d * p.B + b) * 4 * p.H + unit;          // in (D, B, 4H)
-  const int64_t row = (t * p.B + b) * p.D + d;                  // of (T, B, D)
+  const int64_t state = (d * p.B + b) * p.H + unit;     // in (D, B, H)
+  const int64_t gate = (d * p.B + b) * 4 * p.H + unit;  // in (D, B, 4H)
+  const int64_t row = (t * p.B + b) * p.D + d;          // of (T, B, D)
   A z[4][N], z_h[N], c[N], h[N];
   if (p.lengths && t >= p.lengths[b]) {
 #pragma unroll
@@ -222,10 +222,14 @@ cudaError_t launch(const Params& p, bool all_aligned, cudaStream_t stream) {
 template <class Params>
 cudaError_t launch(DType dtype, const Params& p, bool all_aligned, cudaStream_t stream) {
   switch (dtype) {
-    case DType::f64: return launch<double>(p, all_aligned, stream);
-    case DType::f32: return launch<float>(p, all_aligned, stream);
-    case DType::f16: return launch<__half>(p, all_aligned, stream);
-    case DType::bf16: return launch<__nv_bfloat16>(p, all_aligned, stream);
+    case DType::f64:
+      return launch<double>(p, all_aligned, stream);
+    case DType::f32:
+      return launch<float>(p, all_aligned, stream);
+    case DType::f16:
+      return launch<__half>(p, all_aligned, stream);
+    case DType::bf16:
+      return launch<__nv_bfloat16>(p, all_aligned, stream);
   }
   return cudaErrorInvalidValue;
 }
@@ -237,8 +241,7 @@ cudaError_t cell_forward(DType dtype, const CellForward& p, cudaStream_t stream)
 }
 
 cudaError_t cell_backward(DType dtype, const CellBackward& p, cudaStream_t stream) {
-  return launch(dtype, p,
-                aligned({p.c0, p.gates, p.cells, p.dy, p.dh_n, p.d_gates_x, p.dh, p.dc, p.dz}), stream);
+  return launch(dtype, p, aligned({p.c0, p.gates, p.cells, p.dy, p.dh_n, p.d_gates_x, p.dh, p.dc, p.dz}), stream);
 }
 
 }  // namespace birnn::cuda

@@ -23,9 +23,9 @@ void product(Tensor& out, const Tensor& a, const Tensor& b) {
     at::bmm_out(out, a, b, out.scalar_type());
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_recurrence(
-    const Tensor& gates_x, const Tensor& w_hh, const OptionalTensor& h0, const OptionalTensor& c0,
-    const OptionalTensor& lengths, bool save) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_recurrence(const Tensor& gates_x, const Tensor& w_hh,
+                                                                   const OptionalTensor& h0, const OptionalTensor& c0,
+                                                                   const OptionalTensor& lengths, bool save) {
   const c10::cuda::CUDAGuard guard(gates_x.device());
   birnn::Forward call(gates_x, w_hh, h0, c0, lengths, save);
   const auto [T, B, D, H] = static_cast<const RecurrenceSizes&>(call.params);

@@ -1,0 +1,40 @@
+# make train: trains the MNIST classifier. make test: runs the tests. Both first install what is missing into .venv.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export MAX_JOBS ?= 2
+
+.PHONY: train test bench install lint clean
+
+train: install
+	$(BIN)/birnn-mnist train $(ARGS)
+
+test: install
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: install
+	$(BIN)/python -m pytest benchmarks --benchmark-columns=median,iqr,rounds --benchmark-sort=name $(ARGS)
+
+install: $(VENV)/installed
+
+# torch comes first and is built against: no build isolation.
+$(VENV)/ready: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet torch==2.14.1 torchvision==0.29.1
+	$(BIN)/python -m pip install --quiet 'setuptools>=77' wheel ninja pybind11
+	touch $@
+
+# Editable: the Python files in use are those of this folder; the extension is built anew when its sources change.
+$(VENV)/installed: $(VENV)/ready setup.py $(shell find csrc -type f)
+	$(BIN)/python -m pip install --no-build-isolation -v -e '.[mnist,test]' > $(VENV)/build.log 2>&1 \
+		|| { tail -n 60 $(VENV)/build.log; exit 1; }
+	@grep -m 1 'birnn_ext: building' $(VENV)/build.log
+	touch $@
+
+lint: $(VENV)/ready
+	$(BIN)/python -m pip install --quiet pre-commit ruff==0.17.6 clang-format==23.1.5
+	PATH=$(CURDIR)/$(BIN):$$PATH pre-commit run --all-files
+
+clean:
+	rm -rf $(VENV) build birnn_ext.egg-info birnn_ext/*.so
