@@ -54,8 +54,8 @@ def test_gradients(device):
 def test_training_follows_the_tutorial_step_by_step(digits, device):
     """20 steps of Adam on real digits from the same seed: every loss within 1e-4 of nn.LSTM's."""
     images, labels = (t.to(device) for t in digits)
-    steps, batch = (20, 100) if device == "cpu" else (20, 10)
-    sizes = (28, 128, 2, 10) if device == "cpu" else SIZES
+    # an emulated device is slow: it learns two small batches by heart
+    steps, batch, batches, sizes = (20, 100, 20, (28, 128, 2, 10)) if device == "cpu" else (20, 10, 2, SIZES)
     before = op_calls()
     losses = []
     for make in (BiRNN, TutorialBiRNN):
@@ -64,14 +64,15 @@ def test_training_follows_the_tutorial_step_by_step(digits, device):
         optimizer = torch.optim.Adam(model.parameters(), lr=0.003)
         losses.append([])
         for step in range(steps):
-            chosen = slice(step * batch, (step + 1) * batch)
+            begin = step % batches * batch
+            chosen = slice(begin, begin + batch)
             loss = F.cross_entropy(model(images[chosen]), labels[chosen])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             losses[-1].append(loss.item())
     ours, theirs = (torch.tensor(curve) for curve in losses)
-    assert ours[-1] < 0.97 * ours[0], "nothing was learnt, so nothing was compared"
+    assert ours[-5:].mean() < 0.97 * ours[:5].mean(), "nothing was learnt, so nothing was compared"
     assert (ours - theirs).abs().max() < 1e-4
     # two layers, the last one as a forward pass and one reverse step: 3 calls each way and step
     assert op_calls()[f"{device}_backward"] - before[f"{device}_backward"] == 3 * steps

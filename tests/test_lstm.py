@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import inspect
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -443,3 +445,22 @@ def test_error_function_of_the_tests_can_fail():
     assert error(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 4.0])) == 0.5
     with pytest.raises(AssertionError, match="relative error nan"):
         assert_near(torch.tensor([float("nan")]), torch.tensor([1.0]), "x")
+
+
+@pytest.mark.cuda
+def test_wrong_lengths_on_cuda_stop_the_program():
+    """The lengths are on the device: a device-side assertion, in a process of its own, as it ruins the CUDA context."""
+    code = """
+import torch, birnn_ext
+lstm = birnn_ext.LSTM(3, 5, device="cuda")
+lstm(torch.randn(4, 2, 3, device="cuda"), lengths=torch.tensor([1, LENGTH], device="cuda"))
+torch.cuda.synchronize()
+print("went through")
+"""
+    run = [
+        subprocess.run([sys.executable, "-c", code.replace("LENGTH", n)], capture_output=True, text=True) for n in "45"
+    ]
+    assert "went through" in run[0].stdout, run[0].stderr
+    assert run[1].returncode != 0
+    assert "went through" not in run[1].stdout
+    assert "assert" in run[1].stderr or "lengths must be between" in run[1].stderr

@@ -150,7 +150,7 @@ def test_strided_arguments(device):
     args = random_case(random.Random(4), torch.float32, device)
     strided = [None if a is None else torch.stack([a, a], -1)[..., 0] if a.is_floating_point() else a for a in args]
     assert not strided[0].is_contiguous()
-    assert all(torch.equal(a, b) for a, b in zip(forward_op(*strided, True), forward_op(*args, True), strict=True))
+    all_near(forward_op(*strided, True), forward_op(*args, True))
 
 
 def test_misaligned_arguments(device):
@@ -158,7 +158,7 @@ def test_misaligned_arguments(device):
     gates_x, w_hh = torch.randn(3, 2, 2, 32, device=device), torch.randn(2, 32, 8, device=device)
     shifted = torch.empty(gates_x.numel() + 1, device=device)[1:].view(gates_x.shape).copy_(gates_x)
     assert shifted.data_ptr() % 16 == 4
-    assert torch.equal(lstm_recurrence(shifted, w_hh)[0], lstm_recurrence(gates_x, w_hh)[0])
+    all_near(forward_op(shifted, w_hh, None, None, None, True), forward_op(gates_x, w_hh, None, None, None, True))
 
 
 def test_saturated_and_special_values(device):
