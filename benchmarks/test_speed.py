@@ -1,6 +1,7 @@
 """birnn_ext beside torch.nn.LSTM: forward, forward + backward, and a training step of the MNIST model.
 
-`make bench`, or `python -m pytest benchmarks`. Each group holds both contestants on the same work, in milliseconds. Work
+`make bench`, or `python -m pytest benchmarks`. A group holds both contestants on the same work, in milliseconds;
+it
 counts all that a user pays for: packing of weights, allocation, Python.
 """
 
