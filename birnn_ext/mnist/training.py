@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from birnn_ext import BiRNN, __version__, build_info, op_calls
-from birnn_ext.mnist.data import Digits, Mnist, UserError
+from birnn_ext.mnist.data import SOURCES, Digits, Mnist, UserError
 
 REPORT_STEPS = 100  # the tutorial prints the loss this often
 EVALUATION_BATCH = 1000
@@ -48,8 +48,10 @@ class Hyperparameters:
         """Raises UserError for values that make no model of MNIST."""
         for one in fields(self):
             value = getattr(self, one.name)
-            if one.name != "seed" and not 0 < value < float("inf"):
+            if one.name != "seed" and not value > 0:
                 raise UserError(f"{one.name} must be positive, got {value}")
+            if one.name != "seed" and value >= 2**31:
+                raise UserError(f"{one.name} is too large: {value}")
         if self.sequence_length * self.input_size != 784:
             raise UserError(
                 "sequence_length * input_size must be the 784 pixels of a digit, "
@@ -117,9 +119,11 @@ class Training:
         """Trains until the last epoch's end, max_steps in all, or until stop is set; False in the last case."""
         hp, progress = self.hyperparameters, self.progress
         generator = torch.Generator().manual_seed(hp.seed)
-        orders = [torch.randperm(len(self.mnist.train), generator=generator) for _ in range(hp.num_epochs)]
-        while progress.epoch < hp.num_epochs:
-            if self._epoch(orders[progress.epoch].to(self.device), max_steps, stop, log):
+        for epoch in range(hp.num_epochs):
+            order = torch.randperm(len(self.mnist.train), generator=generator)
+            if epoch < progress.epoch:
+                continue  # finished before the resume: its order is drawn only to come to the next
+            if self._epoch(order.to(self.device), max_steps, stop, log):
                 return not stop.is_set()
             progress.accuracies.append(accuracy(predictions(self.model, hp, self.mnist.test), self.mnist.test))
             progress.epoch_seconds.append(progress.seconds)
@@ -251,8 +255,17 @@ def load_state(path: Path) -> dict[str, Any]:
     """
     path = path / "training_state.pt" if path.is_dir() else path
     state = _load(path)
-    if not (isinstance(state, dict) and {"model", "optimizer", "progress", "hyperparameters"} <= state.keys()):
-        raise UserError(f"{path} is not a training_state.pt")
+    try:
+        hp = Hyperparameters(**state["hyperparameters"])
+        Progress(**state["progress"])
+        if state["source"] not in SOURCES:
+            raise ValueError
+        model = hp.model()
+        model.load_state_dict(state["model"])
+        torch.optim.Adam(model.parameters()).load_state_dict(state["optimizer"])
+        state["hyperparameters"] = asdict(hp)
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError, RuntimeError):
+        raise UserError(f"{path} is not a training_state.pt") from None
     return state
 
 
@@ -271,7 +284,9 @@ def load_model(path: Path, device: torch.device) -> tuple[BiRNN, Hyperparameters
         hp.check()
         model = hp.model()
         model.load_state_dict(state)
-    except (KeyError, TypeError, AttributeError, ValueError, IndexError, RuntimeError, UserError) as error:
+    except KeyError as error:
+        raise UserError(f"{path} is not a BiRNN's model.ckpt: it has no {error}") from None
+    except (TypeError, AttributeError, ValueError, IndexError, RuntimeError, UserError) as error:
         raise UserError(f"{path} is not a BiRNN's model.ckpt: {' '.join(str(error).split())}") from None
     return model.to(device), hp
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -20,12 +21,14 @@ from birnn_ext.mnist import cli, data
 from birnn_ext.mnist.training import Hyperparameters
 
 COMMAND = [sys.executable, "-m", "birnn_ext.mnist"]
+# One thread: two that share a core with another program wait for each other far longer than they work.
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 SAMPLE = ["--data-source", "sample", "--device", "cpu"]
 SMALL = [*SAMPLE, "--hidden-size", "24", "--batch-size", "50", "--learning-rate", "0.01"]
 
 
 def run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True)
+    return subprocess.run([*COMMAND, *map(str, arguments)], capture_output=True, text=True, env=ENVIRONMENT)
 
 
 @pytest.fixture(scope="module")
@@ -104,8 +107,8 @@ def test_predict(trained, tmp_path):
     for k in range(20):
         image = Image.fromarray(255 - test.images[k].numpy())
         if k % 2:  # a large picture of another mode
-            image = image.resize((140, 140)).convert("RGBA")
-        paths.append(tmp_path / f"{k}.png")
+            image = image.resize((140, 140)).convert("RGBA" if k % 4 == 1 else "RGB")
+        paths.append(tmp_path / f"{k}.{'jpg' if k % 4 == 3 else 'png'}")
         image.save(paths[-1])
     done = run("predict", out / "model.ckpt", "--device", "cpu", *paths)
     assert done.returncode == 0, done.stderr
@@ -122,32 +125,44 @@ def test_interrupted_and_resumed_is_as_if_never_interrupted(trained, tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        env=ENVIRONMENT,
     ) as child:
         said = ""
-        while "| 2" not in said:  # until the bar shows 20-odd steps
-            said += child.stderr.read(1)
-            assert child.poll() is None, said
+        while not re.search(r"\| [1-9]\d*/100 ", said):  # until the bar shows a step
+            got = child.stderr.read(1)
+            assert got, said
+            said += got
         child.send_signal(signal.SIGINT)
         time.sleep(0.01)
         child.send_signal(signal.SIGINT)  # an impatient user's second one must do no harm
         stdout, _ = child.communicate(timeout=60)
     assert child.returncode == 130
-    assert re.search(r"Interrupted after \d+ steps. To go on: birnn-mnist train --resume", stdout)
+    (hint,) = re.findall(r"Interrupted after \d+ steps. To go on: birnn-mnist (train .*)", stdout)
+    assert shlex.split(hint) == ["train", "--out", str(tmp_path), "--data", "data", *SAMPLE, "--resume"]
     cut = json.loads((tmp_path / "metrics.json").read_text())
-    assert 20 <= len(cut["loss"]) < 200
+    assert 1 <= len(cut["loss"]) < 200
     TutorialBiRNN(28, 24, 2, 10).load_state_dict(torch.load(tmp_path / "model.ckpt", weights_only=True))
 
     wrong = run("train", *SAMPLE, "--out", tmp_path, "--resume", "--hidden-size", 32)
     assert (wrong.returncode, wrong.stdout) == (2, "")
     assert "hidden_size of the training to resume is 24, not 32" in wrong.stderr
 
-    done = run("train", *SAMPLE, "--out", tmp_path, "--resume")
+    done = run(*shlex.split(hint))
     assert done.returncode == 0, done.stderr
     expected, found = (json.loads((folder / "metrics.json").read_text()) for folder in (whole, tmp_path))
     assert found["loss"] == expected["loss"]
     assert found["epoch_accuracy"] == expected["epoch_accuracy"]
     a, b = (torch.load(folder / "model.ckpt", weights_only=True) for folder in (whole, tmp_path))
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("part", ["model", "optimizer", "progress", "hyperparameters", "source"])
+def test_training_state_with_a_wrong_part_is_an_error(trained, tmp_path, capsys, part):
+    state = torch.load(trained[0] / "training_state.pt", weights_only=True)
+    torch.save({**state, part: {"other": 1}}, tmp_path / "state.pt")
+    assert cli.main(["train", *SAMPLE, "--out", str(tmp_path), "--resume", str(tmp_path / "state.pt")]) == 2
+    printed = capsys.readouterr()
+    assert printed.err == f"birnn-mnist: error: {tmp_path / 'state.pt'} is not a training_state.pt\n"
 
 
 def test_max_steps_and_more_epochs(tmp_path):
@@ -168,19 +183,25 @@ ERRORS = [
     (["fly"], "invalid choice: 'fly'"),
     (["train", "--batch-size", "many"], "argument --batch-size: invalid int value: 'many'"),
     (["train", "--batch-size", "0"], "batch_size must be positive, got 0"),
+    (["train", "--batch-size", "1" + "0" * 30], "batch_size is too large"),
     (["train", "--learning-rate", "nan"], "learning_rate must be positive, got nan"),
     (["train", "--max-steps", "0"], "max_steps must be positive, got 0"),
     (["train", "--input-size", "30"], "must be the 784 pixels of a digit, got 28 * 30 = 840"),
     (["train", "--num-classes", "9"], "num_classes must be at least 10"),
     (["train", "--seed", str(2**63)], "seed must fit 64 bits"),
     (["train", "--device", "toaster"], "device 'toaster' can't be used"),
+    (["train", "--device", "privateuseone"], "device 'privateuseone' can't be used"),
+    (["train", "--device", "xla"], "device 'xla' can't be used: Could not run 'aten::empty.memory_format'"),
     (["train", "--device", "meta"], "device 'meta' can't be used"),
     (["train", "--data-source", "moon"], "invalid choice: 'moon'"),
     (["train", "--data-source", "files", "--data", "nowhere"], "no MNIST data from files"),
     (["train", "--resume", "nowhere"], "there is no file nowhere"),
     (["evaluate", "absent.ckpt"], "there is no file absent.ckpt"),
     (["evaluate", "text.ckpt"], "text.ckpt is not a checkpoint"),
-    (["evaluate", "other.ckpt"], "other.ckpt is not a BiRNN's model.ckpt"),
+    (["train", "--resume", "list.ckpt"], "list.ckpt is not a training_state.pt"),
+    (["train", "--resume", "model.ckpt"], "model.ckpt is not a training_state.pt"),
+    (["train", *SAMPLE, "--hidden-size", "100000000"], "not enough memory for a model or a batch of this size"),
+    (["evaluate", "other.ckpt"], "other.ckpt is not a BiRNN's model.ckpt: it has no 'fc.weight'"),
     (["evaluate", "list.ckpt"], "list.ckpt is not a BiRNN's model.ckpt"),
     (["predict", "model.ckpt", "text.ckpt"], "text.ckpt can't be read as a picture"),
     (["predict", "model.ckpt"], "the following arguments are required: IMAGE"),
@@ -236,10 +257,7 @@ def test_defaults_are_the_tutorials():
 @pytest.mark.cuda
 def test_train_on_cuda(tmp_path):
     options = ["--data-source", "sample", "--device", "cuda", "--hidden-size", "8", "--max-steps", "2"]
-    done = subprocess.run(
-        [*COMMAND, "train", *options, "--batch-size", "4", "--out", str(tmp_path)],
-        capture_output=True, text=True, env={**os.environ},
-    )  # fmt: skip
+    done = run("train", *options, "--batch-size", "4", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     assert metrics["device"] == "cuda"
