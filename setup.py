@@ -99,9 +99,11 @@ options = {
     "depends": sorted(glob.glob("csrc/**/*.h", recursive=True)),
     "include_dirs": [os.path.abspath("csrc")],
     "extra_compile_args": {
-        # strict ISO C++ mode would turn off the contraction to fused multiply-add
-        "cxx": ["-O3", "-ffp-contract=fast", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-Wno-unknown-pragmas"],
+        # strict ISO C++ mode would turn off the contraction to fused multiply-add; at::parallel_for is OpenMP in a
+        # header, and without the flag it is a plain loop
+        "cxx": ["-O3", "-ffp-contract=fast", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wno-psabi"],
     },
+    "extra_link_args": ["-fopenmp"],
 }
 if cuda_home:
     options["sources"] += sorted(glob.glob("csrc/cuda/*.cpp") + glob.glob("csrc/cuda/*.cu"))

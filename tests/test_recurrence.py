@@ -199,6 +199,20 @@ def test_bitwise_the_same_for_any_number_of_threads(ragged):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads in /proc, which this system lacks")
+def test_runs_on_as_many_threads_as_torch_is_told():
+    code = """
+import os, torch, birnn_ext
+torch.set_num_threads(3)
+gates_x, w_hh = torch.zeros(2, 8, 2, 64), torch.zeros(2, 64, 16)
+before = len(os.listdir("/proc/self/task"))
+torch.ops.birnn_ext.lstm_recurrence(gates_x, w_hh, None, None, None, False)
+print("started", len(os.listdir("/proc/self/task")) - before)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "started 2" in done.stdout, done.stdout + done.stderr
+
+
 IMPORT = "import birnn_ext"
 
 

@@ -96,13 +96,11 @@ struct Math<float> {
   using V = Vec<float>;
   using I = VectorOf<int32_t, kLanes<float>>::type;
 
-  // x = n ln2 + r; returns exp(r) - 1.
-  static INLINE V reduce(V x, I& n) {
-    constexpr float kRound = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer, found in the low bits
-    const V shifted = x * 1.44269504088896341f + kRound;
-    const V whole = shifted - kRound;
-    n = bit_cast<I>(shifted) - bit_cast<I>(V{} + kRound);
-    const V r = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
+  // x = n ln2 + r, n an integer, |x| < 200; returns exp(r) - 1.
+  static INLINE V reduce(V x, V& n) {
+    constexpr float kRound = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
+    n = (x * 1.44269504088896341f + kRound) - kRound;
+    const V r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
     V p = V{} + 1.9875691500e-4f;
     p = p * r + 1.3981999507e-3f;
     p = p * r + 8.3334519073e-3f;
@@ -111,27 +109,42 @@ struct Math<float> {
     p = p * r + 5.0000001201e-1f;
     return r + (r * r) * p;
   }
-  static INLINE V power_of_two(I n) { return bit_cast<V>((n + 127) << 23); }
   static INLINE V abs(V x) { return bit_cast<V>(bit_cast<I>(x) & 0x7fffffff); }
 
+  // The smaller of x and limit; NaN for NaN.
+  static INLINE V at_most(V x, float limit) {
+#if BIRNN_ISA_BYTES == 64
+    return __builtin_ia32_minps512_mask(V{} + limit, x, V{}, 0xffff, 4);  // the second operand if one is NaN
+#else
+    return x > limit ? V{} + limit : x;
+#endif
+  }
+  // v 2^n, rounded once; n an integer, -252 <= n <= 127.
+  static INLINE V scale(V v, V n) {
+#if BIRNN_ISA_BYTES == 64
+    return __builtin_ia32_scalefps512_mask(v, n, V{}, 0xffff, 4);
+#else
+    const I whole = __builtin_convertvector(n, I), half = whole >> 1;  // 2^n may be no normal float: in two factors
+    return v * bit_cast<V>((half + 127) << 23) * bit_cast<V>((whole - half + 127) << 23);
+#endif
+  }
+
   static INLINE V sigmoid(V x) {
-    V magnitude = abs(x);
-    magnitude = magnitude > 110.f ? V{} + 110.f : magnitude;  // exp(-110) rounds to 0; the comparison keeps NaN
-    I n;
-    const V p = reduce(-magnitude, n);
-    const I half = n >> 1;  // 2^n can be below the smallest float: in two factors
-    const V e = (p + 1.f) * power_of_two(half) * power_of_two(n - half);
-    return (x < 0.f ? e : V{} + 1.f) / (1.f + e);
+    // e / (1 + e) with e = exp(x). Above 40 it rounds to 1, below -110 to 0.
+    V n;
+    const V clamped = at_most(x, 40.f);
+    const V p = reduce(clamped < -110.f ? V{} - 110.f : clamped, n);
+    const V e = scale(p + 1.f, n);
+    return e / (1.f + e);
   }
 
   static INLINE V tanh(V x) {
-    V magnitude = abs(x);
-    magnitude = magnitude > 20.f ? V{} + 20.f : magnitude;  // tanh(20) rounds to 1
-    I n;
-    const V p = reduce(-2.f * magnitude, n);
-    const V scale = power_of_two(n);
-    const V expm1 = scale * p + (scale - 1.f);
-    const V result = -expm1 / (2.f + expm1);
+    // E / (E + 2) with E = exp(2 |x|) - 1 = 2^n p + (2^n - 1). Above 20 it rounds to 1.
+    V n;
+    const V p = reduce(2.f * at_most(abs(x), 20.f), n);
+    const V power = scale(V{} + 1.f, n);
+    const V expm1 = power * p + (power - 1.f);
+    const V result = expm1 / (2.f + expm1);
     return bit_cast<V>(bit_cast<I>(result) | (bit_cast<I>(x) & int32_t(0x80000000)));
   }
 };
