@@ -14,6 +14,11 @@ from birnn_ext.ops import lstm_recurrence
 State = tuple[Tensor, Tensor]
 
 
+def _autocasts(x: Tensor) -> bool:
+    # a device such as meta has no autocast, and asking about it is an error
+    return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+
+
 class LSTM(nn.LSTM):
     """A drop-in for `torch.nn.LSTM`: same arguments, parameters, initialisation, state_dict and results.
 
@@ -94,15 +99,19 @@ class LSTM(nn.LSTM):
         Raises:
             ValueError: a wrong number of dimensions, `output` or `lengths` that fit nothing.
             RuntimeError: sizes of input or hx that do not fit, as `torch.nn.LSTM`.
-            TypeError: a dtype that does not fit.
+            TypeError: an argument of a wrong type or dtype.
         """
         if output not in ("all", "last"):
             raise ValueError(f'LSTM: output must be "all" or "last", got {output!r}')
+        if hx is not None and not (len(hx) == 2 and all(isinstance(state, Tensor) for state in hx)):
+            raise TypeError("LSTM: hx must be None or a pair of tensors (h_0, c_0)")
         if isinstance(input, PackedSequence):
             if lengths is not None:
                 raise ValueError("LSTM: lengths must be None with a PackedSequence, which has its own")
             return self._forward_packed(input, hx, output)
 
+        if not isinstance(input, Tensor):
+            raise TypeError(f"LSTM: input must be a tensor or a PackedSequence, got {type(input).__name__}")
         if input.dim() not in (2, 3):
             raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
         batched = input.dim() == 3
@@ -150,6 +159,8 @@ class LSTM(nn.LSTM):
 
     @staticmethod
     def _check_lengths(lengths: Tensor, x: Tensor) -> None:
+        if not isinstance(lengths, Tensor):
+            raise TypeError(f"LSTM: lengths must be a tensor, got {type(lengths).__name__}")
         if lengths.shape != x.shape[1:2]:
             raise ValueError(f"LSTM: lengths must have shape ({x.shape[1]},), got {tuple(lengths.shape)}")
         if lengths.dtype != torch.int64:
@@ -163,7 +174,7 @@ class LSTM(nn.LSTM):
             raise RuntimeError("LSTM: Expected sequence length to be larger than 0 in RNN")
         self._check_sizes(x, hx)
         directions = 2 if self.bidirectional else 1
-        if torch.is_autocast_enabled(x.device.type):
+        if _autocasts(x):
             dtype = torch.get_autocast_dtype(x.device.type)
             x = x.to(dtype)
             hx = None if hx is None else (hx[0].to(dtype), hx[1].to(dtype))
@@ -190,7 +201,7 @@ class LSTM(nn.LSTM):
             raise RuntimeError(
                 f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {x.shape[2]}"
             )
-        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        if x.dtype != weight.dtype and not _autocasts(x):
             raise ValueError(f"LSTM: input and weights must have the same dtype, got {x.dtype} and {weight.dtype}")
         if x.device != weight.device:
             raise ValueError(f"LSTM: input must be on the weights' device {weight.device}, got {x.device}")
@@ -200,7 +211,7 @@ class LSTM(nn.LSTM):
         for name, state in zip(("hidden[0]", "hidden[1]"), hx, strict=True):
             if state.shape != expected:
                 raise RuntimeError(f"Expected {name} size {expected}, got {list(state.shape)}")
-            if state.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+            if state.dtype != x.dtype and not _autocasts(x):
                 raise ValueError(f"LSTM: {name} must be {x.dtype} as the input, got {state.dtype}")
             if state.device != x.device:
                 raise ValueError(f"LSTM: {name} must be on the input's device {x.device}, got {state.device}")

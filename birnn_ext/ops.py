@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from birnn_ext import _C, reference
 from birnn_ext._info import reference_calls
@@ -30,7 +31,8 @@ def lstm_recurrence(
     """Runs an LSTM layer's time steps, given its input projection.
 
     For D = 2, direction 1 runs the same recurrence backwards in time. Gate order is i, f, g, o, as in `torch.nn.LSTM`;
-    the equations are in csrc/core/lstm_cell.h. Differentiable any number of times in all floating-point arguments.
+    the equations are in csrc/core/lstm_cell.h. Differentiable any number of times in all floating-point arguments, in
+    forward mode too.
 
     Args:
         gates_x: (T, B, D, 4H), W_ih x_t + b_ih + b_hh; T >= 1, D is 1 or 2; float64, float32, float16 or bfloat16.
@@ -46,8 +48,11 @@ def lstm_recurrence(
         ValueError: a shape or device does not fit, or a length is out of range (on CUDA: a device-side assertion).
         TypeError: a dtype does not fit.
     """
-    floating = (gates_x, w_hh, h0, c0)
-    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in floating)
+    floating = [t for t in (gates_x, w_hh, h0, c0) if t is not None]
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in floating):
+        # Custom operators have no forward mode: PyTorch would drop the tangents without a word.
+        return reference.lstm_recurrence(gates_x, w_hh, h0, c0, lengths, False)[:3]
+    save = torch.is_grad_enabled() and any(t.requires_grad for t in floating)
     return torch.ops.birnn_ext.lstm_recurrence(gates_x, w_hh, h0, c0, lengths, save)[:3]
 
 

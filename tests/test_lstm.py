@@ -272,6 +272,32 @@ def test_double_backward(device):
     all_near(*results)
 
 
+@pytest.mark.parametrize("ragged", [True, False], ids=["ragged", "full"])
+def test_forward_mode(ragged, device):
+    ours, theirs = twins(3, 5, bidirectional=True, dtype=torch.float64)
+    ours = ours.to(device)
+    x, v = torch.randn(2, 4, 2, 3, dtype=torch.float64)
+    lengths = torch.tensor([4, 4 - ragged])
+
+    def run(x):
+        return ours(x.to(device), lengths=lengths.to(device))[0].cpu()
+
+    y, tangent = torch.func.jvp(run, (x,), (v,))
+    # nn.LSTM: its derivative is linear in v, so two reverse passes give the forward one
+    padded = x.clone().requires_grad_()
+    expected, _ = pad_packed_sequence(theirs(pack_padded_sequence(padded, lengths))[0])
+    u = torch.zeros_like(expected, requires_grad=True)
+    (pulled,) = torch.autograd.grad(expected, padded, u, create_graph=True)
+    (pushed,) = torch.autograd.grad(pulled, u, v)
+    all_near([y, tangent], [expected, pushed])
+
+
+def test_meta_device():
+    ours = LSTM(3, 5, 2, bidirectional=True, device="meta")
+    y, (h_n, c_n) = ours(torch.empty(4, 2, 3, device="meta"))
+    assert (y.shape, h_n.shape, c_n.shape) == ((4, 2, 10), (4, 2, 5), (4, 2, 5))
+
+
 def test_runs_the_compiled_op(device):
     before = op_calls()
     ours = LSTM(3, 5, 2, bidirectional=True, device=device)
@@ -428,6 +454,10 @@ ERRORS = [
     (lambda m: m(torch.randn(4, 2, 3), lengths=torch.tensor([-1, 4])), ValueError, r"got lengths\[0\] = -1"),
     (lambda m: m(torch.randn(4, 3), lengths=torch.tensor([4])), ValueError, "lengths must be None with unbatched"),
     (lambda m: m(pack_sequence([torch.randn(2, 3)]), lengths=torch.tensor([2])), ValueError, "lengths must be None with a PackedSequence"),
+    (lambda m: m([1.0]), TypeError, "input must be a tensor or a PackedSequence, got list"),
+    (lambda m: m(torch.randn(4, 2, 3), lengths=[1, 2]), TypeError, "lengths must be a tensor, got list"),
+    (lambda m: m(torch.randn(4, 2, 3), torch.zeros(1, 2, 5)), TypeError, "hx must be None or a pair of tensors"),
+    (lambda m: m(torch.randn(4, 2, 3), (torch.zeros(1, 2, 5), None)), TypeError, "hx must be None or a pair of tensors"),
     (lambda m: LSTM(3, 5, proj_size=2), NotImplementedError, "proj_size must be 0, got 2"),
     (lambda m: LSTM(3, 0), ValueError, "hidden_size must be greater than zero"),
     (lambda m: LSTM(3, 5, dropout=2), ValueError, "dropout should be a number in range"),
