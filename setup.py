@@ -95,7 +95,7 @@ else:
 from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension  # noqa: E402
 
 options = {
-    "sources": ["csrc/module.cpp", "csrc/schema.cpp", *sorted(glob.glob("csrc/cpu/*.cpp"))],
+    "sources": ["csrc/module.cpp", "csrc/schema.cpp", "csrc/layer_autograd.cpp", *sorted(glob.glob("csrc/cpu/*.cpp"))],
     "depends": sorted(glob.glob("csrc/**/*.h", recursive=True)),
     "include_dirs": [os.path.abspath("csrc")],
     "extra_compile_args": {

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from birnn_ext.ops import lstm_recurrence
+from birnn_ext.ops import lstm_layer
 
 State = tuple[Tensor, Tensor]
 
@@ -35,6 +35,8 @@ class LSTM(nn.LSTM):
         bidirectional: D = 2 directions instead of 1.
         proj_size: not implemented; must be 0.
         device, dtype: of the parameters; float64, float32, float16 or bfloat16.
+        recompute: keep only inputs, outputs and cell states for the backward pass, and compute the gates anew there: less
+            memory, more time. On the CPU in float32 and float64; elsewhere without effect.
 
     Raises:
         NotImplementedError: proj_size is not 0.
@@ -53,6 +55,8 @@ class LSTM(nn.LSTM):
         proj_size: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        recompute: bool = False,
     ) -> None:
         if proj_size != 0:
             raise NotImplementedError(f"birnn_ext.LSTM: proj_size must be 0, got {proj_size}")
@@ -67,6 +71,7 @@ class LSTM(nn.LSTM):
             device=device,
             dtype=dtype,
         )
+        self.recompute = recompute
 
     def flatten_parameters(self) -> None:
         """Does nothing: there is no flattened copy of the weights. Kept for code that calls it on an nn.LSTM."""
@@ -216,19 +221,13 @@ class LSTM(nn.LSTM):
             if state.device != x.device:
                 raise ValueError(f"LSTM: {name} must be on the input's device {x.device}, got {state.device}")
 
-    def _parameters_of(self, name: str, layer: int, directions: range, dtype: torch.dtype) -> list[Tensor]:
-        return [getattr(self, f"{name}_l{layer}{'_reverse' if d else ''}").to(dtype) for d in directions]
-
     def _layer(self, layer: int, directions: range, x: Tensor, h0: Tensor | None, c0: Tensor | None, lengths):
         """One layer's given directions: x (T, B, .) -> y (T, B, D, H), h_n, c_n (D, B, H)."""
-        weight = torch.cat(self._parameters_of("weight_ih", layer, directions, x.dtype))
-        bias = None
-        if self.bias:
-            b_ih, b_hh = (self._parameters_of(name, layer, directions, x.dtype) for name in ("bias_ih", "bias_hh"))
-            bias = torch.cat(b_ih) + torch.cat(b_hh)
-        w_hh = torch.stack(self._parameters_of("weight_hh", layer, directions, x.dtype))
-        gates_x = F.linear(x, weight, bias).unflatten(-1, (len(directions), -1))
-        return lstm_recurrence(gates_x, w_hh, h0, c0, lengths)
+        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh") if self.bias else ("weight_ih", "weight_hh")
+        weights = [getattr(self, f"{name}_l{layer}{'_reverse' if d else ''}") for d in directions for name in names]
+        if weights[0].dtype != x.dtype:  # autocast
+            weights = [w.to(x.dtype) for w in weights]
+        return lstm_layer(x, weights, self.bias, h0, c0, lengths, self.recompute)
 
     def _last_output(self, layer: int, x: Tensor, h0: Tensor | None, c0: Tensor | None, lengths: Tensor | None):
         """The last layer's output at each sequence's last step, (B, D * H), and the forward direction's h_n, c_n.

@@ -11,6 +11,7 @@ import warnings
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
@@ -49,11 +50,64 @@ def lstm_recurrence(
         TypeError: a dtype does not fit.
     """
     floating = [t for t in (gates_x, w_hh, h0, c0) if t is not None]
-    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in floating):
-        # Custom operators have no forward mode: PyTorch would drop the tangents without a word.
+    if _has_tangent(*floating):
         return reference.lstm_recurrence(gates_x, w_hh, h0, c0, lengths, False)[:3]
     save = torch.is_grad_enabled() and any(t.requires_grad for t in floating)
     return torch.ops.birnn_ext.lstm_recurrence(gates_x, w_hh, h0, c0, lengths, save)[:3]
+
+
+def lstm_layer(
+    x: Tensor,
+    weights: list[Tensor],
+    bias: bool,
+    h0: Tensor | None = None,
+    c0: Tensor | None = None,
+    lengths: Tensor | None = None,
+    recompute: bool = False,
+) -> Tensors3:
+    """Runs an LSTM layer with its input projection: one operator on the CPU, elsewhere a matrix product before it.
+
+    Differentiable as `lstm_recurrence`. On the CPU in float32 and float64 the kernels compute the input projection step
+    by step, so that it never visits memory, and the gradients of weights and input round by round.
+
+    Args:
+        x: (T, B, I), T >= 1; float64, float32, float16 or bfloat16.
+        weights: of each direction w_ih (4H, I), w_hh (4H, H) and, with bias, bias_ih (4H,) and bias_hh (4H,), as
+            `torch.nn.LSTM` orders them; of x's dtype and device, as h0 and c0.
+        bias: whether there are biases.
+        h0, c0: (D, B, H), the initial states; None stands for zeros.
+        lengths: (B,) int64 as for `lstm_recurrence`.
+        recompute: keep only the cell states for the backward pass (beside x and y), a fifth, and compute the gates
+            anew there. Where the layer is not one operator, the gates are kept all the same.
+
+    Returns:
+        y (T, B, D, H), h_n and c_n (D, B, H).
+
+    Raises:
+        ValueError, TypeError: as `lstm_recurrence`.
+    """
+    if _is_one_operator(x, weights, h0, c0):
+        save = (2 if recompute else 1) if torch.is_grad_enabled() else 0
+        return torch.ops.birnn_ext.lstm_layer(x, weights, bias, h0, c0, lengths, save)[:3]
+    stride = 4 if bias else 2
+    w_ih, w_hh = weights[::stride], weights[1::stride]
+    b = torch.cat(weights[2::stride]) + torch.cat(weights[3::stride]) if bias else None
+    gates_x = F.linear(x, torch.cat(w_ih), b).unflatten(-1, (len(w_ih), -1))
+    return lstm_recurrence(gates_x, torch.stack(w_hh), h0, c0, lengths)
+
+
+def _is_one_operator(x: Tensor, weights: list[Tensor], h0: Tensor | None, c0: Tensor | None) -> bool:
+    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
+        return False
+    # functorch's transforms know the parts, but no autograd Function written in C++
+    return not torch._C._are_functorch_transforms_active() and not _has_tangent(x, *weights, h0, c0)
+
+
+def _has_tangent(*tensors: Tensor | None) -> bool:
+    """Whether forward-mode AD is at work. Custom operators have none: PyTorch would drop the tangents without a word."""
+    if forward_ad._current_level < 0:
+        return False
+    return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
 # --- fake tensors -----------------------------------------------------------------------------------------------------
@@ -82,6 +136,28 @@ def _(w_hh, c0, lengths, gates, cells, dy, dh_n, dc_n, state_grads) -> Tensors3:
     _, batch, directions, _ = gates.shape
     d_state = gates.new_empty(directions, batch, w_hh.shape[-1]) if state_grads else gates.new_empty(0)
     return gates.new_empty(gates.shape), d_state, torch.empty_like(d_state)
+
+
+@torch.library.register_fake("birnn_ext::lstm_layer")
+def _(x, weights, bias, h0, c0, lengths, save) -> Tensors5:
+    steps, batch, _ = x.shape
+    directions, hidden = len(weights) // (4 if bias else 2), weights[1].shape[1]
+    y = x.new_empty(steps, batch, directions, hidden)
+    state = x.new_empty(directions, batch, hidden)
+    gates = x.new_empty(steps, batch, directions, 4 * hidden) if save == 1 else x.new_empty(0)
+    cells = torch.empty_like(y) if save else x.new_empty(0)
+    return y, state, torch.empty_like(state), gates, cells
+
+
+@torch.library.register_fake("birnn_ext::lstm_layer_backward")
+def _(
+    x, weights, bias, h0, c0, lengths, y, gates, cells, dy, dh_n, dc_n, x_grad, weight_grads, state_grads
+) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+    _, batch, directions, hidden = y.shape
+    dx = x.new_empty(x.shape) if x_grad else x.new_empty(0)
+    d_weights = [w.new_empty(w.shape) if weight_grads else w.new_empty(0) for w in weights]
+    d_state = x.new_empty(directions, batch, hidden) if state_grads else x.new_empty(0)
+    return dx, d_weights, d_state, torch.empty_like(d_state)
 
 
 # --- devices without a kernel -----------------------------------------------------------------------------------------

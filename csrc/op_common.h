@@ -52,107 +52,144 @@ inline void check(const OptionalTensor& t, const char* name, at::IntArrayRef sha
   if (t) check(*t, name, shape, type, device);
 }
 
-// Tensors made contiguous, kept alive as long as the params that point into them.
+// Tensors kept alive as long as the params that point into them.
 struct Held {
   Tensor tensors[8];
   int count = 0;
+  const Tensor& hold(Tensor t) { return tensors[count++] = std::move(t); }
+  // of a tensor made contiguous
   template <class T = void>
   const T* pointer(const OptionalTensor& t) {
     if (!t || !t->defined()) return nullptr;
-    tensors[count] = t->contiguous();
-    return static_cast<const T*>(tensors[count++].const_data_ptr());
+    return static_cast<const T*>(hold(t->contiguous()).const_data_ptr());
+  }
+  // of each direction in a tensor (D, ...)
+  void directions(const Tensor& t, const void* (&to)[2]) {
+    to[0] = pointer(t);
+    if (t.size(0) == 2) to[1] = static_cast<const char*>(to[0]) + t.numel() / 2 * t.element_size();
   }
 };
 
 struct Forward {
   DType dtype;
-  ForwardParams params;
+  ForwardParams params = {};
   Held inputs;
   Tensor y, h_n, c_n, gates, cells;
   std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> results() const { return {y, h_n, c_n, gates, cells}; }
 
+  // Of the recurrence alone.
   Forward(const Tensor& gates_x, const Tensor& w_hh, const OptionalTensor& h0, const OptionalTensor& c0,
-          const OptionalTensor& lengths, bool save) {
-    dtype = dtype_of(gates_x, "gates_x");
-    const auto type = gates_x.scalar_type();
-    const auto device = gates_x.device();
-    TORCH_CHECK_VALUE(gates_x.dim() == 4 && gates_x.size(3) % 4 == 0 && gates_x.size(3) > 0,
-                      "lstm_recurrence: gates_x must have shape (T, B, D, 4H), got ", gates_x.sizes());
-    const int64_t T = gates_x.size(0), B = gates_x.size(1), D = gates_x.size(2), H = gates_x.size(3) / 4;
-    TORCH_CHECK_VALUE(T > 0, "lstm_recurrence: gates_x must have at least one time step, got shape ", gates_x.sizes());
-    TORCH_CHECK_VALUE(D == 1 || D == 2, "lstm_recurrence: gates_x must have 1 or 2 directions, got shape ",
-                      gates_x.sizes());
-    check(w_hh, "w_hh", {D, 4 * H, H}, type, device);
-    check(h0, "h0", {D, B, H}, type, device);
-    check(c0, "c0", {D, B, H}, type, device);
+          const OptionalTensor& lengths, bool save)
+      : Forward(dtype_of(gates_x, "gates_x"), sizes_of(gates_x), gates_x.options(), h0, c0, lengths, save, save) {
+    check(w_hh, "w_hh", {params.D, 4 * params.H, params.H}, gates_x.scalar_type(), gates_x.device());
+    params.gates_x = inputs.pointer(gates_x);
+    inputs.directions(w_hh, params.w_hh);
+  }
+
+  // All but where the pre-activations come from.
+  Forward(DType type, const RecurrenceSizes& sizes, const at::TensorOptions& options, const OptionalTensor& h0,
+          const OptionalTensor& c0, const OptionalTensor& lengths, bool save_gates, bool save_cells)
+      : dtype(type) {
+    const auto [T, B, D, H] = sizes;
+    const auto scalar = c10::typeMetaToScalarType(options.dtype());
+    const auto device = options.device();
+    check(h0, "h0", {D, B, H}, scalar, device);
+    check(c0, "c0", {D, B, H}, scalar, device);
     check(lengths, "lengths", {B}, at::kLong, device);
 
-    const auto options = gates_x.options();
     y = at::empty({T, B, D, H}, options);
     h_n = at::empty({D, B, H}, options);
     c_n = at::empty({D, B, H}, options);
-    gates = save ? at::empty({T, B, D, 4 * H}, options) : at::empty({0}, options);
-    cells = at::empty({0}, options.dtype(accumulate_type(type)));
-    if (save) cells = at::empty({T, B, D, H}, cells.options());
+    gates = save_gates ? at::empty({T, B, D, 4 * H}, options) : at::empty({0}, options);
+    cells = at::empty(save_cells ? at::DimVector{T, B, D, H} : at::DimVector{0}, options.dtype(accumulate_type(scalar)));
 
-    static_cast<RecurrenceSizes&>(params) = {T, B, D, H};
-    params.gates_x = inputs.pointer(gates_x);
-    params.w_hh = inputs.pointer(w_hh);
+    static_cast<RecurrenceSizes&>(params) = sizes;
     params.h0 = inputs.pointer(h0);
     params.c0 = inputs.pointer(c0);
     params.lengths = inputs.pointer<int64_t>(lengths);
     params.y = y.mutable_data_ptr();
     params.h_n = h_n.mutable_data_ptr();
     params.c_n = c_n.mutable_data_ptr();
-    params.gates = save ? gates.mutable_data_ptr() : nullptr;
-    params.cells = save ? cells.mutable_data_ptr() : nullptr;
+    params.gates = save_gates ? gates.mutable_data_ptr() : nullptr;
+    params.cells = save_cells ? cells.mutable_data_ptr() : nullptr;
+  }
+
+ private:
+  static RecurrenceSizes sizes_of(const Tensor& gates_x) {
+    TORCH_CHECK_VALUE(gates_x.dim() == 4 && gates_x.size(3) % 4 == 0 && gates_x.size(3) > 0,
+                      "lstm_recurrence: gates_x must have shape (T, B, D, 4H), got ", gates_x.sizes());
+    TORCH_CHECK_VALUE(gates_x.size(0) > 0, "lstm_recurrence: gates_x must have at least one time step, got shape ",
+                      gates_x.sizes());
+    TORCH_CHECK_VALUE(gates_x.size(2) == 1 || gates_x.size(2) == 2,
+                      "lstm_recurrence: gates_x must have 1 or 2 directions, got shape ", gates_x.sizes());
+    return {gates_x.size(0), gates_x.size(1), gates_x.size(2), gates_x.size(3) / 4};
   }
 };
 
 struct Backward {
   DType dtype;
-  BackwardParams params;
+  BackwardParams params = {};
   Held inputs;
   Tensor d_gates_x, dh0, dc0;
   std::tuple<Tensor, Tensor, Tensor> results() const { return {d_gates_x, dh0, dc0}; }
 
+  // Of the recurrence alone.
   Backward(const Tensor& w_hh, const OptionalTensor& c0, const OptionalTensor& lengths, const Tensor& gates,
            const Tensor& cells, const OptionalTensor& dy, const OptionalTensor& dh_n, const OptionalTensor& dc_n,
-           bool state_grads) {
-    dtype = dtype_of(gates, "gates");
-    const auto type = gates.scalar_type();
-    const auto device = gates.device();
-    TORCH_CHECK_VALUE(gates.dim() == 4 && gates.size(3) % 4 == 0 && gates.size(0) > 0,
-                      "lstm_recurrence_backward: gates must be those of a forward call with save=True, got shape ",
-                      gates.sizes());
-    const int64_t T = gates.size(0), B = gates.size(1), D = gates.size(2), H = gates.size(3) / 4;
-    TORCH_CHECK_VALUE(D == 1 || D == 2, "lstm_recurrence_backward: gates must have 1 or 2 directions, got shape ",
-                      gates.sizes());
-    check(w_hh, "w_hh", {D, 4 * H, H}, type, device);
-    check(c0, "c0", {D, B, H}, type, device);
-    check(lengths, "lengths", {B}, at::kLong, device);
-    check(cells, "cells", {T, B, D, H}, accumulate_type(type), device);
-    check(dy, "dy", {T, B, D, H}, type, device);
-    check(dh_n, "dh_n", {D, B, H}, type, device);
-    check(dc_n, "dc_n", {D, B, H}, type, device);
+           bool state_grads)
+      : Backward(dtype_of(gates, "gates"), sizes_of(gates), gates.options(), c0, lengths, gates, cells,
+                 dy ? OptionalTensor(dy->contiguous()) : dy, dh_n, dc_n, state_grads) {
+    check(w_hh, "w_hh", {params.D, 4 * params.H, params.H}, gates.scalar_type(), gates.device());
+    inputs.directions(w_hh, params.w_hh);
+    d_gates_x = at::empty(gates.sizes(), gates.options());
+    params.d_gates_x = d_gates_x.mutable_data_ptr();
+  }
 
-    const auto options = gates.options();
-    d_gates_x = at::empty({T, B, D, 4 * H}, options);
+  // All but the gradients of the pre-activations. gates may be empty, and dy strided over time and batch.
+  Backward(DType type, const RecurrenceSizes& sizes, const at::TensorOptions& options, const OptionalTensor& c0,
+           const OptionalTensor& lengths, const Tensor& gates, const Tensor& cells, const OptionalTensor& dy,
+           const OptionalTensor& dh_n, const OptionalTensor& dc_n, bool state_grads)
+      : dtype(type) {
+    const auto [T, B, D, H] = sizes;
+    const auto scalar = c10::typeMetaToScalarType(options.dtype());
+    const auto device = options.device();
+    check(c0, "c0", {D, B, H}, scalar, device);
+    check(lengths, "lengths", {B}, at::kLong, device);
+    if (gates.dim() != 1) check(gates, "gates", {T, B, D, 4 * H}, scalar, device);
+    check(cells, "cells", {T, B, D, H}, accumulate_type(scalar), device);
+    check(dy, "dy", {T, B, D, H}, scalar, device);
+    check(dh_n, "dh_n", {D, B, H}, scalar, device);
+    check(dc_n, "dc_n", {D, B, H}, scalar, device);
+
     dh0 = state_grads ? at::empty({D, B, H}, options) : at::empty({0}, options);
     dc0 = at::empty(dh0.sizes(), options);
 
-    static_cast<RecurrenceSizes&>(params) = {T, B, D, H};
-    params.w_hh = inputs.pointer(w_hh);
+    static_cast<RecurrenceSizes&>(params) = sizes;
     params.c0 = inputs.pointer(c0);
     params.lengths = inputs.pointer<int64_t>(lengths);
-    params.gates = inputs.pointer(gates);
+    params.gates = gates.dim() == 1 ? nullptr : inputs.pointer(gates);
     params.cells = inputs.pointer(cells);
-    params.dy = inputs.pointer(dy);
+    if (dy) {
+      const bool dense = dy->stride(3) == 1 && (D == 1 || dy->stride(2) == H);
+      const Tensor& kept = inputs.hold(dense ? *dy : dy->contiguous());
+      params.dy = kept.const_data_ptr();
+      params.dy_stride_t = kept.stride(0);
+      params.dy_stride_b = kept.stride(1);
+    }
     params.dh_n = inputs.pointer(dh_n);
     params.dc_n = inputs.pointer(dc_n);
-    params.d_gates_x = d_gates_x.mutable_data_ptr();
     params.dh0 = state_grads ? dh0.mutable_data_ptr() : nullptr;
     params.dc0 = state_grads ? dc0.mutable_data_ptr() : nullptr;
+  }
+
+ private:
+  static RecurrenceSizes sizes_of(const Tensor& gates) {
+    TORCH_CHECK_VALUE(gates.dim() == 4 && gates.size(3) % 4 == 0 && gates.size(0) > 0,
+                      "lstm_recurrence_backward: gates must be those of a forward call with save=True, got shape ",
+                      gates.sizes());
+    TORCH_CHECK_VALUE(gates.size(2) == 1 || gates.size(2) == 2,
+                      "lstm_recurrence_backward: gates must have 1 or 2 directions, got shape ", gates.sizes());
+    return {gates.size(0), gates.size(1), gates.size(2), gates.size(3) / 4};
   }
 };
 

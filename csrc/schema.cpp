@@ -11,4 +11,16 @@ TORCH_LIBRARY(birnn_ext, m) {
   m.def(
       "lstm_recurrence_backward(Tensor w_hh, Tensor? c0, Tensor? lengths, Tensor gates, Tensor cells, Tensor? dy,"
       " Tensor? dh_n, Tensor? dc_n, bool state_grads) -> (Tensor d_gates_x, Tensor dh0, Tensor dc0)");
+
+  // A layer with its input projection, on the CPU in float32 and float64: x (T, B, I). weights: of each direction w_ih,
+  // w_hh and, if there are biases, bias_ih and bias_hh. save: 0 leaves gates and cells empty, 1 saves both, 2 the cells
+  // alone, and the backward pass recomputes the gates.
+  m.def(
+      "lstm_layer(Tensor x, Tensor[] weights, bool bias, Tensor? h0, Tensor? c0, Tensor? lengths, int save)"
+      " -> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)");
+  // Gradients that are not wanted are left empty.
+  m.def(
+      "lstm_layer_backward(Tensor x, Tensor[] weights, bool bias, Tensor? h0, Tensor? c0, Tensor? lengths, Tensor y,"
+      " Tensor gates, Tensor cells, Tensor? dy, Tensor? dh_n, Tensor? dc_n, bool x_grad, bool weight_grads,"
+      " bool state_grads) -> (Tensor dx, Tensor[] d_weights, Tensor dh0, Tensor dc0)");
 }

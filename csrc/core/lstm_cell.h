@@ -16,13 +16,19 @@ struct Gates {
   V i, f, g, o;
 };
 
-// z -> activated gates (in place); c: c_{t-1} -> c_t (in place); returns h_t.
+// z -> activated gates (in place).
 template <class M, class V>
-BIRNN_INLINE V lstm_cell_forward(Gates<V>& gates, V& c) {
+BIRNN_INLINE void lstm_gates(Gates<V>& gates) {
   gates.i = M::sigmoid(gates.i);
   gates.f = M::sigmoid(gates.f);
   gates.g = M::tanh(gates.g);
   gates.o = M::sigmoid(gates.o);
+}
+
+// z -> activated gates (in place); c: c_{t-1} -> c_t (in place); returns h_t.
+template <class M, class V>
+BIRNN_INLINE V lstm_cell_forward(Gates<V>& gates, V& c) {
+  lstm_gates<M>(gates);
   c = gates.f * c + gates.i * gates.g;
   return gates.o * M::tanh(c);
 }

@@ -1,33 +1,86 @@
-// What each ISA's build of the recurrence kernels offers. One such table per ISA; isa.h chooses among them.
+// What each ISA's build of the CPU kernels offers, and what it is told. One table per ISA; isa.h chooses among them.
 #pragma once
 
 #include <cstdint>
 
 #include "../core/recurrence.h"
+#include "barrier.h"
 
 namespace birnn::cpu {
+
+// The weights of a direction, packed into panels for the register tiles; made once per call, of type A. L: lanes of a
+// vector; blocks: H / L, rounded up; units and columns beyond the end are 0. "Tile": 4 vectors of columns side by side,
+// at the end 2 or 1.
+struct Panels {
+  void* ih;    // [block][k: I][gate][lane]
+  void* hh;    // [block][k: H][gate][lane]
+  void* hh_t;  // [tile of H][k: gate, block, lane][vector of the tile][lane]
+  void* ih_t;  // [tile of I][k: gate, block, lane][vector of the tile][lane]
+};
 
 // A chain is one direction of some sequences: it depends on no other chain, over all time steps.
 struct Chain {
   int64_t direction;
   const int64_t* rows;  // (count) indices of its sequences, longest first
   int64_t count;
+  int64_t rank, rank_step;  // its k-th sequence is number rank + k * rank_step of all, longest first
+  void* scratch;            // of forward_scratch or backward_scratch bytes, aligned to 64 bytes
+};
+
+// The threads that share a chain split its hidden units.
+struct Member {
+  int64_t index, count;
+  Barrier* barrier;
+};
+
+// Gradients of the pre-activations of some steps of a direction, as panels for the gradients of the weights:
+// [block][slot][4 vectors][lane], where the vectors in the order gate, block are dealt out four by four. A slot is a step
+// of a sequence; slots are in the order of t, then longest sequence first.
+struct Slots {
+  void* dz;                // null: BackwardParams::d_gates_x is wanted instead
+  int64_t capacity;        // slots that a panel has room for
+  int64_t first;           // the slot that stands first
+  const int64_t* offsets;  // (T+1): the first slot of each t
+};
+
+// The gradients of one direction's weights from some of its steps.
+struct WeightGradient {
+  const void* dz;             // as in Slots
+  int64_t capacity, count;    //
+  const void* const* x_rows;  // (count) x of each slot, (I)
+  const void* const* h_rows;  // (count) h before each slot, (H)
+  int64_t I, H;
+  int64_t begin, end;  // the tiles of columns to work on, of column_tiles
+  void* sums;          // [tile of columns][block][column of the tile][4 vectors][lane], of type A
+  bool first;          // overwrite sums, rather than add to them
 };
 
 struct Kernels {
   const char* isa;
-
-  // Weights are packed once per call and direction, in blocks of `lanes` hidden units (the last one padded with 0).
   int64_t (*lanes)(DType);
+  int64_t rows;  // sequences, or columns, of a register tile
   int64_t (*accumulate_bytes)(DType);
-  void (*pack_forward)(DType, const void* w_hh, int64_t H, int64_t block, void* panels);
-  void (*pack_backward)(DType, const void* w_hh, int64_t H, int64_t block, void* panels);
 
-  // Run one chain. panels: the packed weights of its direction. scratch: 3 (backward: 9) values per sequence and padded
-  // unit. Both are aligned to
-  // 64 bytes.
-  void (*forward)(DType, const ForwardParams&, const Chain&, const void* panels, void* scratch);
-  void (*backward)(DType, const BackwardParams&, const Chain&, const void* panels, void* scratch);
+  // Pack one block, or one vector of columns, of a weight matrix (4H, columns). See Panels.
+  void (*pack)(DType, const void* w, int64_t H, int64_t columns, int64_t block, void* panels);
+  void (*pack_transposed)(DType, const void* w, int64_t H, int64_t columns, int64_t vector, void* panels);
+
+  // Run one chain. `steps` of them are projected at once.
+  int64_t (*forward_scratch)(DType, const ForwardParams&, int64_t rows, int64_t steps);
+  void (*forward)(DType, const ForwardParams&, const Chain&, const Panels&, int64_t steps, const Member&);
+
+  // Run the iterations begin <= s < end of one chain.
+  int64_t (*backward_scratch)(DType, const BackwardParams&, int64_t rows, int64_t steps);
+  void (*backward)(DType, const BackwardParams&, const Chain&, const Panels&, const Slots&, int64_t steps,
+                   int64_t begin, int64_t end, const Member&);
+
+  // dx_rows[k] += W_ih^T dz of slot k, begin <= k < end.
+  void (*input_gradient)(DType, const void* dz, int64_t capacity, int64_t H, int64_t I, const void* ih_t,
+                         void* const* dx_rows, int64_t begin, int64_t end);
+
+  int64_t (*column_tiles)(int64_t I, int64_t H);
+  void (*weight_gradient)(DType, const WeightGradient&);
+  void (*store_weight_gradient)(DType, const WeightGradient&, void* dw_ih, void* dw_hh, void* d_bias);
 
   // The cell's functions by themselves, for their test: n floats in, n out.
   void (*sigmoid)(const float* x, float* y, int64_t n);

@@ -7,85 +7,307 @@
 #include <vector>
 
 #include "isa.h"
+#include "memory.h"
 
 namespace birnn::cpu {
 namespace {
 
-constexpr std::align_val_t kAlign{64};
+// Steps that are projected at once: as many as make up this many rows, as the tiles of a single sequence are empty.
+constexpr int64_t kProjectedRows = 64;
+constexpr int64_t kProjectedSteps = 64;  // Steps::kMaxSteps
 
-struct Free {
-  void operator()(void* p) const { ::operator delete(p, kAlign); }
+// Steps of all sequences whose dz is kept until the gradients of the weights and of x have been summed from it: they
+// stay in the L3 cache, and memory does not grow with T. It fixes an order of summation, so it does not depend on threads.
+constexpr int64_t kSlotsAtOnce = 1024;
+
+int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The part of n things that falls to one of `count`.
+struct Share {
+  int64_t begin, end;
+  Share(int64_t n, int64_t index, int64_t count) : begin(index * n / count), end((index + 1) * n / count) {}
 };
-using Buffer = std::unique_ptr<void, Free>;
 
-Buffer allocate(int64_t bytes) {
-  return Buffer(::operator new(static_cast<size_t>(std::max<int64_t>(bytes, 1)), kAlign));
-}
-
-// Sequences, longest first, dealt out to as many chains per direction as keep all threads busy.
-struct Chains {
-  std::vector<int64_t> rows;
+// Who does what. Chains are dealt to teams of threads; a team works on one chain at a time.
+struct Plan {
+  std::vector<int64_t> order;  // sequences, longest first
+  std::vector<int64_t> rows;   // the same, chain by chain
   std::vector<Chain> chains;
+  int64_t teams, team_size;
+  std::unique_ptr<Barrier[]> barriers;  // of the teams
+  Barrier all;
+  std::vector<Buffer> scratch;
 
-  Chains(const RecurrenceSizes& sizes, const int64_t* lengths, int64_t threads) : rows(sizes.B) {
-    const int64_t parts = std::clamp<int64_t>((threads + sizes.D - 1) / sizes.D, 1, std::max<int64_t>(sizes.B, 1));
-    std::vector<int64_t> order(sizes.B);
+  Plan(const RecurrenceSizes& sizes, const int64_t* lengths, int64_t threads, int64_t tile_rows) {
+    order.resize(sizes.B);
     std::iota(order.begin(), order.end(), 0);
     if (lengths)
       std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return lengths[a] > lengths[b]; });
-    int64_t next = 0;
-    for (int64_t part = 0; part < parts; ++part) {
-      const int64_t begin = next;
-      // With lengths every part takes each parts-th sequence, so that all have as many steps to do; without,
-      // neighbours.
-      if (lengths)
-        for (int64_t k = part; k < sizes.B; k += parts) rows[next++] = order[k];
-      else
-        for (const int64_t end = (part + 1) * sizes.B / parts; next < end; ++next) rows[next] = order[next];
+    // As many parts as give every thread the same number of chains, but none smaller than a register tile.
+    const int64_t parts =
+        std::clamp<int64_t>(threads / std::gcd(threads, sizes.D), 1, std::max<int64_t>(sizes.B / tile_rows, 1));
+    rows.resize(sizes.B);
+    for (int64_t part = 0, next = 0; part < parts; ++part) {
+      // With lengths every part takes each parts-th sequence, so that all have as many steps to do; without, neighbours.
+      const Share share(sizes.B, part, parts);
+      const int64_t rank = lengths ? part : share.begin, step = lengths ? parts : 1, begin = next;
+      for (int64_t k = rank; k < (lengths ? sizes.B : share.end); k += step) rows[next++] = order[k];
       for (int64_t direction = 0; direction < sizes.D; ++direction)
-        chains.push_back({direction, rows.data() + begin, next - begin});
+        chains.push_back({direction, rows.data() + begin, next - begin, rank, step, nullptr});
+    }
+    const auto count = static_cast<int64_t>(chains.size());
+    team_size = std::max<int64_t>(threads / count, 1);
+    teams = std::min(threads, count);
+    barriers = std::make_unique<Barrier[]>(teams);
+  }
+
+  template <class Bytes>
+  void allocate_scratch(const Bytes& bytes) {
+    for (Chain& chain : chains) {
+      scratch.push_back(allocate(bytes(chain.count)));
+      chain.scratch = scratch.back().get();
+    }
+  }
+
+  // Calls run(chain, member) for the chains of this thread's team; threads without a team come back at once.
+  template <class Run>
+  void for_each_chain(int64_t thread, const Run& run) {
+    const int64_t team = thread / team_size;
+    if (team >= teams) return;
+    const Member member{thread % team_size, team_size, &barriers[team]};
+    for (size_t k = team; k < chains.size(); k += teams) run(chains[k], member);
+  }
+};
+
+// The packed weights of all directions: which of them are wanted, and the work of packing cut into blocks.
+class Packing {
+ public:
+  Packing(DType dtype, const RecurrenceSizes& sizes, const Kernels& kernels)
+      : dtype_(dtype), sizes_(sizes), kernels_(kernels), lanes_(kernels.lanes(dtype)),
+        padded_(divide_up(sizes.H, lanes_) * lanes_) {}
+
+  // w: the weights (4H, columns) of each direction.
+  void add(const void* const* w, int64_t columns, bool transposed, void* Panels::* member) {
+    const int64_t width = transposed ? divide_up(columns, lanes_) * lanes_ : columns;
+    for (int64_t d = 0; d < sizes_.D; ++d) {
+      buffers_.push_back(allocate(4 * padded_ * width * kernels_.accumulate_bytes(dtype_)));
+      panels[d].*member = buffers_.back().get();
+      const int64_t blocks = transposed ? width / lanes_ : padded_ / lanes_;
+      for (int64_t block = 0; block < blocks; ++block)
+        tasks_.push_back({w[d], buffers_.back().get(), columns, block, transposed});
+    }
+  }
+
+  void run(int64_t thread, int64_t threads) const {
+    const Share share(static_cast<int64_t>(tasks_.size()), thread, threads);
+    for (int64_t k = share.begin; k < share.end; ++k) {
+      const Task& task = tasks_[k];
+      const auto pack = task.transposed ? kernels_.pack_transposed : kernels_.pack;
+      pack(dtype_, task.w, sizes_.H, task.columns, task.block, task.to);
+    }
+  }
+
+  Panels panels[2] = {};
+
+ private:
+  struct Task {
+    const void* w;
+    void* to;
+    int64_t columns, block;
+    bool transposed;
+  };
+  const DType dtype_;
+  const RecurrenceSizes& sizes_;
+  const Kernels& kernels_;
+  const int64_t lanes_, padded_;
+  std::vector<Buffer> buffers_;
+  std::vector<Task> tasks_;
+};
+
+int64_t projected_steps(const Plan& plan, const RecurrenceSizes& sizes) {
+  int64_t rows = 1;
+  for (const Chain& chain : plan.chains) rows = std::max(rows, chain.count);
+  return std::min({divide_up(kProjectedRows, rows), kProjectedSteps, sizes.T});
+}
+
+const void* element(const void* base, int64_t index, int64_t bytes) {
+  return static_cast<const char*>(base) + index * bytes;
+}
+
+// The rows of all slots (see Slots), for the products over them.
+struct SlotRows {
+  std::vector<int64_t> offsets;  // (T+1)
+  std::vector<const void*> x, h[2];
+  std::vector<void*> dx;
+
+  SlotRows(const BackwardParams& p, const std::vector<int64_t>& order, int64_t bytes, const void* zeros) {
+    offsets.resize(p.T + 1);
+    int64_t active = p.B;
+    for (int64_t t = 0; t < p.T; ++t) {
+      while (p.lengths && active > 0 && p.lengths[order[active - 1]] <= t) --active;
+      offsets[t + 1] = offsets[t] + active;
+      for (int64_t k = 0; k < active; ++k) {
+        const int64_t b = order[k], last = p.lengths ? p.lengths[b] - 1 : p.T - 1;
+        if (p.dw_ih[0]) {
+          x.push_back(element(p.input.x, t * p.input.stride_t + b * p.input.stride_b, bytes));
+          for (int64_t d = 0; d < p.D; ++d) {
+            const int64_t before = d == 0 ? t - 1 : t + 1;
+            h[d].push_back(t != (d == 0 ? 0 : last) ? element(p.y, ((before * p.B + b) * p.D + d) * p.H, bytes)
+                           : p.h0                   ? element(p.h0, (d * p.B + b) * p.H, bytes)
+                                                    : zeros);
+          }
+        }
+        if (p.dx) dx.push_back(static_cast<char*>(p.dx) + (t * p.B + b) * p.input.I * bytes);
+      }
     }
   }
 };
 
-// Packs the weights of all directions and runs all chains. state_values: values of scratch per sequence and padded
-// unit.
-template <class Params>
-void run(DType dtype, const Params& params, int64_t state_values, int64_t threads, const ParallelFor& parallel_for,
-         const Kernels& kernels, decltype(Kernels::pack_forward) pack,
-         void (*run_chain)(DType, const Params&, const Chain&, const void*, void*)) {
-  if (params.B == 0) return;
-  const int64_t lanes = kernels.lanes(dtype), bytes = kernels.accumulate_bytes(dtype);
-  const int64_t blocks = (params.H + lanes - 1) / lanes, padded = blocks * lanes;
-  const int64_t panel_bytes = padded * 4 * params.H * bytes;
+// The backward pass of a layer with its input projection, in rounds of some iterations: the recurrence, which leaves dz
+// as panels, then the products of those panels.
+class LayerBackward {
+ public:
+  LayerBackward(DType dtype, const BackwardParams& p, Plan& plan, const Packing& packing, const Kernels& kernels)
+      : dtype_(dtype), p_(p), plan_(plan), packing_(packing), kernels_(kernels),
+        bytes_(kernels.accumulate_bytes(dtype)), zeros_(allocate_zeros(p.H * bytes_)),
+        rows_(p, plan.order, bytes_, zeros_.get()),
+        round_(std::clamp<int64_t>(kSlotsAtOnce / std::max<int64_t>(p.B, 1), 1, p.T)) {
+    const int64_t lanes = kernels.lanes(dtype), padded = divide_up(p.H, lanes) * lanes;
+    capacity_ = std::min(round_ * p.B, std::max<int64_t>(rows_.offsets[p.T], 1));
+    tiles_ = kernels.column_tiles(p.input.I, p.H);
+    for (int64_t d = 0; d < p.D; ++d) {
+      dz_[d] = allocate(capacity_ * 4 * padded * bytes_);
+      if (p.dw_ih[0]) sums_[d] = allocate(tiles_ * kernels.rows * 4 * padded * bytes_);
+    }
+  }
 
-  const Buffer panels = allocate(params.D * panel_bytes);
-  const auto panels_of = [&](int64_t d) { return static_cast<char*>(panels.get()) + d * panel_bytes; };
-  const int64_t w_bytes = 4 * params.H * params.H * (dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2);
-  parallel_for(params.D * blocks, [&](int64_t task) {
-    const int64_t d = task / blocks;
-    pack(dtype, static_cast<const char*>(params.w_hh) + d * w_bytes, params.H, task % blocks, panels_of(d));
-  });
+  void run(int64_t steps_at_once, int64_t thread, int64_t threads) {
+    const int64_t T = p_.T;
+    for (int64_t begin = 0; begin < T; begin += round_) {
+      const int64_t end = std::min(T, begin + round_);
+      // The slots of each direction: those of its steps t.
+      Slots slots[2];
+      int64_t counts[2];
+      for (int64_t d = 0; d < p_.D; ++d) {
+        const int64_t first = rows_.offsets[d == 0 ? T - end : begin];
+        slots[d] = {dz_[d].get(), capacity_, first, rows_.offsets.data()};
+        counts[d] = rows_.offsets[d == 0 ? T - begin : end] - first;
+      }
+      plan_.for_each_chain(thread, [&](const Chain& chain, const Member& member) {
+        const int64_t d = chain.direction;
+        kernels_.backward(dtype_, p_, chain, packing_.panels[d], slots[d], steps_at_once, begin, end, member);
+      });
+      plan_.all.wait(threads);
+      if (p_.dw_ih[0]) {
+        const Share share(p_.D * tiles_, thread, threads);
+        for (int64_t d = 0; d < p_.D; ++d) {
+          const WeightGradient work = weight_gradient(d, share, slots[d].first, counts[d], begin == 0);
+          if (work.begin < work.end) kernels_.weight_gradient(dtype_, work);
+        }
+      }
+      for (int64_t d = 0; p_.dx && d < p_.D; ++d) {
+        const int64_t tiles = divide_up(counts[d], kernels_.rows);
+        const Share share(tiles, thread, threads);
+        kernels_.input_gradient(dtype_, dz_[d].get(), capacity_, p_.H, p_.input.I, packing_.panels[d].ih_t,
+                                rows_.dx.data() + slots[d].first, share.begin * kernels_.rows,
+                                std::min(share.end * kernels_.rows, counts[d]));
+        plan_.all.wait(threads);  // both directions add to the same dx
+      }
+      if (end < T && !p_.dx) plan_.all.wait(threads);  // dz is written anew
+    }
+    if (p_.dw_ih[0]) {
+      const Share share(p_.D * tiles_, thread, threads);
+      for (int64_t d = 0; d < p_.D; ++d)
+        kernels_.store_weight_gradient(dtype_, weight_gradient(d, share, 0, 0, false), p_.dw_ih[d], p_.dw_hh[d],
+                                       p_.d_bias[d]);
+    }
+  }
 
-  const Chains work(params, params.lengths, threads);
-  parallel_for(static_cast<int64_t>(work.chains.size()), [&](int64_t task) {
-    const Chain& chain = work.chains[task];
-    const Buffer scratch = allocate(chain.count * state_values * padded * bytes);
-    run_chain(dtype, params, chain, panels_of(chain.direction), scratch.get());
-  });
+ private:
+  WeightGradient weight_gradient(int64_t d, const Share& share, int64_t first, int64_t count, bool overwrite) const {
+    return {dz_[d].get(),
+            capacity_,
+            count,
+            rows_.x.data() + first,
+            rows_.h[d].data() + first,
+            p_.input.I,
+            p_.H,
+            std::clamp<int64_t>(share.begin - d * tiles_, 0, tiles_),
+            std::clamp<int64_t>(share.end - d * tiles_, 0, tiles_),
+            sums_[d].get(),
+            overwrite};
+  }
+
+  const DType dtype_;
+  const BackwardParams& p_;
+  Plan& plan_;
+  const Packing& packing_;
+  const Kernels& kernels_;
+  const int64_t bytes_;
+  const Buffer zeros_;
+  const SlotRows rows_;
+  const int64_t round_;  // iterations
+  int64_t capacity_, tiles_;
+  Buffer dz_[2], sums_[2];
+};
+
+// Calls work(threads) with as many threads as are of use and to be had.
+template <class Work>
+void with_threads(const RecurrenceSizes& sizes, int64_t threads, const Kernels& kernels, DType dtype, const Work& work) {
+  const int64_t tiles = std::max<int64_t>(sizes.B / kernels.rows, 1), lanes = kernels.lanes(dtype);
+  threads = std::clamp<int64_t>(threads, 1, sizes.D * tiles * divide_up(sizes.H, lanes));
+  for (int64_t got; (got = work(threads)) < threads;) threads = got;
 }
 
 }  // namespace
 
-void recurrence_forward(DType dtype, const ForwardParams& params, int64_t threads, const ParallelFor& parallel_for) {
+void recurrence_forward(DType dtype, const ForwardParams& params, int64_t max_threads, const Parallel& parallel) {
+  if (params.B == 0) return;
   const Kernels& kernels = chosen_kernels();
-  run(dtype, params, /*h twice, c*/ 3, threads, parallel_for, kernels, kernels.pack_forward, kernels.forward);
+  Packing packing(dtype, params, kernels);
+  packing.add(params.w_hh, params.H, false, &Panels::hh);
+  if (!params.gates_x) packing.add(params.input.w_ih, params.input.I, false, &Panels::ih);
+
+  with_threads(params, max_threads, kernels, dtype, [&](int64_t threads) {
+    Plan plan(params, params.lengths, threads, kernels.rows);
+    const int64_t steps = projected_steps(plan, params);
+    plan.allocate_scratch([&](int64_t rows) { return kernels.forward_scratch(dtype, params, rows, steps); });
+    return parallel(threads, [&](int64_t thread) {
+      packing.run(thread, threads);
+      plan.all.wait(threads);
+      plan.for_each_chain(thread, [&](const Chain& chain, const Member& member) {
+        kernels.forward(dtype, params, chain, packing.panels[chain.direction], steps, member);
+      });
+    });
+  });
 }
 
-void recurrence_backward(DType dtype, const BackwardParams& params, int64_t threads, const ParallelFor& parallel_for) {
+void recurrence_backward(DType dtype, const BackwardParams& params, int64_t max_threads, const Parallel& parallel) {
+  if (params.B == 0) return;
   const Kernels& kernels = chosen_kernels();
-  run(dtype, params, /*dz of 4 gates twice, dc*/ 9, threads, parallel_for, kernels, kernels.pack_backward,
-      kernels.backward);
+  Packing packing(dtype, params, kernels);
+  packing.add(params.w_hh, params.H, true, &Panels::hh_t);
+  if (!params.gates) {
+    packing.add(params.w_hh, params.H, false, &Panels::hh);
+    packing.add(params.input.w_ih, params.input.I, false, &Panels::ih);
+  }
+  if (params.dx) packing.add(params.input.w_ih, params.input.I, true, &Panels::ih_t);
+
+  with_threads(params, max_threads, kernels, dtype, [&](int64_t threads) {
+    Plan plan(params, params.lengths, threads, kernels.rows);
+    const int64_t steps = projected_steps(plan, params);
+    plan.allocate_scratch([&](int64_t rows) { return kernels.backward_scratch(dtype, params, rows, steps); });
+    std::unique_ptr<LayerBackward> layer;
+    if (!params.d_gates_x) layer = std::make_unique<LayerBackward>(dtype, params, plan, packing, kernels);
+    return parallel(threads, [&](int64_t thread) {
+      packing.run(thread, threads);
+      plan.all.wait(threads);
+      if (layer) return layer->run(steps, thread, threads);
+      plan.for_each_chain(thread, [&](const Chain& chain, const Member& member) {
+        kernels.backward(dtype, params, chain, packing.panels[chain.direction], Slots{}, steps, 0, params.T, member);
+      });
+    });
+  });
 }
 
 }  // namespace birnn::cpu

@@ -1,4 +1,4 @@
-// The CPU recurrence, free of torch: cuts the work into chains and runs them on threads that the caller provides.
+// The CPU recurrence, free of torch: packs the weights, deals out the work, runs the chosen kernels.
 #pragma once
 
 #include <functional>
@@ -7,11 +7,11 @@
 
 namespace birnn::cpu {
 
-// Calls task(0) .. task(n-1), in any order, on any threads, and returns when all are done.
-using ParallelFor = std::function<void(int64_t n, const std::function<void(int64_t)>& task)>;
+// Runs work(thread) at the same time on `threads` threads, numbered from 0, and returns their number. If only fewer are to
+// be had, does nothing and returns how many; a single one always is.
+using Parallel = std::function<int64_t(int64_t threads, const std::function<void(int64_t thread)>& work)>;
 
-// threads: how many parallel_for will use; results are bitwise the same for any number.
-void recurrence_forward(DType dtype, const ForwardParams& params, int64_t threads, const ParallelFor& parallel_for);
-void recurrence_backward(DType dtype, const BackwardParams& params, int64_t threads, const ParallelFor& parallel_for);
+void recurrence_forward(DType dtype, const ForwardParams& params, int64_t threads, const Parallel& parallel);
+void recurrence_backward(DType dtype, const BackwardParams& params, int64_t threads, const Parallel& parallel);
 
 }  // namespace birnn::cpu

@@ -1,0 +1,204 @@
+// The backward pass of a chain. Included once per ISA (recurrence_kernel.h).
+
+template <class S>
+struct Backward {
+  using A = Accumulate<S>;
+  using V = Vec<A>;
+  static constexpr int L = kLanes<A>;
+
+  const BackwardParams& p;
+  const Chain& chain;
+  const Panels& panels;
+  const Slots& slots;
+  const Member& member;
+  const int64_t d = chain.direction, H = p.H, B = p.B, D = p.D, blocks = divide_up(H, L), padded = blocks * L;
+  int64_t begin, end;  // this member's blocks: whole tiles
+  A* dz[2];            // [row][gate][padded] of the previous and of this step, alternating
+  A* dc;               // [row][padded]
+  A* gates;            // [step][block][gate][lane]: recomputed
+  A* zeros;            // (H)
+
+  Backward(const BackwardParams& params, const Chain& ch, const Panels& packed, const Slots& out, const Member& who)
+      : p(params), chain(ch), panels(packed), slots(out), member(who) {
+    const int64_t tiles = divide_up(blocks, 4);
+    begin = member.index * tiles / member.count * 4;
+    end = minimum(blocks, (member.index + 1) * tiles / member.count * 4);
+    dz[0] = static_cast<A*>(chain.scratch);
+    dz[1] = dz[0] + chain.count * 4 * padded;
+    dc = dz[1] + chain.count * 4 * padded;
+    zeros = dc + chain.count * padded;
+    gates = zeros + padded;
+  }
+
+  static int64_t scratch(const BackwardParams& p, int64_t rows, int64_t steps) {
+    const int64_t padded = divide_up(p.H, L) * L;
+    return (9 * rows + 1 + (p.gates ? 0 : 4 * rows * steps)) * padded * sizeof(A);
+  }
+
+  int64_t length(int64_t b) const { return p.lengths ? p.lengths[b] : p.T; }
+  int64_t time(int64_t s) const { return d == 0 ? p.T - 1 - s : s; }
+
+  // acc[m] = W_hh^T dz of M rows, for N vectors of units from vector v on.
+  template <int M, int N>
+  INLINE void product(V (&acc)[M][N], const A* const (&dz_rows)[M], int64_t v) {
+    multiply(acc, dz_rows, static_cast<const A*>(panels.hh_t) + v * 4 * padded * L, 4 * padded);
+  }
+
+  template <int M, int N>
+  INLINE void tile(int64_t t, int64_t s, int64_t first, int64_t v, const A* gate_rows) {
+    V acc[M][N] = {};
+    if (s > 0) {
+      const A* dz_rows[M];
+      for (int m = 0; m < M; ++m) dz_rows[m] = dz[(s + 1) & 1] + (first + m) * 4 * padded;
+      product(acc, dz_rows, v);
+    }
+    const S* dy = static_cast<const S*>(p.dy);
+    const S* dh_n = static_cast<const S*>(p.dh_n);
+    for (int m = 0; m < M; ++m) {
+      const int64_t b = chain.rows[first + m], row = (t * B + b) * D + d;
+      const bool last = t == (d == 0 ? length(b) - 1 : 0);     // the sequence's last step: dh_n arrives
+      const bool earliest = t == (d == 0 ? 0 : length(b) - 1);  // its first: the cell came from c0
+      const int64_t prev = d == 0 ? row - B * D : row + B * D;
+      const int64_t slot = slots.dz ? slots.offsets[t] + chain.rank + (first + m) * chain.rank_step - slots.first : 0;
+      for (int n = 0; n < N; ++n) {
+        const int64_t unit = (v + n) * L, left = H - unit;
+        V dh = acc[m][n];
+        if (dy) dh += load<A>(dy + t * p.dy_stride_t + b * p.dy_stride_b + d * H + unit, left);
+        if (dh_n && last) dh += load<A>(dh_n + (d * B + b) * H + unit, left);
+        V c_prev = {};
+        if (!earliest)
+          c_prev = load<A>(static_cast<const A*>(p.cells) + prev * H + unit, left);
+        else if (p.c0)
+          c_prev = load<A>(static_cast<const S*>(p.c0) + (d * B + b) * H + unit, left);
+        Gates<V> gates;
+        if (gate_rows) {
+          const A* from = gate_rows + (first + m) * 4 * padded + (v + n) * 4 * L;
+          gates = {load_vector(from), load_vector(from + L), load_vector(from + 2 * L), load_vector(from + 3 * L)};
+        } else {
+          const S* from = static_cast<const S*>(p.gates) + row * 4 * H + unit;
+          gates = {load<A>(from, left), load<A>(from + H, left), load<A>(from + 2 * H, left),
+                   load<A>(from + 3 * H, left)};
+        }
+        A* dc_row = dc + (first + m) * padded + unit;
+        V dc_value = load_vector(dc_row);
+        const V c = load<A>(static_cast<const A*>(p.cells) + row * H + unit, left);
+        const Gates<V> dgates = lstm_cell_backward<Math<A>>(gates, c, c_prev, dh, dc_value);
+        store_vector(dc_row, dc_value);
+        const V all[4] = {dgates.i, dgates.f, dgates.g, dgates.o};
+        A* dz_row = dz[s & 1] + (first + m) * 4 * padded + unit;
+        for (int g = 0; g < 4; ++g) {
+          store_vector(dz_row + g * padded, all[g]);
+          if (slots.dz) {
+            const int64_t vector = g * blocks + v + n;
+            store_vector(static_cast<A*>(slots.dz) + ((vector / 4 * slots.capacity + slot) * 4 + vector % 4) * L, all[g]);
+          } else {
+            store<A>(static_cast<S*>(p.d_gates_x) + (row * 4 + g) * H + unit, all[g], left);
+          }
+        }
+      }
+    }
+  }
+
+  // dh0 = W_hh^T dz of each row's first step (which the row left in one of the two buffers).
+  template <int M, int N>
+  INLINE void initial_tile(int64_t first, int64_t v) {
+    const A* dz_rows[M];
+    for (int m = 0; m < M; ++m) {
+      const int64_t s = d == 0 ? p.T - 1 : length(chain.rows[first + m]) - 1;  // the iteration of its first step
+      dz_rows[m] = dz[s & 1] + (first + m) * 4 * padded;
+    }
+    V acc[M][N] = {};
+    product(acc, dz_rows, v);
+    for (int m = 0; m < M; ++m)
+      for (int n = 0; n < N; ++n)
+        store<A>(static_cast<S*>(p.dh0) + (d * B + chain.rows[first + m]) * H + (v + n) * L, acc[m][n],
+                 H - (v + n) * L);
+  }
+
+  // Calls f.template operator()<M, N>(first, v) for all tiles of the first `rows` rows.
+  template <class F>
+  INLINE void for_each_tile(int64_t rows, const F& f) {
+    for (int64_t v = begin, count; v < end; v += count) {
+      count = tile_vectors(v, blocks);
+      for (int64_t first = 0; first < rows; first += kRows)
+        with_rows<kRows>(rows - first, [&]<int M>() INLINE_LAMBDA {
+          with_vectors(count, [&]<int N>() INLINE_LAMBDA { f.template operator()<M, N>(first, v); });
+        });
+    }
+  }
+
+  void start() {
+    const S* dc_n = static_cast<const S*>(p.dc_n);
+    for (int64_t r = 0; r < chain.count; ++r)
+      for (int64_t unit = begin * L; unit < end * L; unit += L) {
+        for (int64_t g = 0; g < 4; ++g)
+          for (A* buffer : dz)  // rows that begin later have had no dz yet
+            store_vector(buffer + (r * 4 + g) * padded + unit, V{});
+        store_vector(dc + r * padded + unit,
+                     dc_n ? load<A>(dc_n + (d * B + chain.rows[r]) * H + unit, H - unit) : V{});
+      }
+    for (int64_t unit = begin * L; unit < end * L; unit += L) store_vector(zeros + unit, V{});
+  }
+
+  void finish() {
+    const int64_t unit0 = begin * L, units = minimum(H, end * L) - unit0;
+    if (units <= 0) return;
+    if (p.d_gates_x)
+      for (int64_t r = 0; r < chain.count; ++r)
+        for (int64_t t = length(chain.rows[r]); t < p.T; ++t)
+          for (int64_t g = 0; g < 4; ++g)
+            __builtin_memset(static_cast<S*>(p.d_gates_x) + (((t * B + chain.rows[r]) * D + d) * 4 + g) * H + unit0, 0,
+                             units * sizeof(S));
+    if (!p.dh0) return;
+    const int64_t begun = active_rows(chain, p.lengths, 0, 0);
+    for_each_tile(begun, [&]<int M, int N>(int64_t first, int64_t v) INLINE_LAMBDA { initial_tile<M, N>(first, v); });
+    for (int64_t r = begun; r < chain.count; ++r) {  // a sequence without steps hands its gradient through
+      const int64_t state = (d * B + chain.rows[r]) * H + unit0;
+      if (p.dh_n)
+        __builtin_memcpy(static_cast<S*>(p.dh0) + state, static_cast<const S*>(p.dh_n) + state, units * sizeof(S));
+      else
+        __builtin_memset(static_cast<S*>(p.dh0) + state, 0, units * sizeof(S));
+    }
+    for (int64_t r = 0; r < chain.count; ++r)
+      for (int64_t unit = unit0; unit < end * L; unit += L)
+        store<A>(static_cast<S*>(p.dc0) + (d * B + chain.rows[r]) * H + unit, load_vector(dc + r * padded + unit),
+                 H - unit);
+  }
+
+  // The gates of some steps from what the forward pass kept: x, h and the weights. No step waits for another.
+  void recompute(const Steps& steps) {
+    if constexpr (std::is_same_v<S, A>) {
+      const InputProjection& in = p.input;
+      const auto x_of = [&](const Cursor& at) INLINE_LAMBDA {
+        return static_cast<const S*>(in.x) + time(at.s) * in.stride_t + chain.rows[at.row] * in.stride_b;
+      };
+      const auto h_of = [&](const Cursor& at) INLINE_LAMBDA -> const S* {
+        const int64_t b = chain.rows[at.row], t = time(at.s);
+        if (t != (d == 0 ? 0 : length(b) - 1))
+          return static_cast<const S*>(p.y) + (((d == 0 ? t - 1 : t + 1) * B + b) * D + d) * H;
+        return p.h0 ? static_cast<const S*>(p.h0) + (d * B + b) * H : zeros;
+      };
+      project<S>(in, d, H, begin, end, panels, steps, x_of, &h_of, gates);
+    }
+  }
+
+  // Iterations s_begin <= s < s_end.
+  void run(int64_t steps_at_once, int64_t s_begin, int64_t s_end) {
+    if (s_begin == 0) {
+      start();
+      member.barrier->wait(member.count);
+    }
+    for (int64_t s0 = s_begin; s0 < s_end; s0 += steps_at_once) {
+      const Steps steps(p, chain, s0, minimum(s_end, s0 + steps_at_once), false);
+      if (!p.gates) recompute(steps);
+      for (int64_t s = s0; s < steps.end; ++s) {
+        const int64_t t = time(s), rows = steps.rows[s - s0];
+        const A* gate_rows = p.gates ? nullptr : gates + steps.first[s - s0] * 4 * padded;
+        for_each_tile(rows,
+                      [&]<int M, int N>(int64_t first, int64_t v) INLINE_LAMBDA { tile<M, N>(t, s, first, v, gate_rows); });
+        member.barrier->wait(member.count);
+      }
+    }
+    if (s_end == p.T) finish();
+  }
+};

@@ -1,0 +1,234 @@
+// The forward pass of a chain. Included once per ISA (recurrence_kernel.h).
+
+// How many of a chain's sequences, longest first, have a step t.
+INLINE int64_t active_rows(const Chain& chain, const int64_t* lengths, int64_t t, int64_t hint) {
+  if (!lengths) return chain.count;
+  while (hint > 0 && lengths[chain.rows[hint - 1]] <= t) --hint;
+  while (hint < chain.count && lengths[chain.rows[hint]] > t) ++hint;
+  return hint;
+}
+
+// The steps of a chain's sequences at the iterations begin <= s < end, one after the other; at most kMaxSteps.
+struct Steps {
+  static constexpr int64_t kMaxSteps = 64;
+  int64_t begin, end, total = 0;
+  int64_t rows[kMaxSteps], first[kMaxSteps];  // of each iteration: how many, and where they begin
+
+  template <class Params>
+  Steps(const Params& p, const Chain& chain, int64_t b, int64_t e, bool forward) : begin(b), end(e) {
+    for (int64_t s = begin, hint = 0; s < end; ++s) {
+      hint = active_rows(chain, p.lengths, (chain.direction == 0) == forward ? s : p.T - 1 - s, hint);
+      rows[s - begin] = hint;
+      first[s - begin] = total;
+      total += hint;
+    }
+  }
+};
+
+// Goes through Steps.
+struct Cursor {
+  const Steps& steps;
+  int64_t s, row = 0;
+  explicit Cursor(const Steps& all) : steps(all), s(all.begin) { skip(); }
+  INLINE void skip() {
+    while (s < steps.end && row == steps.rows[s - steps.begin]) ++s, row = 0;
+  }
+  INLINE void next() {
+    ++row;
+    skip();
+  }
+};
+
+// Pre-activations of some steps, as far as they don't wait for the recurrence: z = bias + W_ih x (+ W_hh h, where the
+// backward pass knows h), and with h the gates. z: [step][block][gate][lane]; blocks from `begin` to `end`.
+// x_of(cursor), h_of(cursor): the rows of a step. Several steps at once fill the rows of the tiles when there are few
+// sequences, and read the panel but once.
+template <class S, class X, class H_>
+INLINE void project(const InputProjection& input, int64_t d, int64_t H, int64_t begin, int64_t end, const Panels& panels,
+                    const Steps& steps, const X& x_of, const H_* h_of, Accumulate<S>* z) {
+  using A = Accumulate<S>;
+  using V = Vec<A>;
+  constexpr int L = kLanes<A>;
+  const int64_t I = input.I, padded = divide_up(H, L) * L;
+  for (int64_t block = begin; block < end; ++block) {
+    V bias[4] = {};
+    for (int g = 0; g < 4; ++g)
+      for (const void* b : {input.bias_ih[d], input.bias_hh[d]})
+        if (b) bias[g] += load<A>(static_cast<const S*>(b) + g * H + block * L, H - block * L);
+    const A* panel_ih = static_cast<const A*>(panels.ih) + block * I * 4 * L;
+    const A* panel_hh = static_cast<const A*>(panels.hh) + block * H * 4 * L;
+    Cursor cursor(steps);
+    for (int64_t k = 0; k < steps.total; k += kRows)
+      with_rows<kRows>(steps.total - k, [&]<int M>() INLINE_LAMBDA {
+        const A *x[M], *h[M];
+        V acc[M][4];
+        for (int m = 0; m < M; ++m, cursor.next()) {
+          x[m] = x_of(cursor);
+          if (h_of) h[m] = (*h_of)(cursor);
+          for (int g = 0; g < 4; ++g) acc[m][g] = bias[g];
+        }
+        multiply(acc, x, panel_ih, I);
+        if (h_of) multiply(acc, h, panel_hh, H);
+        for (int m = 0; m < M; ++m) {
+          Gates<V> gates{acc[m][0], acc[m][1], acc[m][2], acc[m][3]};
+          if (h_of) lstm_gates<Math<A>>(gates);
+          A* to = z + (k + m) * 4 * padded + block * 4 * L;
+          store_vector(to, gates.i);
+          store_vector(to + L, gates.f);
+          store_vector(to + 2 * L, gates.g);
+          store_vector(to + 3 * L, gates.o);
+        }
+      });
+  }
+}
+
+template <class S>
+struct Forward {
+  using A = Accumulate<S>;
+  using V = Vec<A>;
+  static constexpr int L = kLanes<A>;
+
+  const ForwardParams& p;
+  const Chain& chain;
+  const Panels& panels;
+  const Member& member;
+  const int64_t d = chain.direction, H = p.H, B = p.B, D = p.D, blocks = divide_up(H, L), padded = blocks * L;
+  const int64_t begin = member.index * blocks / member.count, end = (member.index + 1) * blocks / member.count;
+  const int64_t own_units = minimum(H, end * L);
+  A* h[2];  // [row][padded] of the previous and of this step, alternating
+  A* c;     // [row][padded]
+  A* z;     // [step][block][gate][lane]: the projected steps
+
+  Forward(const ForwardParams& params, const Chain& ch, const Panels& packed, const Member& who)
+      : p(params), chain(ch), panels(packed), member(who) {
+    h[0] = static_cast<A*>(chain.scratch);
+    h[1] = h[0] + chain.count * padded;
+    c = h[1] + chain.count * padded;
+    z = c + chain.count * padded;
+  }
+
+  static int64_t scratch(const ForwardParams& p, int64_t rows, int64_t steps) {
+    const int64_t padded = divide_up(p.H, L) * L;
+    return (3 * rows + (p.gates_x ? 0 : 4 * rows * steps)) * padded * sizeof(A);
+  }
+
+  // Asks for the gates_x of the tile after this one: its rows lie D * 4H values apart, where no hardware prefetcher
+  // looks, and arrive during this tile's product.
+  INLINE void prefetch_gates_x(int64_t t, int64_t first, int64_t block) {
+    if (first >= chain.count) {
+      first = 0;
+      if (++block >= end) {
+        block = begin;
+        t += d == 0 ? 1 : -1;
+        if (t < 0 || t >= p.T) return;
+      }
+    }
+    for (int64_t r = first; r < minimum(first + kRows, chain.count); ++r) {
+      const S* gates_x = static_cast<const S*>(p.gates_x) + ((t * B + chain.rows[r]) * D + d) * 4 * H + block * L;
+      for (int g = 0; g < 4; ++g) __builtin_prefetch(gates_x + g * H);
+    }
+  }
+
+  // One step of M rows from `first` on, for the units of one block. z_rows: the projections of the step, or null.
+  template <int M>
+  INLINE void tile(int64_t t, int64_t s, int64_t first, int64_t block, const A* z_rows, bool product) {
+    const int64_t unit = block * L, n = H - unit;
+    const A* h_prev = h[s & 1] + first * padded;
+    A* h_next = h[(s + 1) & 1] + first * padded + unit;
+    A* c_rows = c + first * padded + unit;
+
+    V acc[M][4];
+    int64_t row[M];  // index of (t, b, d), in units of a row of y
+    for (int m = 0; m < M; ++m) {
+      row[m] = (t * B + chain.rows[first + m]) * D + d;
+      const A* z_row = z_rows + (first + m) * 4 * padded + block * 4 * L;
+      const S* gates_x = static_cast<const S*>(p.gates_x) + row[m] * 4 * H + unit;
+      for (int g = 0; g < 4; ++g) acc[m][g] = z_rows ? load_vector(z_row + g * L) : load<A>(gates_x + g * H, n);
+    }
+    if (!z_rows) prefetch_gates_x(t, first + M, block);
+    if (product) {
+      const A* a[M];
+      for (int m = 0; m < M; ++m) a[m] = h_prev + m * padded;
+      multiply(acc, a, static_cast<const A*>(panels.hh) + block * H * 4 * L, H);
+    }
+    for (int m = 0; m < M; ++m) {
+      Gates<V> gates{acc[m][0], acc[m][1], acc[m][2], acc[m][3]};
+      V c_row = load_vector(c_rows + m * padded);
+      const V h_row = lstm_cell_forward<Math<A>>(gates, c_row);
+      store_vector(c_rows + m * padded, c_row);
+      store_vector(h_next + m * padded, h_row);
+      store<A>(static_cast<S*>(p.y) + row[m] * H + unit, h_row, n);
+      if (p.gates) {
+        S* saved = static_cast<S*>(p.gates) + row[m] * 4 * H + unit;
+        store<A>(saved, gates.i, n);
+        store<A>(saved + H, gates.f, n);
+        store<A>(saved + 2 * H, gates.g, n);
+        store<A>(saved + 3 * H, gates.o, n);
+      }
+      if (p.cells) store<A>(static_cast<A*>(p.cells) + row[m] * H + unit, c_row, n);
+    }
+  }
+
+  // The initial state, in both buffers of h: a sequence of the reverse direction starts at any step.
+  void start() {
+    const S* h0 = static_cast<const S*>(p.h0);
+    const S* c0 = static_cast<const S*>(p.c0);
+    for (int64_t r = 0; r < chain.count; ++r) {
+      const int64_t state = (d * B + chain.rows[r]) * H;
+      for (int64_t unit = begin * L; unit < end * L; unit += L) {
+        const V h_row = h0 ? load<A>(h0 + state + unit, H - unit) : V{};
+        store_vector(h[0] + r * padded + unit, h_row);
+        store_vector(h[1] + r * padded + unit, h_row);
+        store_vector(c + r * padded + unit, c0 ? load<A>(c0 + state + unit, H - unit) : V{});
+      }
+    }
+  }
+
+  // The final state. Row r took its last step at iteration `last`, and wrote h into the other buffer.
+  void finish() {
+    const int64_t unit0 = begin * L, units = own_units - unit0;
+    for (int64_t r = 0; r < chain.count && units > 0; ++r) {
+      const int64_t b = chain.rows[r], length = p.lengths ? p.lengths[b] : p.T;
+      const int64_t last = d == 0 ? length - 1 : p.T - 1;
+      for (int64_t unit = unit0; unit < own_units; unit += L) {
+        store<A>(static_cast<S*>(p.h_n) + (d * B + b) * H + unit, load_vector(h[(last + 1) & 1] + r * padded + unit),
+                 H - unit);
+        store<A>(static_cast<S*>(p.c_n) + (d * B + b) * H + unit, load_vector(c + r * padded + unit), H - unit);
+      }
+      for (int64_t t = length; t < p.T; ++t) {
+        const int64_t row = (t * B + b) * D + d;
+        __builtin_memset(static_cast<S*>(p.y) + row * H + unit0, 0, units * sizeof(S));
+        if (p.gates)
+          for (int g = 0; g < 4; ++g)
+            __builtin_memset(static_cast<S*>(p.gates) + (row * 4 + g) * H + unit0, 0, units * sizeof(S));
+        if (p.cells) __builtin_memset(static_cast<A*>(p.cells) + row * H + unit0, 0, units * sizeof(A));
+      }
+    }
+  }
+
+  void run(int64_t steps_at_once) {
+    start();
+    member.barrier->wait(member.count);
+    for (int64_t s0 = 0; s0 < p.T; s0 += steps_at_once) {
+      const Steps steps(p, chain, s0, minimum(p.T, s0 + steps_at_once), true);
+      if constexpr (std::is_same_v<S, A>) {
+        const InputProjection& in = p.input;
+        const auto x_of = [&](const Cursor& at) INLINE_LAMBDA {
+          const int64_t t = d == 0 ? at.s : p.T - 1 - at.s;
+          return static_cast<const S*>(in.x) + t * in.stride_t + chain.rows[at.row] * in.stride_b;
+        };
+        if (!p.gates_x) project<S>(in, d, H, begin, end, panels, steps, x_of, static_cast<decltype(&x_of)>(nullptr), z);
+      }
+      for (int64_t s = s0; s < steps.end; ++s) {
+        const int64_t t = d == 0 ? s : p.T - 1 - s, rows = steps.rows[s - s0];
+        const A* z_rows = p.gates_x ? nullptr : z + steps.first[s - s0] * 4 * padded;
+        const bool product = s > 0 || p.h0;
+        for (int64_t block = begin; block < end; ++block)
+          for (int64_t first = 0; first < rows; first += kRows)
+            with_rows<kRows>(rows - first, [&]<int M>() INLINE_LAMBDA { tile<M>(t, s, first, block, z_rows, product); });
+        member.barrier->wait(member.count);
+      }
+    }
+    finish();
+  }
+};
