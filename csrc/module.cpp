@@ -36,10 +36,10 @@ py::dict op_calls() {
   return calls;
 }
 
-// sigmoid or tanh of n floats at address x, to address y, by the chosen kernels' own function.
+// exp, sigmoid or tanh of n floats at address x, to address y, by the chosen kernels' own function.
 void cell_math(const std::string& name, uintptr_t x, uintptr_t y, int64_t n) {
   const auto& kernels = birnn::cpu::chosen_kernels();
-  const auto function = name == "sigmoid" ? kernels.sigmoid : kernels.tanh;
+  const auto function = name == "exp" ? kernels.exp : name == "sigmoid" ? kernels.sigmoid : kernels.tanh;
   function(reinterpret_cast<const float*>(x), reinterpret_cast<float*>(y), n);
 }
 

@@ -148,7 +148,7 @@ def test_autocast(dtype, device):
 def test_signature_is_that_of_the_documentation():
     expected = (
         "(input_size, hidden_size, num_layers=1, bias=True, batch_first=False, dropout=0.0, bidirectional=False, "
-        "proj_size=0, device=None, dtype=None)"
+        "proj_size=0, device=None, dtype=None, *, recompute=False)"
     )
     parameters = list(inspect.signature(LSTM).parameters.values())
     plain = inspect.Signature([p.replace(annotation=inspect.Parameter.empty) for p in parameters])

@@ -204,8 +204,8 @@ def test_runs_on_as_many_threads_as_torch_is_told():
     code = """
 import os, torch, birnn_ext
 torch.set_num_threads(3)
-gates_x, w_hh = torch.zeros(2, 40, 2, 256), torch.zeros(2, 256, 64)
 before = len(os.listdir("/proc/self/task"))
+gates_x, w_hh = torch.zeros(2, 40, 2, 256), torch.zeros(2, 256, 64)
 torch.ops.birnn_ext.lstm_recurrence(gates_x, w_hh, None, None, None, False)
 print("started", len(os.listdir("/proc/self/task")) - before)
 """

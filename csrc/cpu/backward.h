@@ -50,7 +50,7 @@ struct Backward {
     if (s > 0) {
       const A* dz_rows[M];
       for (int m = 0; m < M; ++m) dz_rows[m] = dz[(s + 1) & 1] + (first + m) * 4 * padded;
-      product(acc, dz_rows, v);
+      if (!all_zero(dz_rows[0], M * 4 * padded)) product(acc, dz_rows, v);
     }
     const S* dy = static_cast<const S*>(p.dy);
     const S* dh_n = static_cast<const S*>(p.dh_n);

@@ -22,6 +22,7 @@ void input_gradient(const S* dz, int64_t capacity, int64_t H, int64_t I, const S
           for (int64_t block = 0; block < blocks; ++block) {
             const S* a[M];
             for (int m = 0; m < M; ++m) a[m] = dz + (block * capacity + k + m) * 4 * L;
+            if (all_zero(a[0], M * 4 * L)) continue;
             multiply(acc, a, panel + block * 4 * L * N * L, 4 * L);
           }
           for (int m = 0; m < M; ++m)
@@ -66,12 +67,20 @@ struct WeightGradients {
         for (int m = 0; m < kRows; ++m) to[k * kRows + m] = column(j + m, first + k);
   }
 
+  // Whether the dz of some slots are 0, in kBlocks blocks.
+  bool vanished(int64_t block0, int64_t slot, int64_t count) const {
+    for (int64_t block = block0; block < minimum(blocks, block0 + kBlocks); ++block)
+      if (!all_zero(static_cast<const S*>(w.dz) + (block * w.capacity + slot) * 4 * L, count * 4 * L)) return false;
+    return true;
+  }
+
   void add() const {
     S values[kSlots * kRows];
     for (int64_t block0 = 0; block0 < blocks; block0 += kBlocks)
-      for (int64_t slot = 0; slot < w.count; slot += kSlots) {
+      for (int64_t slot = 0; slot < w.count || (w.first && slot == 0); slot += kSlots) {
         const int64_t count = minimum(kSlots, w.count - slot);
         const bool overwrite = w.first && slot == 0;
+        if (!overwrite && vanished(block0, slot, count)) continue;
         for (int64_t tile = w.begin; tile < w.end; ++tile) {
           gather(tile, slot, count, values);
           for (int64_t block = block0; block < minimum(blocks, block0 + kBlocks); ++block) {
@@ -88,24 +97,27 @@ struct WeightGradients {
       }
   }
 
-  void store(S* dw_ih, S* dw_hh, S* d_bias) const {
-    for (int64_t tile = w.begin; tile < w.end; ++tile)
+  // Columns j of [x, h, 1], first <= j < last, to a matrix (4H, last - first).
+  void store_columns(int64_t first, int64_t last, S* matrix) const {
+    const int64_t begin = maximum(first, w.begin * kRows), end = minimum(last, w.end * kRows);
+    for (int64_t j = begin; j < end; j += L)
       for (int64_t vector = 0; vector < 4 * blocks; ++vector) {
-        const S* from = sums(tile, vector / 4) + vector % 4 * L;
         const int64_t gate = vector / blocks, unit = vector % blocks * L;
-        for (int64_t l = 0; l < minimum(L, H - unit); ++l) {
-          const int64_t row = gate * H + unit + l;
-          for (int64_t m = 0; m < kRows; ++m) {
-            const int64_t j = tile * kRows + m;
-            const S value = from[m * 4 * L + l];
-            if (j < I)
-              dw_ih[row * I + j] = value;
-            else if (j < I + H)
-              dw_hh[row * H + j - I] = value;
-            else if (j == I + H)
-              d_bias[row] = value;
-          }
+        Vec<S> v[L];
+        for (int k = 0; k < L; ++k) {
+          const int64_t column = minimum(j + k, end - 1);
+          v[k] = load_vector(sums(column / kRows, vector / 4) + (column % kRows * 4 + vector % 4) * L);
         }
+        transpose<S>(v);
+        const int64_t units = minimum(L, H - unit);
+        for (int64_t l = 0; l < units; ++l)
+          ::birnn::cpu::BIRNN_ISA::store<S>(matrix + (gate * H + unit + l) * (last - first) + j - first, v[l], end - j);
       }
+  }
+
+  void store(S* dw_ih, S* dw_hh, S* d_bias) const {
+    store_columns(0, I, dw_ih);
+    store_columns(I, I + H, dw_hh);
+    store_columns(I + H, I + H + 1, d_bias);
   }
 };

@@ -83,6 +83,7 @@ struct Kernels {
   void (*store_weight_gradient)(DType, const WeightGradient&, void* dw_ih, void* dw_hh, void* d_bias);
 
   // The cell's functions by themselves, for their test: n floats in, n out.
+  void (*exp)(const float* x, float* y, int64_t n);
   void (*sigmoid)(const float* x, float* y, int64_t n);
   void (*tanh)(const float* x, float* y, int64_t n);
 };

@@ -170,10 +170,13 @@ class LayerBackward {
   LayerBackward(DType dtype, const BackwardParams& p, Plan& plan, const Packing& packing, const Kernels& kernels)
       : dtype_(dtype), p_(p), plan_(plan), packing_(packing), kernels_(kernels),
         bytes_(kernels.accumulate_bytes(dtype)), zeros_(allocate_zeros(p.H * bytes_)),
-        rows_(p, plan.order, bytes_, zeros_.get()),
-        round_(std::clamp<int64_t>(kSlotsAtOnce / std::max<int64_t>(p.B, 1), 1, p.T)) {
+        rows_(p, plan.order, bytes_, zeros_.get()) {
     const int64_t lanes = kernels.lanes(dtype), padded = divide_up(p.H, lanes) * lanes;
-    capacity_ = std::min(round_ * p.B, std::max<int64_t>(rows_.offsets[p.T], 1));
+    for (int64_t d = 0; d < p.D; ++d) {
+      rounds_[d] = rounds(d);
+      for (size_t k = 1; k < rounds_[d].size(); ++k)
+        capacity_ = std::max(capacity_, slots(d, rounds_[d][k - 1], rounds_[d][k]).count);
+    }
     tiles_ = kernels.column_tiles(p.input.I, p.H);
     for (int64_t d = 0; d < p.D; ++d) {
       dz_[d] = allocate(capacity_ * 4 * padded * bytes_);
@@ -182,54 +185,73 @@ class LayerBackward {
   }
 
   void run(int64_t steps_at_once, int64_t thread, int64_t threads) {
-    const int64_t T = p_.T;
-    for (int64_t begin = 0; begin < T; begin += round_) {
-      const int64_t end = std::min(T, begin + round_);
-      // The slots of each direction: those of its steps t.
-      Slots slots[2];
-      int64_t counts[2];
-      for (int64_t d = 0; d < p_.D; ++d) {
-        const int64_t first = rows_.offsets[d == 0 ? T - end : begin];
-        slots[d] = {dz_[d].get(), capacity_, first, rows_.offsets.data()};
-        counts[d] = rows_.offsets[d == 0 ? T - begin : end] - first;
-      }
+    const auto last = static_cast<int64_t>(rounds_[0].size()) - 1;
+    for (int64_t round = 0; round < last; ++round) {
+      Range range[2];
+      for (int64_t d = 0; d < p_.D; ++d) range[d] = slots(d, rounds_[d][round], rounds_[d][round + 1]);
       plan_.for_each_chain(thread, [&](const Chain& chain, const Member& member) {
         const int64_t d = chain.direction;
-        kernels_.backward(dtype_, p_, chain, packing_.panels[d], slots[d], steps_at_once, begin, end, member);
+        const Slots to{dz_[d].get(), capacity_, range[d].first, rows_.offsets.data()};
+        kernels_.backward(dtype_, p_, chain, packing_.panels[d], to, steps_at_once, rounds_[d][round],
+                          rounds_[d][round + 1], member);
       });
       plan_.all.wait(threads);
       if (p_.dw_ih[0]) {
         const Share share(p_.D * tiles_, thread, threads);
         for (int64_t d = 0; d < p_.D; ++d) {
-          const WeightGradient work = weight_gradient(d, share, slots[d].first, counts[d], begin == 0);
+          const WeightGradient work = weight_gradient(d, share, range[d], round == 0);
           if (work.begin < work.end) kernels_.weight_gradient(dtype_, work);
         }
       }
       for (int64_t d = 0; p_.dx && d < p_.D; ++d) {
-        const int64_t tiles = divide_up(counts[d], kernels_.rows);
+        const int64_t tiles = divide_up(range[d].count, kernels_.rows);
         const Share share(tiles, thread, threads);
         kernels_.input_gradient(dtype_, dz_[d].get(), capacity_, p_.H, p_.input.I, packing_.panels[d].ih_t,
-                                rows_.dx.data() + slots[d].first, share.begin * kernels_.rows,
-                                std::min(share.end * kernels_.rows, counts[d]));
+                                rows_.dx.data() + range[d].first, share.begin * kernels_.rows,
+                                std::min(share.end * kernels_.rows, range[d].count));
         plan_.all.wait(threads);  // both directions add to the same dx
       }
-      if (end < T && !p_.dx) plan_.all.wait(threads);  // dz is written anew
+      if (!p_.dx && round + 1 < last) plan_.all.wait(threads);  // dz is written anew
     }
     if (p_.dw_ih[0]) {
       const Share share(p_.D * tiles_, thread, threads);
       for (int64_t d = 0; d < p_.D; ++d)
-        kernels_.store_weight_gradient(dtype_, weight_gradient(d, share, 0, 0, false), p_.dw_ih[d], p_.dw_hh[d],
+        kernels_.store_weight_gradient(dtype_, weight_gradient(d, share, {0, 0}, false), p_.dw_ih[d], p_.dw_hh[d],
                                        p_.d_bias[d]);
     }
   }
 
  private:
-  WeightGradient weight_gradient(int64_t d, const Share& share, int64_t first, int64_t count, bool overwrite) const {
+  struct Range {
+    int64_t first, count;
+  };
+
+  // The slots of the iterations begin <= s < end of a direction.
+  Range slots(int64_t d, int64_t begin, int64_t end) const {
+    const int64_t first = rows_.offsets[d == 0 ? p_.T - end : begin];
+    return {first, rows_.offsets[d == 0 ? p_.T - begin : end] - first};
+  }
+
+  // The iterations at which the rounds of a direction begin, and their end. Both directions have as many rounds, with
+  // about as many slots in each, though with lengths direction 0 begins with few sequences and direction 1 with all.
+  std::vector<int64_t> rounds(int64_t d) const {
+    const int64_t total = rows_.offsets[p_.T], count = std::clamp<int64_t>(total / kSlotsAtOnce, 1, p_.T);
+    std::vector<int64_t> begins = {0};
+    for (int64_t round = 1; round < count; ++round) {
+      int64_t s = begins.back();
+      while (s < p_.T && slots(d, 0, s).count < round * total / count) ++s;
+      begins.push_back(s);
+    }
+    begins.push_back(p_.T);
+    return begins;
+  }
+
+  WeightGradient weight_gradient(int64_t d, const Share& share, const Range& range, bool overwrite) const {
     return {dz_[d].get(),
             capacity_,
-            count,
-            rows_.x.data() + first,
-            rows_.h[d].data() + first,
+            range.count,
+            rows_.x.data() + range.first,
+            rows_.h[d].data() + range.first,
             p_.input.I,
             p_.H,
             std::clamp<int64_t>(share.begin - d * tiles_, 0, tiles_),
@@ -246,8 +268,8 @@ class LayerBackward {
   const int64_t bytes_;
   const Buffer zeros_;
   const SlotRows rows_;
-  const int64_t round_;  // iterations
-  int64_t capacity_, tiles_;
+  std::vector<int64_t> rounds_[2];
+  int64_t capacity_ = 1, tiles_;
   Buffer dz_[2], sums_[2];
 };
 
@@ -265,7 +287,7 @@ void recurrence_forward(DType dtype, const ForwardParams& params, int64_t max_th
   if (params.B == 0) return;
   const Kernels& kernels = chosen_kernels();
   Packing packing(dtype, params, kernels);
-  packing.add(params.w_hh, params.H, false, &Panels::hh);
+  if (params.T > 1 || params.h0) packing.add(params.w_hh, params.H, false, &Panels::hh);
   if (!params.gates_x) packing.add(params.input.w_ih, params.input.I, false, &Panels::ih);
 
   with_threads(params, max_threads, kernels, dtype, [&](int64_t threads) {
@@ -286,7 +308,7 @@ void recurrence_backward(DType dtype, const BackwardParams& params, int64_t max_
   if (params.B == 0) return;
   const Kernels& kernels = chosen_kernels();
   Packing packing(dtype, params, kernels);
-  packing.add(params.w_hh, params.H, true, &Panels::hh_t);
+  if (params.T > 1 || params.dh0) packing.add(params.w_hh, params.H, true, &Panels::hh_t);
   if (!params.gates) {
     packing.add(params.w_hh, params.H, false, &Panels::hh);
     packing.add(params.input.w_ih, params.input.I, false, &Panels::ih);

@@ -88,14 +88,9 @@ void with_storage(DType dtype, const F& f) {
   }
 }
 
-void math_sigmoid(const float* x, float* y, int64_t n) {
-  for (int64_t k = 0; k < n; k += kLanes<float>)
-    store<float>(y + k, Math<float>::sigmoid(load<float>(x + k, n - k)), n - k);
-}
-
-void math_tanh(const float* x, float* y, int64_t n) {
-  for (int64_t k = 0; k < n; k += kLanes<float>)
-    store<float>(y + k, Math<float>::tanh(load<float>(x + k, n - k)), n - k);
+template <Vec<float> (*function)(Vec<float>)>
+void apply(const float* x, float* y, int64_t n) {
+  for (int64_t k = 0; k < n; k += kLanes<float>) store<float>(y + k, function(load<float>(x + k, n - k)), n - k);
 }
 
 int64_t lanes(DType dtype) { return dtype == DType::f64 ? kLanes<double> : kLanes<float>; }
@@ -172,8 +167,8 @@ const Kernels kernels = {
     accumulate_bytes, pack,    pack_transposed,
     forward_scratch, forward, backward_scratch,
     backward,        input_gradient, column_tiles,
-    weight_gradient, store_weight_gradient, math_sigmoid,
-    math_tanh,
+    weight_gradient, store_weight_gradient, apply<Math<float>::exp>,
+ apply<Math<float>::sigmoid>,    apply<Math<float>::tanh>,
 };
 
 }  // namespace birnn::cpu::BIRNN_ISA

@@ -2,6 +2,7 @@
 
 INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 INLINE int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
+INLINE int64_t maximum(int64_t a, int64_t b) { return a > b ? a : b; }
 
 template <class A>
 INLINE Vec<A> load_vector(const A* p) {  // aligned to the vector's size
@@ -13,6 +14,20 @@ INLINE Vec<A> load_vector(const A* p) {  // aligned to the vector's size
 template <class A>
 INLINE void store_vector(A* p, Vec<A> v) {
   __builtin_memcpy(__builtin_assume_aligned(p, kBytes), &v, sizeof(v));
+}
+
+// Whether n values are all 0, n a multiple of the vector's lanes. Gradients that vanish over long sequences become 0, as
+// denormals are flushed; a product with them need not be computed. Where they have not vanished, this ends at once.
+template <class A>
+INLINE bool all_zero(const A* p, int64_t n) {
+  for (int64_t k = 0; k < n; k += kLanes<A>) {
+    const auto nonzero = load_vector(p + k) != 0;
+    uint64_t words[kBytes / 8], any = 0;
+    __builtin_memcpy(&words, &nonzero, sizeof(words));
+    for (uint64_t word : words) any |= word;
+    if (any) return false;
+  }
+  return true;
 }
 
 // acc[m][n] += sum over k < K of a(m, k) * panel[k][n], in the order of k.
