@@ -14,9 +14,13 @@ from birnn_ext.ops import lstm_layer
 State = tuple[Tensor, Tensor]
 
 
-def _autocasts(x: Tensor) -> bool:
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """What autocast turns x into; None where it leaves x alone, as it does with float64 and integers."""
+    device = x.device.type
     # a device such as meta has no autocast, and asking about it is an error
-    return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device) if x.is_floating_point() and x.dtype != torch.float64 else None
 
 
 class LSTM(nn.LSTM):
@@ -35,8 +39,8 @@ class LSTM(nn.LSTM):
         bidirectional: D = 2 directions instead of 1.
         proj_size: not implemented; must be 0.
         device, dtype: of the parameters; float64, float32, float16 or bfloat16.
-        recompute: keep only inputs, outputs and cell states for the backward pass, and compute the gates anew there: less
-            memory, more time. On the CPU in float32 and float64; elsewhere without effect.
+        recompute: keep only inputs, outputs and cell states for the backward pass, and compute the gates anew there:
+            less memory, more time. On the CPU in float32 and float64; elsewhere without effect.
 
     Raises:
         NotImplementedError: proj_size is not 0.
@@ -108,7 +112,9 @@ class LSTM(nn.LSTM):
         """
         if output not in ("all", "last"):
             raise ValueError(f'LSTM: output must be "all" or "last", got {output!r}')
-        if hx is not None and not (len(hx) == 2 and all(isinstance(state, Tensor) for state in hx)):
+        if hx is not None and not (
+            isinstance(hx, (tuple, list)) and len(hx) == 2 and all(isinstance(state, Tensor) for state in hx)
+        ):
             raise TypeError("LSTM: hx must be None or a pair of tensors (h_0, c_0)")
         if isinstance(input, PackedSequence):
             if lengths is not None:
@@ -179,8 +185,8 @@ class LSTM(nn.LSTM):
             raise RuntimeError("LSTM: Expected sequence length to be larger than 0 in RNN")
         self._check_sizes(x, hx)
         directions = 2 if self.bidirectional else 1
-        if _autocasts(x):
-            dtype = torch.get_autocast_dtype(x.device.type)
+        dtype = _autocast_dtype(x)
+        if dtype is not None:
             x = x.to(dtype)
             hx = None if hx is None else (hx[0].to(dtype), hx[1].to(dtype))
         h_ns, c_ns = [], []
@@ -198,6 +204,8 @@ class LSTM(nn.LSTM):
             x = y
         if last and self.bidirectional:
             return x, None
+        if not last and x.requires_grad:
+            x = x.clone()  # the layer keeps its y for the backward pass, and users may change theirs in place
         return x, (torch.cat(h_ns), torch.cat(c_ns))
 
     def _check_sizes(self, x: Tensor, hx: State | None) -> None:
@@ -206,7 +214,8 @@ class LSTM(nn.LSTM):
             raise RuntimeError(
                 f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {x.shape[2]}"
             )
-        if x.dtype != weight.dtype and not _autocasts(x):
+        autocasts = _autocast_dtype(x) is not None and _autocast_dtype(weight) is not None
+        if x.dtype != weight.dtype and not autocasts:
             raise ValueError(f"LSTM: input and weights must have the same dtype, got {x.dtype} and {weight.dtype}")
         if x.device != weight.device:
             raise ValueError(f"LSTM: input must be on the weights' device {weight.device}, got {x.device}")
@@ -216,7 +225,7 @@ class LSTM(nn.LSTM):
         for name, state in zip(("hidden[0]", "hidden[1]"), hx, strict=True):
             if state.shape != expected:
                 raise RuntimeError(f"Expected {name} size {expected}, got {list(state.shape)}")
-            if state.dtype != x.dtype and not _autocasts(x):
+            if state.dtype != x.dtype and not (autocasts and _autocast_dtype(state) is not None):
                 raise ValueError(f"LSTM: {name} must be {x.dtype} as the input, got {state.dtype}")
             if state.device != x.device:
                 raise ValueError(f"LSTM: {name} must be on the input's device {x.device}, got {state.device}")
@@ -224,8 +233,15 @@ class LSTM(nn.LSTM):
     def _layer(self, layer: int, directions: range, x: Tensor, h0: Tensor | None, c0: Tensor | None, lengths):
         """One layer's given directions: x (T, B, .) -> y (T, B, D, H), h_n, c_n (D, B, H)."""
         names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh") if self.bias else ("weight_ih", "weight_hh")
-        weights = [getattr(self, f"{name}_l{layer}{'_reverse' if d else ''}") for d in directions for name in names]
-        if weights[0].dtype != x.dtype:  # autocast
+        names = [f"{name}_l{layer}{'_reverse' if d else ''}" for d in directions for name in names]
+        weights = [getattr(self, name) for name in names]
+        first = self.weight_ih_l0
+        for name, w in zip(names, weights, strict=True):
+            if w.dtype != first.dtype or w.device != first.device:
+                raise ValueError(
+                    f"LSTM: {name} must be {first.dtype} on {first.device} as weight_ih_l0, got {w.dtype} on {w.device}"
+                )
+        if first.dtype != x.dtype:  # autocast
             weights = [w.to(x.dtype) for w in weights]
         return lstm_layer(x, weights, self.bias, h0, c0, lengths, self.recompute)
 
@@ -239,7 +255,7 @@ class LSTM(nn.LSTM):
             return (None, None) if h0 is None else (h0[d : d + 1], c0[d : d + 1])
 
         y, h_n, c_n = self._layer(layer, range(1), x, *state_of(0), lengths)
-        outputs = [h_n[0] if lengths is None else h_n[0] * (lengths > 0).unsqueeze(-1)]
+        outputs = [h_n[0] if lengths is None else h_n[0].masked_fill((lengths == 0).unsqueeze(-1), 0)]
         if self.bidirectional:
             if lengths is None:
                 at_last = x[-1:]

@@ -50,7 +50,9 @@ def lstm_recurrence(
         TypeError: a dtype does not fit.
     """
     floating = [t for t in (gates_x, w_hh, h0, c0) if t is not None]
-    if _has_tangent(*floating):
+    transform = _transform(*floating)
+    if transform:
+        _count_reference("lstm_recurrence", "reference_forward", f"has no {transform}")
         return reference.lstm_recurrence(gates_x, w_hh, h0, c0, lengths, False)[:3]
     save = torch.is_grad_enabled() and any(t.requires_grad for t in floating)
     return torch.ops.birnn_ext.lstm_recurrence(gates_x, w_hh, h0, c0, lengths, save)[:3]
@@ -89,6 +91,9 @@ def lstm_layer(
     if _is_one_operator(x, weights, h0, c0):
         save = (2 if recompute else 1) if torch.is_grad_enabled() else 0
         return torch.ops.birnn_ext.lstm_layer(x, weights, bias, h0, c0, lengths, save)[:3]
+    if lengths is not None:  # whatever lies beyond a sequence's end must not reach the weights' gradients
+        beyond = torch.arange(x.shape[0], device=x.device).unsqueeze(1) >= lengths
+        x = x.masked_fill(beyond.unsqueeze(-1), 0)
     stride = 4 if bias else 2
     w_ih, w_hh = weights[::stride], weights[1::stride]
     b = torch.cat(weights[2::stride]) + torch.cat(weights[3::stride]) if bias else None
@@ -99,15 +104,19 @@ def lstm_layer(
 def _is_one_operator(x: Tensor, weights: list[Tensor], h0: Tensor | None, c0: Tensor | None) -> bool:
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
         return False
-    # functorch's transforms know the parts, but no autograd Function written in C++
-    return not torch._C._are_functorch_transforms_active() and not _has_tangent(x, *weights, h0, c0)
+    return _transform(x, *weights, h0, c0) is None
 
 
-def _has_tangent(*tensors: Tensor | None) -> bool:
-    """Whether forward-mode AD is at work. Custom operators have none: PyTorch would drop the tangents without a word."""
-    if forward_ad._current_level < 0:
-        return False
-    return any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+def _transform(*tensors: Tensor | None) -> str | None:
+    """What is being done that PyTorch's custom operators can't do, if anything: then the reference serves."""
+    if torch._C._are_functorch_transforms_active():
+        return "rule for torch.func's transforms"
+    # PyTorch would drop tangents without a word.
+    if forward_ad._current_level >= 0 and any(
+        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    ):
+        return "forward-mode derivative"
+    return None
 
 
 # --- fake tensors -----------------------------------------------------------------------------------------------------
@@ -163,26 +172,34 @@ def _(
 # --- devices without a kernel -----------------------------------------------------------------------------------------
 
 
-def _reference(name: str, counter: str, device: torch.device) -> None:
-    if reference_calls[counter] == 0:
-        built = "for CPU and CUDA" if _C.build_info()["cuda"] else "for the CPU only (no CUDA)"
+def _count_reference(name: str, counter: str, why: str) -> None:
+    """Counts a call of the reference, and says so at the first for a reason."""
+    if why not in _said:
+        _said.add(why)
         warnings.warn(
-            f"birnn_ext::{name} has no compiled kernel for device '{device.type}': the extension was built {built}. "
-            "Using the reference implementation in plain PyTorch, which is slow.",
-            stacklevel=2,
+            f"birnn_ext::{name} {why}. Using the reference implementation in plain PyTorch, which is slow.",
+            stacklevel=3,
         )
     reference_calls[counter] += 1
 
 
+_said: set[str] = set()
+
+
+def _no_kernel(device: torch.device) -> str:
+    built = "for CPU and CUDA" if _C.build_info()["cuda"] else "for the CPU only (no CUDA)"
+    return f"has no compiled kernel for device '{device.type}': the extension was built {built}"
+
+
 @torch.library.impl("birnn_ext::lstm_recurrence", "CompositeExplicitAutograd")
 def _(gates_x, w_hh, h0, c0, lengths, save) -> Tensors5:
-    _reference("lstm_recurrence", "reference_forward", gates_x.device)
+    _count_reference("lstm_recurrence", "reference_forward", _no_kernel(gates_x.device))
     return reference.lstm_recurrence(gates_x, w_hh, h0, c0, lengths, save)
 
 
 @torch.library.impl("birnn_ext::lstm_recurrence_backward", "CompositeExplicitAutograd")
 def _(w_hh, c0, lengths, gates, cells, dy, dh_n, dc_n, state_grads) -> Tensors3:
-    _reference("lstm_recurrence_backward", "reference_backward", gates.device)
+    _count_reference("lstm_recurrence_backward", "reference_backward", _no_kernel(gates.device))
     return reference.lstm_recurrence_backward(w_hh, c0, lengths, gates, cells, dy, dh_n, dc_n, state_grads)
 
 

@@ -1,6 +1,7 @@
 // Autograd of birnn_ext::lstm_layer, in C++: with a single sequence, a Python formula would cost more than the kernels.
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/alias.h>
+#include <ATen/ops/arange.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/stack.h>
@@ -59,7 +60,10 @@ variable_list composite(const Tensor& x, at::TensorList weights, bool bias, cons
     if (bias) biases.push_back(weights[k + 2] + weights[k + 3]);
   }
   const auto directions = static_cast<int64_t>(w_ih.size());
-  const Tensor gates_x = at::linear(x, at::cat(w_ih), bias ? OptionalTensor(at::cat(biases)) : std::nullopt);
+  Tensor used = x;
+  if (lengths)  // whatever lies beyond a sequence's end must not reach the weights' gradients
+    used = x.masked_fill((at::arange(x.size(0), lengths->options()).unsqueeze(1) >= *lengths).unsqueeze(-1), 0);
+  const Tensor gates_x = at::linear(used, at::cat(w_ih), bias ? OptionalTensor(at::cat(biases)) : std::nullopt);
   auto [y, h_n, c_n, gates, cells] =
       recurrence.call(gates_x.unflatten(-1, {directions, -1}), at::stack(w_hh), h0, c0, lengths, true);
   return {y, h_n, c_n};

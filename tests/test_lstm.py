@@ -142,6 +142,19 @@ def test_autocast(dtype, device):
     assert all(g.dtype == torch.float32 for g in results[0][3:])
 
 
+def test_autocast_leaves_float64_alone(device):
+    ours, theirs = twins(5, 6, device=device, dtype=torch.float64)
+    x = torch.randn(3, 2, 5, device=device, dtype=torch.float64)
+    with torch.autocast(device, torch.bfloat16):
+        y = ours(x)[0]
+        assert y.dtype == torch.float64
+        with pytest.raises(ValueError, match=r"same dtype, got torch\.float32 and torch.float64"):
+            ours(x.float())
+        with pytest.raises(ValueError, match=r"same dtype, got torch\.int64"):
+            LSTM(5, 6, device=device)(x.long())
+    all_near([y], [theirs(x)[0]])
+
+
 # --- what nn.LSTM is asked to be and do -------------------------------------------------------------------------------
 
 
@@ -272,8 +285,9 @@ def test_double_backward(device):
     all_near(*results)
 
 
+@pytest.mark.filterwarnings("ignore:birnn_ext..lstm_recurrence has no :UserWarning")
 @pytest.mark.parametrize("ragged", [True, False], ids=["ragged", "full"])
-def test_forward_mode(ragged, device):
+def test_forward_mode(ragged, device, reference_operators):
     ours, theirs = twins(3, 5, bidirectional=True, dtype=torch.float64)
     ours = ours.to(device)
     x, v = torch.randn(2, 4, 2, 3, dtype=torch.float64)
@@ -290,6 +304,28 @@ def test_forward_mode(ragged, device):
     (pulled,) = torch.autograd.grad(expected, padded, u, create_graph=True)
     (pushed,) = torch.autograd.grad(pulled, u, v)
     all_near([y, tangent], [expected, pushed])
+
+
+def test_output_may_be_changed_in_place(device):
+    ours, theirs = twins(3, 5, 2, bidirectional=True, batch_first=True, device=device)
+    x = torch.randn(4, 2, 3, device=device, requires_grad=True)
+    all_near(*(torch.autograd.grad(m(x)[0].mul_(2).relu_().sum(), [x, *m.parameters()]) for m in (ours, theirs)))
+
+
+@pytest.mark.filterwarnings("ignore:birnn_ext..lstm_recurrence has no rule for torch.func:UserWarning")
+def test_torch_func(device, reference_operators):
+    """Gradients of functions, and per-sample gradients, equal to a loop."""
+    ours = LSTM(3, 5, bidirectional=True, device=device, dtype=torch.float64)
+    parameters = {name: p.detach() for name, p in ours.named_parameters()}
+    x = torch.randn(4, 6, 3, device=device, dtype=torch.float64)
+
+    def loss(parameters, sample):
+        return torch.func.functional_call(ours, parameters, (sample,))[0].square().sum()
+
+    per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+    for k in range(4):
+        expected = torch.autograd.grad(ours(x[k])[0].square().sum(), ours.parameters())
+        all_near([per_sample[name][k] for name, _ in ours.named_parameters()], expected)
 
 
 def test_meta_device():
@@ -403,6 +439,32 @@ def test_padding_is_never_read(device):
     assert all(torch.equal(a, b) for a, b in zip(states, states_again, strict=True))
 
 
+@pytest.mark.parametrize("output", ["all", "last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_nothing_in_the_padding_reaches_gradients(dtype, output, device):
+    ours = LSTM(3, 5, 2, bidirectional=True, device=device, dtype=dtype)
+    lengths = torch.tensor([2, 4, 0], device=device)
+    grads = []
+    for filler in (0.0, float("nan")):
+        torch.manual_seed(1)
+        x = torch.randn(4, 3, 3, device=device).to(dtype)
+        for b, length in enumerate(lengths.tolist()):
+            x[length:, b] = filler
+        x.requires_grad_()
+        y, _ = ours(x, lengths=lengths, output=output)
+        grads.append(torch.autograd.grad(y.sum(), [x, *ours.parameters()]))
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_last_of_an_empty_sequence_is_zero_whatever_its_state(device):
+    ours = LSTM(3, 5, device=device)
+    h0 = torch.full((1, 2, 5), float("nan"), device=device)
+    y, _ = ours(
+        torch.randn(4, 2, 3, device=device), (h0, h0), lengths=torch.tensor([0, 1], device=device), output="last"
+    )
+    assert (y[0] == 0).all()
+
+
 @pytest.mark.parametrize("enforce_sorted", [True, False])
 @pytest.mark.parametrize("with_state", [True, False], ids=["hx", "no_hx"])
 def test_packed_sequence(with_state, enforce_sorted, device):
@@ -434,6 +496,12 @@ def test_packed_from_pack_sequence_without_indices():
 
 # --- errors -----------------------------------------------------------------------------------------------------------
 
+
+def with_weight(lstm: LSTM, weight: torch.Tensor) -> LSTM:
+    lstm.weight_hh_l0 = nn.Parameter(weight)
+    return lstm
+
+
 ERRORS = [
     (lambda m: m(torch.randn(4, 2, 5)), RuntimeError, "input.size.-1. must be equal to input_size. Expected 3, got 5"),
     (lambda m: m(torch.randn(3)), ValueError, "Expected input to be 2D or 3D, got 1D"),
@@ -457,6 +525,9 @@ ERRORS = [
     (lambda m: m([1.0]), TypeError, "input must be a tensor or a PackedSequence, got list"),
     (lambda m: m(torch.randn(4, 2, 3), lengths=[1, 2]), TypeError, "lengths must be a tensor, got list"),
     (lambda m: m(torch.randn(4, 2, 3), torch.zeros(1, 2, 5)), TypeError, "hx must be None or a pair of tensors"),
+    (lambda m: m(torch.randn(4, 2, 3), 5), TypeError, "hx must be None or a pair of tensors"),
+    (lambda m: with_weight(m, torch.zeros(20, 5, dtype=torch.float64))(torch.randn(4, 2, 3)), ValueError, "weight_hh_l0 must be torch.float32 on cpu as weight_ih_l0, got torch.float64"),
+    (lambda m: with_weight(m, torch.zeros(20, 5, device="meta"))(torch.randn(4, 2, 3)), ValueError, "weight_hh_l0 must be torch.float32 on cpu as weight_ih_l0, got torch.float32 on meta"),
     (lambda m: m(torch.randn(4, 2, 3), (torch.zeros(1, 2, 5), None)), TypeError, "hx must be None or a pair of tensors"),
     (lambda m: LSTM(3, 5, proj_size=2), NotImplementedError, "proj_size must be 0, got 2"),
     (lambda m: LSTM(3, 0), ValueError, "hidden_size must be greater than zero"),

@@ -26,8 +26,8 @@ void product(Tensor& out, const Tensor& a, const Tensor& b) {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_recurrence(const Tensor& gates_x, const Tensor& w_hh,
                                                                    const OptionalTensor& h0, const OptionalTensor& c0,
                                                                    const OptionalTensor& lengths, bool save) {
-  const c10::cuda::CUDAGuard guard(gates_x.device());
   birnn::Forward call(gates_x, w_hh, h0, c0, lengths, save);
+  const c10::cuda::CUDAGuard guard(gates_x.device());
   const auto [T, B, D, H] = static_cast<const RecurrenceSizes&>(call.params);
   const auto stream = c10::cuda::getCurrentCUDAStream();
   const auto accumulate = gates_x.options().dtype(accumulate_type(gates_x.scalar_type()));
@@ -62,8 +62,8 @@ std::tuple<Tensor, Tensor, Tensor> lstm_recurrence_backward(const Tensor& w_hh, 
                                                             const Tensor& cells, const OptionalTensor& dy,
                                                             const OptionalTensor& dh_n, const OptionalTensor& dc_n,
                                                             bool state_grads) {
-  const c10::cuda::CUDAGuard guard(gates.device());
   birnn::Backward call(w_hh, c0, lengths, gates, cells, dy, dh_n, dc_n, state_grads);
+  const c10::cuda::CUDAGuard guard(gates.device());
   const auto [T, B, D, H] = static_cast<const RecurrenceSizes&>(call.params);
   const auto stream = c10::cuda::getCurrentCUDAStream();
   const auto accumulate = cells.options();

@@ -1,0 +1,290 @@
+"""The CPU's operator for a whole layer: against the recurrence with an input projection before it, and what it owes."""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import all_near, assert_near
+
+from birnn_ext import LSTM, op_calls
+from birnn_ext.ops import lstm_layer, lstm_recurrence
+
+layer_op = torch.ops.birnn_ext.lstm_layer.default
+backward_op = torch.ops.birnn_ext.lstm_layer_backward.default
+
+
+def composite(x, weights, bias, h0=None, c0=None, lengths=None):
+    """Independent of the operator; x beyond a sequence's end must be finite."""
+    stride = 4 if bias else 2
+    biases = [a + b for a, b in zip(weights[2::4], weights[3::4], strict=True)] if bias else [None] * 2
+    gates_x = [F.linear(x, w, b) for w, b in zip(weights[::stride], biases, strict=False)]
+    return lstm_recurrence(torch.stack(gates_x, 2), torch.stack(weights[1::stride]), h0, c0, lengths)
+
+
+def random_layer(rng: random.Random, dtype: torch.dtype, sizes: tuple[int, int, int, int] | None = None):
+    """x, weights, bias, h0, c0, lengths, all that floats requiring gradients."""
+    steps, batch, features, hidden = sizes or (
+        rng.choice([1, 2, 3, 7]), rng.choice([1, 2, 6, 13, 70]), rng.choice([1, 3, 8, 17]), rng.choice([1, 4, 15, 16, 33])
+    )  # fmt: skip
+    directions, bias, state, ragged = rng.choice([1, 2]), *(rng.random() < 0.5 for _ in range(3))
+
+    def tensor(*shape: int) -> torch.Tensor:
+        return (torch.randn(shape, dtype=torch.float64) / hidden**0.5).to(dtype).requires_grad_()
+
+    x = torch.randn(steps, batch, features, dtype=torch.float64).to(dtype).requires_grad_()
+    shapes = [(4 * hidden, features), (4 * hidden, hidden), (4 * hidden,), (4 * hidden,)][: 4 if bias else 2]
+    weights = [tensor(*shape) for _ in range(directions) for shape in shapes]
+    h0, c0 = (tensor(directions, batch, hidden), tensor(directions, batch, hidden)) if state else (None, None)
+    lengths = torch.tensor([rng.randint(0, steps) for _ in range(batch)]) if ragged else None
+    return x, weights, bias, h0, c0, lengths
+
+
+def results_and_gradients(function, x, weights, bias, h0, c0, lengths, **kwargs):
+    inputs = [x, *weights, *([h0, c0] if h0 is not None else [])]
+    out = function(x, weights, bias, h0, c0, lengths, **kwargs)
+    generator = torch.Generator().manual_seed(1)
+    cotangents = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o) for o in out]
+    return [*out, *torch.autograd.grad(out, inputs, cotangents)]
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["saved", "recomputed"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("case", range(16))
+def test_against_the_composite(case, dtype, recompute):
+    args = random_layer(random.Random(case), dtype)
+    all_near(results_and_gradients(lstm_layer, *args, recompute=recompute), results_and_gradients(composite, *args))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(20))
+def test_against_the_composite_at_length(seed):
+    for case in range(20):
+        for recompute in (False, True):
+            test_against_the_composite(16 + 20 * seed + case, torch.float64, recompute)
+
+
+# More steps than a round of the backward pass, more units than a group of panels and than a tile, few rows and many steps.
+@pytest.mark.parametrize("sizes", [(60, 70, 5, 17), (9, 300, 3, 8), (3, 5, 4, 290), (150, 1, 30, 20)], ids=str)
+@pytest.mark.parametrize("recompute", [False, True], ids=["saved", "recomputed"])
+def test_sizes_that_take_several_rounds(sizes, recompute):
+    for case in range(4):
+        args = random_layer(random.Random(case), torch.float64, sizes)
+        all_near(results_and_gradients(lstm_layer, *args, recompute=recompute), results_and_gradients(composite, *args))
+
+
+def test_strides():
+    """A batch-first x, features apart, and gradients that arrive transposed or expanded."""
+    x, weights, *rest = random_layer(random.Random(1), torch.float64, (5, 4, 6, 9))
+    views = (
+        lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+        lambda x: torch.stack([x, x], -1)[..., 0],
+        lambda x: x[:, :1].expand(-1, 4, -1),
+    )
+    for view in views:
+        ours, theirs = (
+            results_and_gradients(lambda x, *a, f=f, view=view: f(view(x), *a), x, weights, *rest)
+            for f in (lstm_layer, composite)
+        )
+        all_near(ours, theirs)
+    for function in (lambda y: y.sum(), lambda y: y.transpose(0, 1).contiguous().square().sum()):
+        ours, theirs = (
+            torch.autograd.grad(function(f(x, weights, *rest)[0]), [x, *weights]) for f in (lstm_layer, composite)
+        )
+        all_near(ours, theirs)
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["saved", "recomputed"])
+@pytest.mark.parametrize("ragged", [True, False], ids=["ragged", "full"])
+def test_gradcheck_first_and_second_order(ragged, recompute):
+    x, weights, bias, h0, c0, _ = random_layer(random.Random(6), torch.float64, (3, 3, 2, 2))
+    h0, c0 = (
+        torch.randn(len(weights) // (4 if bias else 2), 3, 2, dtype=torch.float64, requires_grad=True) for _ in "hc"
+    )
+    lengths = torch.tensor([2, 3, 0]) if ragged else None
+
+    def run(x, h0, c0, *weights):
+        return lstm_layer(x, list(weights), bias, h0, c0, lengths, recompute=recompute)
+
+    assert torch.autograd.gradcheck(run, (x, h0, c0, *weights))
+    assert torch.autograd.gradgradcheck(run, (x, h0, c0, *weights))
+
+
+def test_second_order_where_one_input_depends_on_another():
+    x, weights, bias, h0, c0, lengths = random_layer(random.Random(3), torch.float64, (3, 2, 4, 4))
+
+    def penalty(function):
+        (grad,) = torch.autograd.grad(
+            function(x * weights[0].sum(), weights, bias, h0, c0, lengths)[0].square().sum(),
+            weights[0],
+            create_graph=True,
+        )
+        return torch.autograd.grad(grad.square().sum(), [x, *weights])
+
+    all_near(penalty(lstm_layer), penalty(composite))
+
+
+@pytest.mark.parametrize("save", [0, 1, 2])
+@pytest.mark.parametrize("case", [0, 3, 5])
+def test_opcheck(case, save):
+    x, weights, bias, h0, c0, lengths = random_layer(random.Random(case), torch.float32, (3, 4, 5, 6))
+    detached = [None if t is None else t.detach() for t in (x, h0, c0)]
+    plain = [w.detach() for w in weights]
+    if save == 0:
+        torch.library.opcheck(layer_op, (detached[0], plain, bias, *detached[1:], lengths, 0))
+        return
+    torch.library.opcheck(layer_op, (x, weights, bias, h0, c0, lengths, save))
+    y, h_n, _, gates, cells = layer_op(detached[0], plain, bias, *detached[1:], lengths, save)
+    grads = (torch.randn_like(y), torch.randn_like(h_n), None)
+    for wanted in ((True, True, True), (False, True, False)):
+        torch.library.opcheck(
+            backward_op, (detached[0], plain, bias, *detached[1:], lengths, y, gates, cells, *grads, *wanted)
+        )
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["saved", "recomputed"])
+@pytest.mark.parametrize("sizes", [(40, 61, 5, 40), (30, 2, 7, 90)], ids=str)
+@pytest.mark.parametrize("ragged", [True, False], ids=["ragged", "full"])
+def test_bitwise_the_same_for_any_number_of_threads(ragged, sizes, recompute):
+    """Many sequences are dealt out; with few, threads share them and split the hidden units."""
+    x, weights, bias, h0, c0, _ = random_layer(random.Random(2), torch.float32, sizes)
+    lengths = torch.arange(sizes[1]).remainder(sizes[0] + 1) if ragged else None
+    results, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3, 5, 8, 2):
+            torch.set_num_threads(threads)
+            results.append(results_and_gradients(lstm_layer, x, weights, bias, h0, c0, lengths, recompute=recompute))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_concurrent_calls():
+    """Several Python threads at once, each with its own work, get what they get alone."""
+    cases = [random_layer(random.Random(k), torch.float32, (20, 30, 9, 24)) for k in range(4)]
+    alone = [results_and_gradients(lstm_layer, *case) for case in cases]
+    together: list = [None] * len(cases)
+
+    def work(k: int) -> None:
+        for _ in range(5):
+            together[k] = results_and_gradients(lstm_layer, *cases[k])
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(len(cases))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for a, b in zip(alone, together, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+def test_works_in_a_forked_child():
+    """OpenMP's threads are gone there; a child that waited for them would hang."""
+    x, weights, *rest = random_layer(random.Random(2), torch.float32, (5, 30, 4, 40))
+    with torch.no_grad():
+        expected = lstm_layer(x, weights, *rest)[0]
+    child = os.fork()
+    if child == 0:
+        with torch.no_grad():
+            os._exit(0 if torch.equal(lstm_layer(x, weights, *rest)[0], expected) else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def saved_floats(lstm: LSTM, x: torch.Tensor) -> int:
+    """Values that a forward pass keeps for the backward pass, beside parameters and input."""
+    known = {t.data_ptr() for t in (x, *lstm.parameters())}
+    kept: dict[int, int] = {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        if t.data_ptr() not in known:
+            kept[t.data_ptr()] = t.numel()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        lstm(x)
+    return sum(kept.values())
+
+
+def test_what_is_kept_for_the_backward_pass():
+    steps, batch, hidden = 7, 5, 16
+    x, values = torch.randn(steps, batch, 4), steps * batch * 2 * hidden
+    assert saved_floats(LSTM(4, hidden, bidirectional=True), x) == 6 * values  # y, cells, 4 gates
+    assert saved_floats(LSTM(4, hidden, bidirectional=True, recompute=True), x) == 2 * values  # y, cells
+    with torch.no_grad():
+        *_, gates, cells = layer_op(x, list(LSTM(4, hidden).parameters()), True, None, None, None, 0)
+        assert gates.numel() == cells.numel() == 0
+        assert saved_floats(LSTM(4, hidden, bidirectional=True), x) == 0
+
+
+def test_recompute_gives_the_same():
+    torch.manual_seed(1)
+    plain = LSTM(5, 12, 3, bidirectional=True, batch_first=True)
+    frugal = LSTM(5, 12, 3, bidirectional=True, batch_first=True, recompute=True)
+    frugal.load_state_dict(plain.state_dict())
+    x = torch.randn(4, 9, 5)
+    grads = []
+    for lstm in (plain, frugal):
+        y, _ = lstm(x, lengths=torch.tensor([9, 2, 0, 5]))
+        grads.append([y, *torch.autograd.grad(y.square().sum(), lstm.parameters())])
+    all_near(*grads)
+
+
+def test_vanished_gradients_are_zero_and_cheap():
+    """Gradients of the last output vanish over many steps; what has become 0 in one sequence must not stop another's."""
+    lstm = LSTM(3, 16, bidirectional=True)
+    with torch.no_grad():
+        for p in lstm.parameters():
+            p.mul_(0.1)
+    steps, batch = 400, 13
+    x = torch.randn(steps, batch, 3, requires_grad=True)
+    dy = torch.zeros(steps, batch, 32)
+    dy[-1, :7], dy[250, 9] = 1, 1
+    (dx,) = torch.autograd.grad(lstm(x)[0], x, dy)
+    double = LSTM(3, 16, bidirectional=True, dtype=torch.float64)
+    double.load_state_dict(lstm.state_dict())
+    wide = x.detach().double().requires_grad_()
+    (expected,) = torch.autograd.grad(double(wide)[0], wide, dy.double())
+    assert_near(dx, expected, dtype=torch.float32)
+    assert (dx[100, :7] == 0).all()  # forward direction: 300 steps before
+    assert (dx[240, 9] != 0).any()
+
+
+def test_counts_as_a_call_of_the_kernels():
+    before = op_calls()
+    LSTM(3, 5, bidirectional=True)(torch.randn(4, 2, 3))[0].sum().backward()
+    after = op_calls()
+    assert (after["cpu_forward"] - before["cpu_forward"], after["cpu_backward"] - before["cpu_backward"]) == (1, 1)
+
+
+def w(*shape: int, **kwargs) -> torch.Tensor:
+    return torch.zeros(shape, **kwargs)
+
+
+OK = [w(8, 3), w(8, 2)]
+ERRORS = [
+    (lambda: layer_op(w(4, 3), OK, False, None, None, None, 0), ValueError, r"x must have shape \(T, B, I\), got \[4, 3\]"),
+    (lambda: layer_op(w(0, 2, 3), OK, False, None, None, None, 0), ValueError, "at least one time step"),
+    (lambda: layer_op(w(4, 2, 3, dtype=torch.float16), OK, False, None, None, None, 0), TypeError, "x must be float64 or float32, got Half"),
+    (lambda: layer_op(w(4, 2, 3), OK, True, None, None, None, 0), ValueError, "weights must be 4 or 8 tensors, got 2"),
+    (lambda: layer_op(w(4, 2, 3), [w(8, 3), w(8)], False, None, None, None, 0), ValueError, r"w_hh must have shape \(4H, H\), got \[8\]"),
+    (lambda: layer_op(w(4, 2, 3), [w(8, 4), w(8, 2)], False, None, None, None, 0), ValueError, r"w_ih must have shape \[8, 3\], got \[8, 4\]"),
+    (lambda: layer_op(w(4, 2, 3), [*OK, w(8), w(7)], True, None, None, None, 0), ValueError, r"bias_hh must have shape \[8\], got \[7\]"),
+    (lambda: layer_op(w(4, 2, 3), [w(8, 3), w(8, 2).double()], False, None, None, None, 0), TypeError, "w_hh must be Float, got Double"),
+    (lambda: layer_op(w(4, 2, 3), OK, False, w(1, 2, 3), None, None, 0), ValueError, r"h0 must have shape \[1, 2, 2\]"),
+    (lambda: layer_op(w(4, 2, 3), OK, False, None, None, torch.tensor([1, 5]), 0), ValueError, r"between 0 and T = 4, got lengths\[1\] = 5"),
+    (lambda: backward_op(w(4, 2, 3), OK, False, None, None, None, w(4, 2, 1, 2), w(0), w(0), None, None, None, True, True, False), ValueError, "cells must have shape"),
+    (lambda: backward_op(w(4, 2, 3), OK, False, None, None, None, w(4, 2, 1, 3), w(0), w(4, 2, 1, 2), None, None, None, True, True, False), ValueError, "y must have shape"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "kind", "message"), ERRORS, ids=[message for _, _, message in ERRORS])
+def test_errors(call, kind, message):
+    with pytest.raises(kind, match=message):
+        call()
