@@ -23,7 +23,7 @@ py::dict build_info() {
 #endif
   info["compiler"] = __VERSION__;
   info["cpu_isas"] = birnn::cpu::compiled_isas();
-  info["cpu_isa"] = birnn::cpu::chosen_kernels().isa;
+  info["cpu_isa"] = birnn::cpu::chosen_isa();
   return info;
 }
 
@@ -38,7 +38,7 @@ py::dict op_calls() {
 
 // exp, sigmoid or tanh of n floats at address x, to address y, by the chosen kernels' own function.
 void cell_math(const std::string& name, uintptr_t x, uintptr_t y, int64_t n) {
-  const auto& kernels = birnn::cpu::chosen_kernels();
+  const auto& kernels = birnn::cpu::chosen_kernels(birnn::DType::f32);
   const auto function = name == "exp" ? kernels.exp : name == "sigmoid" ? kernels.sigmoid : kernels.tanh;
   function(reinterpret_cast<const float*>(x), reinterpret_cast<float*>(y), n);
 }
@@ -46,7 +46,7 @@ void cell_math(const std::string& name, uintptr_t x, uintptr_t y, int64_t n) {
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
-  birnn::cpu::chosen_kernels();  // a wrong BIRNN_CPU_ISA is an error at import, not at the first call
+  birnn::cpu::chosen_isa();  // a wrong BIRNN_CPU_ISA is an error at import, not at the first call
   m.def("build_info", &build_info);
   m.def("op_calls", &op_calls);
   m.def("cell_math", &cell_math);

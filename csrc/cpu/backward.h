@@ -13,26 +13,28 @@ struct Backward {
   const Member& member;
   const int64_t d = chain.direction, H = p.H, B = p.B, D = p.D, blocks = divide_up(H, L), padded = blocks * L;
   int64_t begin, end;  // this member's blocks: whole tiles
-  A* dz[2];            // [row][gate][padded] of the previous and of this step, alternating
   A* dc;               // [row][padded]
-  A* gates;            // [step][block][gate][lane]: recomputed
   A* zeros;            // (H)
+  A* gates;            // [step][block][gate][lane]: recomputed
+  Factor<S>* dz[2];    // [row][gate][padded] of the previous and of this step, alternating
 
-  Backward(const BackwardParams& params, const Chain& ch, const Panels& packed, const Slots& out, const Member& who)
+  Backward(const BackwardParams& params, const Chain& ch, const Panels& packed, const Slots& out, int64_t steps_at_once,
+           const Member& who)
       : p(params), chain(ch), panels(packed), slots(out), member(who) {
     const int64_t tiles = divide_up(blocks, 4);
     begin = member.index * tiles / member.count * 4;
     end = minimum(blocks, (member.index + 1) * tiles / member.count * 4);
-    dz[0] = static_cast<A*>(chain.scratch);
-    dz[1] = dz[0] + chain.count * 4 * padded;
-    dc = dz[1] + chain.count * 4 * padded;
+    dc = static_cast<A*>(chain.scratch);
     zeros = dc + chain.count * padded;
     gates = zeros + padded;
+    dz[0] = reinterpret_cast<Factor<S>*>(gates + (p.gates ? 0 : 4 * chain.count * steps_at_once) * padded);
+    dz[1] = dz[0] + round_up(chain.count, kTileRows<S>) * 4 * padded;
   }
 
   static int64_t scratch(const BackwardParams& p, int64_t rows, int64_t steps) {
-    const int64_t padded = divide_up(p.H, L) * L;
-    return (9 * rows + 1 + (p.gates ? 0 : 4 * rows * steps)) * padded * sizeof(A);
+    const int64_t padded = round_up(p.H, L);
+    return (rows + 1 + (p.gates ? 0 : 4 * rows * steps)) * padded * sizeof(A) +
+           2 * round_up(rows, kTileRows<S>) * 4 * padded * sizeof(Factor<S>);
   }
 
   int64_t length(int64_t b) const { return p.lengths ? p.lengths[b] : p.T; }
@@ -40,21 +42,21 @@ struct Backward {
 
   // acc[m] = W_hh^T dz of M rows, for N vectors of units from vector v on.
   template <int M, int N>
-  INLINE void product(V (&acc)[M][N], const A* const (&dz_rows)[M], int64_t v) {
-    multiply(acc, dz_rows, static_cast<const A*>(panels.hh_t) + v * 4 * padded * L, 4 * padded);
+  INLINE void product(V (&acc)[M][N], const Factor<S>* rows, int64_t v) {
+    const Factor<S>* a[M];
+    for (int m = 0; m < M; ++m) a[m] = rows + m * 4 * padded;
+    if (!all_zero(rows, M * 4 * padded))
+      multiply<S>(acc, a, static_cast<const Factor<S>*>(panels.hh_t) + v * 4 * padded * L, 4 * padded);
   }
 
   template <int M, int N>
-  INLINE void tile(int64_t t, int64_t s, int64_t first, int64_t v, const A* gate_rows) {
+  INLINE void tile(int wanted, int64_t t, int64_t s, int64_t first, int64_t v, const A* gate_rows) {
     V acc[M][N] = {};
-    if (s > 0) {
-      const A* dz_rows[M];
-      for (int m = 0; m < M; ++m) dz_rows[m] = dz[(s + 1) & 1] + (first + m) * 4 * padded;
-      if (!all_zero(dz_rows[0], M * 4 * padded)) product(acc, dz_rows, v);
-    }
+    if (s > 0) product(acc, dz[(s + 1) & 1] + first * 4 * padded, v);
     const S* dy = static_cast<const S*>(p.dy);
     const S* dh_n = static_cast<const S*>(p.dh_n);
-    for (int m = 0; m < M; ++m) {
+    const int rows = kAmx<S> ? wanted : M;
+    for (int m = 0; m < rows; ++m) {
       const int64_t b = chain.rows[first + m], row = (t * B + b) * D + d;
       const bool last = t == (d == 0 ? length(b) - 1 : 0);     // the sequence's last step: dh_n arrives
       const bool earliest = t == (d == 0 ? 0 : length(b) - 1);  // its first: the cell came from c0
@@ -85,9 +87,9 @@ struct Backward {
         const Gates<V> dgates = lstm_cell_backward<Math<A>>(gates, c, c_prev, dh, dc_value);
         store_vector(dc_row, dc_value);
         const V all[4] = {dgates.i, dgates.f, dgates.g, dgates.o};
-        A* dz_row = dz[s & 1] + (first + m) * 4 * padded + unit;
+        Factor<S>* dz_row = dz[s & 1] + (first + m) * 4 * padded + unit;
         for (int g = 0; g < 4; ++g) {
-          store_vector(dz_row + g * padded, all[g]);
+          store_aligned<A>(dz_row + g * padded, all[g]);
           if (slots.dz) {
             const int64_t vector = g * blocks + v + n;
             store_vector(static_cast<A*>(slots.dz) + ((vector / 4 * slots.capacity + slot) * 4 + vector % 4) * L, all[g]);
@@ -99,17 +101,12 @@ struct Backward {
     }
   }
 
-  // dh0 = W_hh^T dz of each row's first step (which the row left in one of the two buffers).
+  // dh0 = W_hh^T dz of each row's first step, which finish() has brought to dz[0].
   template <int M, int N>
-  INLINE void initial_tile(int64_t first, int64_t v) {
-    const A* dz_rows[M];
-    for (int m = 0; m < M; ++m) {
-      const int64_t s = d == 0 ? p.T - 1 : length(chain.rows[first + m]) - 1;  // the iteration of its first step
-      dz_rows[m] = dz[s & 1] + (first + m) * 4 * padded;
-    }
+  INLINE void initial_tile(int wanted, int64_t first, int64_t v) {
     V acc[M][N] = {};
-    product(acc, dz_rows, v);
-    for (int m = 0; m < M; ++m)
+    product(acc, dz[0] + first * 4 * padded, v);
+    for (int m = 0; m < (kAmx<S> ? wanted : M); ++m)
       for (int n = 0; n < N; ++n)
         store<A>(static_cast<S*>(p.dh0) + (d * B + chain.rows[first + m]) * H + (v + n) * L, acc[m][n],
                  H - (v + n) * L);
@@ -120,20 +117,24 @@ struct Backward {
   INLINE void for_each_tile(int64_t rows, const F& f) {
     for (int64_t v = begin, count; v < end; v += count) {
       count = tile_vectors(v, blocks);
-      for (int64_t first = 0; first < rows; first += kRows)
-        with_rows<kRows>(rows - first, [&]<int M>() INLINE_LAMBDA {
-          with_vectors(count, [&]<int N>() INLINE_LAMBDA { f.template operator()<M, N>(first, v); });
+      for (int64_t first = 0; first < rows; first += kTileRows<S>)
+        with_rows<S>(rows - first, [&]<int M>(int wanted) INLINE_LAMBDA {
+          with_vectors(count, [&]<int N>() INLINE_LAMBDA { f.template operator()<M, N>(wanted, first, v); });
         });
     }
   }
 
   void start() {
     const S* dc_n = static_cast<const S*>(p.dc_n);
+    for (int64_t r = chain.count; r < round_up(chain.count, kTileRows<S>); ++r)  // multiplied, though there are none
+      if (member.index == 0 && kAmx<S>)
+        for (Factor<S>* buffer : dz)
+          __builtin_memset(buffer + r * 4 * padded, 0, 4 * padded * sizeof(Factor<S>));
     for (int64_t r = 0; r < chain.count; ++r)
       for (int64_t unit = begin * L; unit < end * L; unit += L) {
         for (int64_t g = 0; g < 4; ++g)
-          for (A* buffer : dz)  // rows that begin later have had no dz yet
-            store_vector(buffer + (r * 4 + g) * padded + unit, V{});
+          for (Factor<S>* buffer : dz)  // rows that begin later have had no dz yet
+            store_aligned<A>(buffer + (r * 4 + g) * padded + unit, V{});
         store_vector(dc + r * padded + unit,
                      dc_n ? load<A>(dc_n + (d * B + chain.rows[r]) * H + unit, H - unit) : V{});
       }
@@ -141,8 +142,7 @@ struct Backward {
   }
 
   void finish() {
-    const int64_t unit0 = begin * L, units = minimum(H, end * L) - unit0;
-    if (units <= 0) return;
+    const int64_t unit0 = begin * L, units = maximum(0, minimum(H, end * L) - unit0);
     if (p.d_gates_x)
       for (int64_t r = 0; r < chain.count; ++r)
         for (int64_t t = length(chain.rows[r]); t < p.T; ++t)
@@ -151,7 +151,16 @@ struct Backward {
                              units * sizeof(S));
     if (!p.dh0) return;
     const int64_t begun = active_rows(chain, p.lengths, 0, 0);
-    for_each_tile(begun, [&]<int M, int N>(int64_t first, int64_t v) INLINE_LAMBDA { initial_tile<M, N>(first, v); });
+    for (int64_t r = 0; r < begun; ++r) {  // a row's last iteration left its dz in one of the two buffers
+      const int64_t s = d == 0 ? p.T - 1 : length(chain.rows[r]) - 1;
+      for (int64_t g = 0; (s & 1) && g < 4; ++g)
+        __builtin_memcpy(dz[0] + (r * 4 + g) * padded + unit0, dz[1] + (r * 4 + g) * padded + unit0,
+                         (end - begin) * L * sizeof(Factor<S>));
+    }
+    member.barrier->wait(member.count);
+    for_each_tile(begun, [&]<int M, int N>(int wanted, int64_t first, int64_t v) INLINE_LAMBDA {
+      initial_tile<M, N>(wanted, first, v);
+    });
     for (int64_t r = begun; r < chain.count; ++r) {  // a sequence without steps hands its gradient through
       const int64_t state = (d * B + chain.rows[r]) * H + unit0;
       if (p.dh_n)
@@ -195,7 +204,9 @@ struct Backward {
         const int64_t t = time(s), rows = steps.rows[s - s0];
         const A* gate_rows = p.gates ? nullptr : gates + steps.first[s - s0] * 4 * padded;
         for_each_tile(rows,
-                      [&]<int M, int N>(int64_t first, int64_t v) INLINE_LAMBDA { tile<M, N>(t, s, first, v, gate_rows); });
+                      [&]<int M, int N>(int wanted, int64_t first, int64_t v) INLINE_LAMBDA {
+                        tile<M, N>(wanted, t, s, first, v, gate_rows);
+                      });
         member.barrier->wait(member.count);
       }
     }

@@ -55,11 +55,11 @@ INLINE void project(const InputProjection& input, int64_t d, int64_t H, int64_t 
     for (int g = 0; g < 4; ++g)
       for (const void* b : {input.bias_ih[d], input.bias_hh[d]})
         if (b) bias[g] += load<A>(static_cast<const S*>(b) + g * H + block * L, H - block * L);
-    const A* panel_ih = static_cast<const A*>(panels.ih) + block * I * 4 * L;
-    const A* panel_hh = static_cast<const A*>(panels.hh) + block * H * 4 * L;
+    const A* panel_ih = static_cast<const A*>(panels.ih) + block * packed_rows<S>(I) * 4 * L;
+    const A* panel_hh = static_cast<const A*>(panels.hh) + block * packed_rows<S>(H) * 4 * L;
     Cursor cursor(steps);
-    for (int64_t k = 0; k < steps.total; k += kRows)
-      with_rows<kRows>(steps.total - k, [&]<int M>() INLINE_LAMBDA {
+    for (int64_t k = 0; k < steps.total; k += kTileRows<S>)
+      with_rows<S>(steps.total - k, [&]<int M>(int) INLINE_LAMBDA {
         const A *x[M], *h[M];
         V acc[M][4];
         for (int m = 0; m < M; ++m, cursor.next()) {
@@ -67,8 +67,8 @@ INLINE void project(const InputProjection& input, int64_t d, int64_t H, int64_t 
           if (h_of) h[m] = (*h_of)(cursor);
           for (int g = 0; g < 4; ++g) acc[m][g] = bias[g];
         }
-        multiply(acc, x, panel_ih, I);
-        if (h_of) multiply(acc, h, panel_hh, H);
+        multiply<S>(acc, x, panel_ih, I);
+        if (h_of) multiply<S>(acc, h, panel_hh, H);
         for (int m = 0; m < M; ++m) {
           Gates<V> gates{acc[m][0], acc[m][1], acc[m][2], acc[m][3]};
           if (h_of) lstm_gates<Math<A>>(gates);
@@ -95,21 +95,24 @@ struct Forward {
   const int64_t d = chain.direction, H = p.H, B = p.B, D = p.D, blocks = divide_up(H, L), padded = blocks * L;
   const int64_t begin = member.index * blocks / member.count, end = (member.index + 1) * blocks / member.count;
   const int64_t own_units = minimum(H, end * L);
-  A* h[2];  // [row][padded] of the previous and of this step, alternating
-  A* c;     // [row][padded]
-  A* z;     // [step][block][gate][lane]: the projected steps
+  const int64_t row_size = round_up(padded, kStep<S>);
+  A* c;             // [row][padded]
+  A* z;             // [step][block][gate][lane]: the projected steps
+  Factor<S>* h[2];  // [row][row_size] of the previous and of this step, alternating
 
-  Forward(const ForwardParams& params, const Chain& ch, const Panels& packed, const Member& who)
+  Forward(const ForwardParams& params, const Chain& ch, const Panels& packed, int64_t steps_at_once, const Member& who)
       : p(params), chain(ch), panels(packed), member(who) {
-    h[0] = static_cast<A*>(chain.scratch);
-    h[1] = h[0] + chain.count * padded;
-    c = h[1] + chain.count * padded;
+    const int64_t steps = p.gates_x ? 0 : steps_at_once, rows = round_up(chain.count, kTileRows<S>);
+    c = static_cast<A*>(chain.scratch);
     z = c + chain.count * padded;
+    h[0] = reinterpret_cast<Factor<S>*>(z + 4 * chain.count * steps * padded);
+    h[1] = h[0] + rows * row_size;
   }
 
   static int64_t scratch(const ForwardParams& p, int64_t rows, int64_t steps) {
-    const int64_t padded = divide_up(p.H, L) * L;
-    return (3 * rows + (p.gates_x ? 0 : 4 * rows * steps)) * padded * sizeof(A);
+    const int64_t padded = round_up(p.H, L);
+    return (rows + (p.gates_x ? 0 : 4 * rows * steps)) * padded * sizeof(A) +
+           2 * round_up(rows, kTileRows<S>) * round_up(padded, kStep<S>) * sizeof(Factor<S>);
   }
 
   // Asks for the gates_x of the tile after this one: its rows lie D * 4H values apart, where no hardware prefetcher
@@ -123,7 +126,7 @@ struct Forward {
         if (t < 0 || t >= p.T) return;
       }
     }
-    for (int64_t r = first; r < minimum(first + kRows, chain.count); ++r) {
+    for (int64_t r = first; r < minimum(first + kTileRows<S>, chain.count); ++r) {
       const S* gates_x = static_cast<const S*>(p.gates_x) + ((t * B + chain.rows[r]) * D + d) * 4 * H + block * L;
       for (int g = 0; g < 4; ++g) __builtin_prefetch(gates_x + g * H);
     }
@@ -131,15 +134,18 @@ struct Forward {
 
   // One step of M rows from `first` on, for the units of one block. z_rows: the projections of the step, or null.
   template <int M>
-  INLINE void tile(int64_t t, int64_t s, int64_t first, int64_t block, const A* z_rows, bool product) {
+  INLINE void tile(int wanted, int64_t t, int64_t s, int64_t first, int64_t block, const A* z_rows, bool product) {
     const int64_t unit = block * L, n = H - unit;
-    const A* h_prev = h[s & 1] + first * padded;
-    A* h_next = h[(s + 1) & 1] + first * padded + unit;
+    const Factor<S>* h_prev = h[s & 1] + first * row_size;
+    Factor<S>* h_next = h[(s + 1) & 1] + first * row_size + unit;
     A* c_rows = c + first * padded + unit;
+    const int rows = kAmx<S> ? wanted : M;
 
     V acc[M][4];
     int64_t row[M];  // index of (t, b, d), in units of a row of y
-    for (int m = 0; m < M; ++m) {
+    for (int m = rows; m < M; ++m)
+      for (int g = 0; g < 4; ++g) acc[m][g] = V{};
+    for (int m = 0; m < rows; ++m) {
       row[m] = (t * B + chain.rows[first + m]) * D + d;
       const A* z_row = z_rows + (first + m) * 4 * padded + block * 4 * L;
       const S* gates_x = static_cast<const S*>(p.gates_x) + row[m] * 4 * H + unit;
@@ -147,16 +153,17 @@ struct Forward {
     }
     if (!z_rows) prefetch_gates_x(t, first + M, block);
     if (product) {
-      const A* a[M];
-      for (int m = 0; m < M; ++m) a[m] = h_prev + m * padded;
-      multiply(acc, a, static_cast<const A*>(panels.hh) + block * H * 4 * L, H);
+      const Factor<S>* a[M];
+      for (int m = 0; m < M; ++m) a[m] = h_prev + m * row_size;
+      const int64_t K = packed_rows<S>(H);
+      multiply<S>(acc, a, static_cast<const Factor<S>*>(panels.hh) + block * K * 4 * L, kStep<S> == 1 ? H : K);
     }
-    for (int m = 0; m < M; ++m) {
+    for (int m = 0; m < rows; ++m) {
       Gates<V> gates{acc[m][0], acc[m][1], acc[m][2], acc[m][3]};
       V c_row = load_vector(c_rows + m * padded);
       const V h_row = lstm_cell_forward<Math<A>>(gates, c_row);
       store_vector(c_rows + m * padded, c_row);
-      store_vector(h_next + m * padded, h_row);
+      store_aligned<A>(h_next + m * row_size, h_row);
       store<A>(static_cast<S*>(p.y) + row[m] * H + unit, h_row, n);
       if (p.gates) {
         S* saved = static_cast<S*>(p.gates) + row[m] * 4 * H + unit;
@@ -171,14 +178,17 @@ struct Forward {
 
   // The initial state, in both buffers of h: a sequence of the reverse direction starts at any step.
   void start() {
+    if (kStep<S> > 1 && member.index == 0) {  // rows and columns that are multiplied though there are none
+      __builtin_memset(h[0], 0, 2 * round_up(chain.count, kTileRows<S>) * row_size * sizeof(Factor<S>));
+    }
+    if (kStep<S> > 1) member.barrier->wait(member.count);
     const S* h0 = static_cast<const S*>(p.h0);
     const S* c0 = static_cast<const S*>(p.c0);
     for (int64_t r = 0; r < chain.count; ++r) {
       const int64_t state = (d * B + chain.rows[r]) * H;
       for (int64_t unit = begin * L; unit < end * L; unit += L) {
         const V h_row = h0 ? load<A>(h0 + state + unit, H - unit) : V{};
-        store_vector(h[0] + r * padded + unit, h_row);
-        store_vector(h[1] + r * padded + unit, h_row);
+        for (Factor<S>* buffer : h) store_aligned<A>(buffer + r * row_size + unit, h_row);
         store_vector(c + r * padded + unit, c0 ? load<A>(c0 + state + unit, H - unit) : V{});
       }
     }
@@ -191,8 +201,8 @@ struct Forward {
       const int64_t b = chain.rows[r], length = p.lengths ? p.lengths[b] : p.T;
       const int64_t last = d == 0 ? length - 1 : p.T - 1;
       for (int64_t unit = unit0; unit < own_units; unit += L) {
-        store<A>(static_cast<S*>(p.h_n) + (d * B + b) * H + unit, load_vector(h[(last + 1) & 1] + r * padded + unit),
-                 H - unit);
+        store<A>(static_cast<S*>(p.h_n) + (d * B + b) * H + unit,
+                 load_aligned<A>(h[(last + 1) & 1] + r * row_size + unit), H - unit);
         store<A>(static_cast<S*>(p.c_n) + (d * B + b) * H + unit, load_vector(c + r * padded + unit), H - unit);
       }
       for (int64_t t = length; t < p.T; ++t) {
@@ -224,8 +234,10 @@ struct Forward {
         const A* z_rows = p.gates_x ? nullptr : z + steps.first[s - s0] * 4 * padded;
         const bool product = s > 0 || p.h0;
         for (int64_t block = begin; block < end; ++block)
-          for (int64_t first = 0; first < rows; first += kRows)
-            with_rows<kRows>(rows - first, [&]<int M>() INLINE_LAMBDA { tile<M>(t, s, first, block, z_rows, product); });
+          for (int64_t first = 0; first < rows; first += kTileRows<S>)
+            with_rows<S>(rows - first, [&]<int M>(int wanted) INLINE_LAMBDA {
+              tile<M>(wanted, t, s, first, block, z_rows, product);
+            });
         member.barrier->wait(member.count);
       }
     }

@@ -12,7 +12,7 @@ void input_gradient(const S* dz, int64_t capacity, int64_t H, int64_t I, const S
     with_vectors(count, [&]<int N>() INLINE_LAMBDA {
       const S* panel = ih_t + v * 4 * blocks * L * L;
       for (int64_t k = begin; k < end; k += kRows)
-        with_rows<kRows>(end - k, [&]<int M>() INLINE_LAMBDA {
+        with_rows<S>(end - k, [&]<int M>(int) INLINE_LAMBDA {
           Vec<S> acc[M][N];
           S* to[M];
           for (int m = 0; m < M; ++m) {
@@ -23,7 +23,7 @@ void input_gradient(const S* dz, int64_t capacity, int64_t H, int64_t I, const S
             const S* a[M];
             for (int m = 0; m < M; ++m) a[m] = dz + (block * capacity + k + m) * 4 * L;
             if (all_zero(a[0], M * 4 * L)) continue;
-            multiply(acc, a, panel + block * 4 * L * N * L, 4 * L);
+            multiply<S>(acc, a, panel + block * 4 * L * N * L, 4 * L);
           }
           for (int m = 0; m < M; ++m)
             for (int n = 0; n < N; ++n) store<S>(to[m] + n * L, acc[m][n], I - (v + n) * L);

@@ -1,7 +1,16 @@
 #include "isa.h"
 
+#include <algorithm>
 #include <cstdlib>
 #include <stdexcept>
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
 
 namespace birnn::cpu {
 
@@ -15,56 +24,100 @@ extern const Kernels kernels;
 namespace avx512 {
 extern const Kernels kernels;
 }
+namespace avx512_bf16 {
+extern const Kernels kernels;
+}
+namespace amx {
+extern const Kernels kernels;
+}
 #endif
 
 namespace {
 
-struct Compiled {
+struct Isa {
+  std::string name;
+  bool runs;  // on this CPU
   const Kernels* kernels;
-  bool supported;  // by this CPU
+  const Kernels* bf16_kernels;
 };
 
-// The plainest first, the best last.
-std::vector<Compiled> all_compiled() {
-  std::vector<Compiled> all = {{&generic::kernels, true}};
 #if defined(__x86_64__)
-  __builtin_cpu_init();
-  const bool v2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  const bool v4 = v2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                  __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  all.push_back({&avx2::kernels, v2});
-  all.push_back({&avx512::kernels, v4});
+// Whether there are AMX's tiles for bfloat16, and the system lets this process use them.
+bool has_amx() {
+#if BIRNN_EMULATE_AMX
+  return true;
+#elif defined(__linux__)
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return (d & kBf16) && (d & kTile) && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
 #endif
+}
+#endif
+
+// The plainest first, the best last.
+const std::vector<Isa>& all_isas() {
+  static const std::vector<Isa> all = [] {
+    std::vector<Isa> isas = {{"generic", true, &generic::kernels, &generic::kernels}};
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const bool v2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+    const bool v4 = v2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                    __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+    const bool bf16 = v4 && __builtin_cpu_supports("avx512bf16");
+    isas.push_back({"avx2", v2, &avx2::kernels, &avx2::kernels});
+    isas.push_back({"avx512", v4, &avx512::kernels, &avx512::kernels});
+    isas.push_back({"avx512_bf16", bf16, &avx512::kernels, &avx512_bf16::kernels});
+    isas.push_back({"amx", bf16 && has_amx(), &avx512::kernels, &amx::kernels});
+#endif
+    return isas;
+  }();
   return all;
 }
 
-const Kernels& choose() {
-  const char* wanted = std::getenv("BIRNN_CPU_ISA");
-  const Kernels* best = nullptr;
+const Isa& choose() {
+  const char* value = std::getenv("BIRNN_CPU_ISA");
+  const std::string wanted = value ? value : "";
+  const Isa* best = nullptr;
   std::string runnable;
-  for (const Compiled& one : all_compiled()) {
-    if (!one.supported) continue;
-    if (wanted && *wanted && std::string(wanted) == one.kernels->isa) return *one.kernels;
-    best = one.kernels;
-    runnable += (runnable.empty() ? "" : ", ") + std::string(one.kernels->isa);
+  for (const Isa& isa : all_isas()) {
+    if (!isa.runs) continue;
+    if (wanted == isa.name) return isa;
+    best = &isa;
+    runnable += (runnable.empty() ? "" : ", ") + isa.name;
   }
-  if (wanted && *wanted)
-    throw std::runtime_error("BIRNN_CPU_ISA=" + std::string(wanted) + " is not available: this build and CPU run " +
-                             runnable);
+  if (!wanted.empty())
+    throw std::runtime_error("BIRNN_CPU_ISA=" + wanted + " is not available: this build and CPU run " + runnable);
   return *best;
+}
+
+const Isa& chosen() {
+  static const Isa& isa = choose();
+  return isa;
 }
 
 }  // namespace
 
 std::vector<std::string> compiled_isas() {
   std::vector<std::string> names;
-  for (const Compiled& one : all_compiled()) names.push_back(one.kernels->isa);
+  for (const Isa& isa : all_isas()) names.push_back(isa.name);
   return names;
 }
 
-const Kernels& chosen_kernels() {
-  static const Kernels& chosen = choose();
-  return chosen;
+std::vector<std::string> runnable_isas() {
+  std::vector<std::string> names;
+  for (const Isa& isa : all_isas())
+    if (isa.runs) names.push_back(isa.name);
+  return names;
+}
+
+const std::string& chosen_isa() { return chosen().name; }
+
+const Kernels& chosen_kernels(DType dtype) {
+  return dtype == DType::bf16 ? *chosen().bf16_kernels : *chosen().kernels;
 }
 
 }  // namespace birnn::cpu

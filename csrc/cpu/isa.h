@@ -8,11 +8,17 @@
 
 namespace birnn::cpu {
 
-// Names of the kernels in this build, the plainest first.
+// Names of the instruction sets in this build, the plainest first.
 std::vector<std::string> compiled_isas();
 
-// The kernels named by the environment variable BIRNN_CPU_ISA, else the best that the CPU supports. Chosen once per
-// process. Throws std::runtime_error if the variable names kernels that are not compiled or that the CPU can't run.
-const Kernels& chosen_kernels();
+// Those that this CPU runs.
+std::vector<std::string> runnable_isas();
+
+// The one in use: named by the environment variable BIRNN_CPU_ISA, else the best that runs. Chosen once per process. Throws
+// std::runtime_error if the variable names one that is not compiled or that the CPU can't run.
+const std::string& chosen_isa();
+
+// Its kernels for a type.
+const Kernels& chosen_kernels(DType dtype);
 
 }  // namespace birnn::cpu

@@ -8,9 +8,9 @@
 
 namespace birnn::cpu {
 
-// The weights of a direction, packed into panels for the register tiles; made once per call, of type A. L: lanes of a
+// The weights of a direction, packed into panels for the register tiles; made once per call. L: lanes of a
 // vector; blocks: H / L, rounded up; units and columns beyond the end are 0. "Tile": 4 vectors of columns side by side,
-// at the end 2 or 1.
+// at the end 2 or 1. Where pairs of bfloat16 are multiplied, two neighbouring k stand side by side in each lane.
 struct Panels {
   void* ih;    // [block][k: I][gate][lane]
   void* hh;    // [block][k: H][gate][lane]
@@ -56,10 +56,12 @@ struct WeightGradient {
 };
 
 struct Kernels {
-  const char* isa;
   int64_t (*lanes)(DType);
   int64_t rows;  // sequences, or columns, of a register tile
   int64_t (*accumulate_bytes)(DType);
+
+  // Bytes of the packed weights (4H, columns).
+  int64_t (*panel_bytes)(DType, int64_t H, int64_t columns, bool transposed);
 
   // Pack one block, or one vector of columns, of a weight matrix (4H, columns). See Panels.
   void (*pack)(DType, const void* w, int64_t H, int64_t columns, int64_t block, void* panels);
@@ -73,6 +75,8 @@ struct Kernels {
   int64_t (*backward_scratch)(DType, const BackwardParams&, int64_t rows, int64_t steps);
   void (*backward)(DType, const BackwardParams&, const Chain&, const Panels&, const Slots&, int64_t steps,
                    int64_t begin, int64_t end, const Member&);
+
+  // What follows is null in a table for bfloat16 alone.
 
   // dx_rows[k] += W_ih^T dz of slot k, begin <= k < end.
   void (*input_gradient)(DType, const void* dz, int64_t capacity, int64_t H, int64_t I, const void* ih_t,

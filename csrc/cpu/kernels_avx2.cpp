@@ -9,7 +9,6 @@
 #pragma GCC target("avx2,fma,f16c")
 #endif
 #define BIRNN_ISA avx2
-#define BIRNN_ISA_NAME "avx2"
 #define BIRNN_ISA_BYTES 32
 #define BIRNN_ISA_ROWS 3
 #include "recurrence_kernel.h"

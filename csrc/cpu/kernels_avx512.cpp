@@ -11,7 +11,6 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,prefer-vector-width=512")
 #endif
 #define BIRNN_ISA avx512
-#define BIRNN_ISA_NAME "avx512"
 #define BIRNN_ISA_BYTES 64
 #define BIRNN_ISA_ROWS 6
 #include "recurrence_kernel.h"

@@ -1,6 +1,5 @@
 // The kernels for every CPU: 128-bit vectors (SSE2, NEON). 3 x 4 accumulators of 16 registers, 6 x 4 of NEON's 32.
 #define BIRNN_ISA generic
-#define BIRNN_ISA_NAME "generic"
 #define BIRNN_ISA_BYTES 16
 #if defined(__aarch64__)
 #define BIRNN_ISA_ROWS 6

@@ -83,16 +83,14 @@ struct Plan {
 class Packing {
  public:
   Packing(DType dtype, const RecurrenceSizes& sizes, const Kernels& kernels)
-      : dtype_(dtype), sizes_(sizes), kernels_(kernels), lanes_(kernels.lanes(dtype)),
-        padded_(divide_up(sizes.H, lanes_) * lanes_) {}
+      : dtype_(dtype), sizes_(sizes), kernels_(kernels) {}
 
   // w: the weights (4H, columns) of each direction.
   void add(const void* const* w, int64_t columns, bool transposed, void* Panels::* member) {
-    const int64_t width = transposed ? divide_up(columns, lanes_) * lanes_ : columns;
     for (int64_t d = 0; d < sizes_.D; ++d) {
-      buffers_.push_back(allocate(4 * padded_ * width * kernels_.accumulate_bytes(dtype_)));
+      buffers_.push_back(allocate(kernels_.panel_bytes(dtype_, sizes_.H, columns, transposed)));
       panels[d].*member = buffers_.back().get();
-      const int64_t blocks = transposed ? width / lanes_ : padded_ / lanes_;
+      const int64_t blocks = divide_up(transposed ? columns : sizes_.H, kernels_.lanes(dtype_));
       for (int64_t block = 0; block < blocks; ++block)
         tasks_.push_back({w[d], buffers_.back().get(), columns, block, transposed});
     }
@@ -119,7 +117,6 @@ class Packing {
   const DType dtype_;
   const RecurrenceSizes& sizes_;
   const Kernels& kernels_;
-  const int64_t lanes_, padded_;
   std::vector<Buffer> buffers_;
   std::vector<Task> tasks_;
 };
@@ -285,7 +282,7 @@ void with_threads(const RecurrenceSizes& sizes, int64_t threads, const Kernels& 
 
 void recurrence_forward(DType dtype, const ForwardParams& params, int64_t max_threads, const Parallel& parallel) {
   if (params.B == 0) return;
-  const Kernels& kernels = chosen_kernels();
+  const Kernels& kernels = chosen_kernels(dtype);
   Packing packing(dtype, params, kernels);
   if (params.T > 1 || params.h0) packing.add(params.w_hh, params.H, false, &Panels::hh);
   if (!params.gates_x) packing.add(params.input.w_ih, params.input.I, false, &Panels::ih);
@@ -306,7 +303,7 @@ void recurrence_forward(DType dtype, const ForwardParams& params, int64_t max_th
 
 void recurrence_backward(DType dtype, const BackwardParams& params, int64_t max_threads, const Parallel& parallel) {
   if (params.B == 0) return;
-  const Kernels& kernels = chosen_kernels();
+  const Kernels& kernels = chosen_kernels(dtype);
   Packing packing(dtype, params, kernels);
   if (params.T > 1 || params.dh0) packing.add(params.w_hh, params.H, true, &Panels::hh_t);
   if (!params.gates) {

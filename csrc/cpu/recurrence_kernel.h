@@ -1,5 +1,6 @@
 // The CPU kernels, compiled once per ISA: a kernels_<isa>.cpp sets the compiler's target, defines BIRNN_ISA (namespace),
-// BIRNN_ISA_BYTES (vector size) and BIRNN_ISA_ROWS (rows of a register tile) and includes this file.
+// BIRNN_ISA_BYTES (vector size) and BIRNN_ISA_ROWS (rows of a register tile) and includes this file. BIRNN_ISA_BF16 says
+// that it multiplies bfloat16 (on AMX's tiles with BIRNN_ISA_AMX): such a file holds the kernels for bfloat16 only.
 //
 // How the work is laid out. A chain (one direction of some sequences) goes through all its time steps without waiting
 // for anybody (only where there are fewer chains than threads do several threads share one, each with its own hidden
@@ -20,6 +21,12 @@
 #include "../core/lstm_cell.h"
 #include "kernels.h"
 
+#ifndef BIRNN_ISA_BF16
+#define BIRNN_ISA_BF16 0
+#endif
+#ifndef BIRNN_ISA_AMX
+#define BIRNN_ISA_AMX 0
+#endif
 #define INLINE inline __attribute__((always_inline))
 #define INLINE_LAMBDA __attribute__((always_inline))
 
@@ -69,13 +76,18 @@ class FlushDenormals {
 #include "tiles.h"
 #include "forward.h"
 #include "backward.h"
+#if !BIRNN_ISA_BF16
 #include "gradients.h"
+#endif
 
 // --- the table
 // --------------------------------------------------------------------------------------------------------
 
 template <class F>
 void with_storage(DType dtype, const F& f) {
+#if BIRNN_ISA_BF16
+  if (dtype == DType::bf16) f(bfloat16());
+#else
   switch (dtype) {
     case DType::f64:
       return f(double());
@@ -86,24 +98,20 @@ void with_storage(DType dtype, const F& f) {
     case DType::bf16:
       return f(bfloat16());
   }
-}
-
-template <Vec<float> (*function)(Vec<float>)>
-void apply(const float* x, float* y, int64_t n) {
-  for (int64_t k = 0; k < n; k += kLanes<float>) store<float>(y + k, function(load<float>(x + k, n - k)), n - k);
+#endif
 }
 
 int64_t lanes(DType dtype) { return dtype == DType::f64 ? kLanes<double> : kLanes<float>; }
 
 int64_t accumulate_bytes(DType dtype) { return dtype == DType::f64 ? sizeof(double) : sizeof(float); }
 
-// S is the tensors' type; only those of which the kernels do a whole layer with its input projection.
-template <class F>
-void with_layer_type(DType dtype, const F& f) {
-  if (dtype == DType::f64)
-    f(double());
-  else
-    f(float());
+int64_t panel_bytes(DType dtype, int64_t H, int64_t columns, bool transposed) {
+  int64_t bytes = 0;
+  with_storage(dtype, [&]<class S>(S) {
+    constexpr int64_t L = kLanes<Accumulate<S>>;
+    bytes = 4 * round_up(H, L) * (transposed ? round_up(columns, L) : packed_rows<S>(columns)) * sizeof(Factor<S>);
+  });
+  return bytes;
 }
 
 void pack(DType dtype, const void* w, int64_t H, int64_t columns, int64_t block, void* panels) {
@@ -123,7 +131,8 @@ int64_t forward_scratch(DType dtype, const ForwardParams& p, int64_t rows, int64
 void forward(DType dtype, const ForwardParams& p, const Chain& chain, const Panels& panels, int64_t steps,
              const Member& member) {
   FlushDenormals flush;
-  with_storage(dtype, [&]<class S>(S) { Forward<S>(p, chain, panels, member).run(steps); });
+  [[maybe_unused]] const TileRegisters tiles;
+  with_storage(dtype, [&]<class S>(S) { Forward<S>(p, chain, panels, steps, member).run(steps); });
 }
 
 int64_t backward_scratch(DType dtype, const BackwardParams& p, int64_t rows, int64_t steps) {
@@ -135,7 +144,23 @@ int64_t backward_scratch(DType dtype, const BackwardParams& p, int64_t rows, int
 void backward(DType dtype, const BackwardParams& p, const Chain& chain, const Panels& panels, const Slots& slots,
               int64_t steps, int64_t begin, int64_t end, const Member& member) {
   FlushDenormals flush;
-  with_storage(dtype, [&]<class S>(S) { Backward<S>(p, chain, panels, slots, member).run(steps, begin, end); });
+  [[maybe_unused]] const TileRegisters tiles;
+  with_storage(dtype, [&]<class S>(S) { Backward<S>(p, chain, panels, slots, steps, member).run(steps, begin, end); });
+}
+
+#if !BIRNN_ISA_BF16
+template <Vec<float> (*function)(Vec<float>)>
+void apply(const float* x, float* y, int64_t n) {
+  for (int64_t k = 0; k < n; k += kLanes<float>) store<float>(y + k, function(load<float>(x + k, n - k)), n - k);
+}
+
+// S is the tensors' type; only those of which the kernels do a whole layer with its input projection.
+template <class F>
+void with_layer_type(DType dtype, const F& f) {
+  if (dtype == DType::f64)
+    f(double());
+  else
+    f(float());
 }
 
 void input_gradient(DType dtype, const void* dz, int64_t capacity, int64_t H, int64_t I, const void* ih_t,
@@ -159,16 +184,31 @@ void store_weight_gradient(DType dtype, const WeightGradient& work, void* dw_ih,
   });
 }
 
+#endif
+
 }  // namespace
 
 extern const Kernels kernels;
 const Kernels kernels = {
-    BIRNN_ISA_NAME,  lanes,   kRows,
-    accumulate_bytes, pack,    pack_transposed,
-    forward_scratch, forward, backward_scratch,
-    backward,        input_gradient, column_tiles,
-    weight_gradient, store_weight_gradient, apply<Math<float>::exp>,
- apply<Math<float>::sigmoid>,    apply<Math<float>::tanh>,
+    .lanes = lanes,
+    .rows = BIRNN_ISA_AMX ? 16 : kRows,
+    .accumulate_bytes = accumulate_bytes,
+    .panel_bytes = panel_bytes,
+    .pack = pack,
+    .pack_transposed = pack_transposed,
+    .forward_scratch = forward_scratch,
+    .forward = forward,
+    .backward_scratch = backward_scratch,
+    .backward = backward,
+#if !BIRNN_ISA_BF16
+    .input_gradient = input_gradient,
+    .column_tiles = column_tiles,
+    .weight_gradient = weight_gradient,
+    .store_weight_gradient = store_weight_gradient,
+    .exp = apply<Math<float>::exp>,
+    .sigmoid = apply<Math<float>::sigmoid>,
+    .tanh = apply<Math<float>::tanh>,
+#endif
 };
 
 }  // namespace birnn::cpu::BIRNN_ISA

@@ -56,10 +56,14 @@ struct Storage<bfloat16> {
   }
   template <class A>
   static INLINE void store(bfloat16* p, Vec<A> v) {
+#if BIRNN_ISA_BF16
+    const __m256bh s = _mm512_cvtneps_pbh(bit_cast<__m512>(v));
+#else
     const U32 bits = bit_cast<U32>(v);
     const U32 rounded = bits + 0x7fffu + ((bits >> 16) & 1u);  // to nearest, ties to even
     const U32 kept = v != v ? (bits | 0x400000u) : rounded;    // a NaN must not round to infinity
     const U16 s = __builtin_convertvector(kept >> 16, U16);
+#endif
     __builtin_memcpy(p, &s, sizeof(s));
   }
 };
@@ -171,7 +175,7 @@ struct Math<double> {
   using Scalar = double;
   using V = Vec<double>;
   static INLINE V sigmoid(V x) {
-    V y;
+    V y = {};
     for (int k = 0; k < kLanes<double>; ++k) {
       const double e = __builtin_exp(-__builtin_fabs(x[k]));
       y[k] = (x[k] < 0 ? e : 1) / (1 + e);
@@ -179,7 +183,7 @@ struct Math<double> {
     return y;
   }
   static INLINE V tanh(V x) {
-    V y;
+    V y = {};
     for (int k = 0; k < kLanes<double>; ++k) y[k] = __builtin_tanh(x[k]);
     return y;
   }

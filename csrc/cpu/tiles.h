@@ -4,6 +4,26 @@ INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 INLINE int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t maximum(int64_t a, int64_t b) { return a > b ? a : b; }
 
+// --- what a product multiplies -----------------------------------------------------------------------------------------
+
+// bfloat16 is multiplied as such where the ISA can, in pairs of neighbouring k; all else in the accumulation type. K is
+// padded with zeros to a multiple of kStep. With AMX a register tile has 16 rows, whether or not they are all wanted.
+template <class S>
+constexpr bool kPairs = BIRNN_ISA_BF16 && std::is_same_v<S, bfloat16>;
+template <class S>
+constexpr bool kAmx = BIRNN_ISA_AMX && std::is_same_v<S, bfloat16>;
+template <class S>
+constexpr int kStep = kAmx<S> ? 32 : kPairs<S> ? 2 : 1;
+template <class S>
+constexpr int kEven = kStep<S> > 2 ? kStep<S> : 2;  // panels are packed two k at a time
+template <class S>
+constexpr int kTileRows = kAmx<S> ? 16 : kRows;
+
+template <class S>
+using Factor = std::conditional_t<kPairs<S>, bfloat16, Accumulate<S>>;
+
+INLINE int64_t round_up(int64_t n, int64_t multiple) { return divide_up(n, multiple) * multiple; }
+
 template <class A>
 INLINE Vec<A> load_vector(const A* p) {  // aligned to the vector's size
   Vec<A> v;
@@ -16,15 +36,33 @@ INLINE void store_vector(A* p, Vec<A> v) {
   __builtin_memcpy(__builtin_assume_aligned(p, kBytes), &v, sizeof(v));
 }
 
+// Whole vectors of A, kept as A or in a narrower type.
+template <class A, class T>
+INLINE Vec<A> load_aligned(const T* p) {
+  if constexpr (std::is_same_v<A, T>)
+    return load_vector(p);
+  else
+    return Storage<T>::template load<A>(p);
+}
+
+template <class A, class T>
+INLINE void store_aligned(T* p, Vec<A> v) {
+  if constexpr (std::is_same_v<A, T>)
+    store_vector(p, v);
+  else
+    Storage<T>::template store<A>(p, v);
+}
+
 // Whether n values are all 0, n a multiple of the vector's lanes. Gradients that vanish over long sequences become 0, as
 // denormals are flushed; a product with them need not be computed. Where they have not vanished, this ends at once.
-template <class A>
-INLINE bool all_zero(const A* p, int64_t n) {
-  for (int64_t k = 0; k < n; k += kLanes<A>) {
-    const auto nonzero = load_vector(p + k) != 0;
-    uint64_t words[kBytes / 8], any = 0;
-    __builtin_memcpy(&words, &nonzero, sizeof(words));
-    for (uint64_t word : words) any |= word;
+template <class T>
+INLINE bool all_zero(const T* p, int64_t n) {
+  constexpr int64_t kWords = kBytes / 8, kValues = kBytes / sizeof(T);
+  constexpr uint64_t kSigns = sizeof(T) == 2 ? 0x8000800080008000u : sizeof(T) == 4 ? 0x8000000080000000u : 1ull << 63;
+  for (int64_t k = 0; k < n; k += kValues) {
+    uint64_t words[kWords], any = 0;
+    __builtin_memcpy(&words, p + k, sizeof(words));
+    for (uint64_t word : words) any |= word & ~kSigns;
     if (any) return false;
   }
   return true;
@@ -45,19 +83,62 @@ INLINE void multiply_with(Vec<A> (&acc)[M][N], const Element& a, const A* panel,
   }
 }
 
-// The same where a[m] points to row m.
-template <int M, int N, class A>
-INLINE void multiply(Vec<A> (&acc)[M][N], const A* const (&a)[M], const A* panel, int64_t K) {
-  multiply_with<M, N, A>(acc, [&](int m, int64_t k) { return a[m][k]; }, panel, K);
+#if BIRNN_ISA_BF16
+// acc[m][n] += the products of pairs of bfloat16, a[m][k] * panel[k / 2][n][lane][k % 2], in the order of k.
+template <int M, int N>
+INLINE void multiply_pairs(Vec<float> (&acc)[M][N], const bfloat16* const (&a)[M], const bfloat16* panel, int64_t K) {
+  for (int64_t k = 0; k < K; k += 2) {
+    __m512bh w[N];
+    __builtin_memcpy(&w, __builtin_assume_aligned(panel + k * N * 16, kBytes), sizeof(w));
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      int pair;
+      __builtin_memcpy(&pair, a[m] + k, sizeof(pair));
+      const __m512bh value = bit_cast<__m512bh>(VectorOf<int, 16>::type{} + pair);
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n)
+        acc[m][n] = bit_cast<Vec<float>>(_mm512_dpbf16_ps(bit_cast<__m512>(acc[m][n]), value, w[n]));
+    }
+  }
+}
+#endif
+
+#if BIRNN_ISA_AMX
+#include "amx.h"
+#else
+struct TileRegisters {};
+#endif
+
+// acc[m][n] += sum over k < K of a[m][k] * panel[k][n]; with AMX the rows a[m] are equally far apart. K: a multiple of
+// kStep.
+template <class S, int M, int N>
+INLINE void multiply(Vec<Accumulate<S>> (&acc)[M][N], const Factor<S>* const (&a)[M], const Factor<S>* panel,
+                     int64_t K) {
+#if BIRNN_ISA_AMX
+  if constexpr (kAmx<S>) return multiply_amx<N>(acc, a[0], a[1] - a[0], panel, K);
+#endif
+#if BIRNN_ISA_BF16
+  if constexpr (kPairs<S> && !kAmx<S>) return multiply_pairs(acc, a, panel, K);
+#endif
+  if constexpr (!kPairs<S>)
+    multiply_with<M, N, Accumulate<S>>(acc, [&](int m, int64_t k) INLINE_LAMBDA { return a[m][k]; }, panel, K);
 }
 
-// Calls f.template operator()<m>() for a run-time 1 <= m <= M.
 template <int M, class F>
-INLINE void with_rows(int64_t m, const F& f) {
+INLINE void with_at_most(int64_t m, const F& f) {
   if (m >= M)
-    f.template operator()<M>();
+    f.template operator()<M>(M);
   else if constexpr (M > 1)
-    with_rows<M - 1>(m, f);
+    with_at_most<M - 1>(m, f);
+}
+
+// Calls f.template operator()<M>(count) for a tile of the next of `left` rows: M rows are multiplied, count are wanted.
+template <class S, class F>
+INLINE void with_rows(int64_t left, const F& f) {
+  if constexpr (kAmx<S>)
+    f.template operator()<16>(static_cast<int>(minimum(left, 16)));
+  else
+    with_at_most<kRows>(left, f);
 }
 
 // Vectors of columns in the tile that begins at vector v of `count`: 4, and at the end 2 or 1.
@@ -93,37 +174,62 @@ INLINE void transpose(Vec<A> (&v)[kLanes<A>]) {
   }
 }
 
-// w (4H, K) -> panels [block][k: K][gate][lane], of one block.
+// Values k and k + 1 of a panel, N vectors wide, as factors: one after the other, or side by side.
+template <class S>
+INLINE void store_factors(Factor<S>* panel, int64_t k, int64_t N, int64_t n, Vec<Accumulate<S>> even,
+                          Vec<Accumulate<S>> odd) {
+  constexpr int L = kLanes<Accumulate<S>>;
+  if constexpr (kPairs<S>) {  // exact: they come from bfloat16
+    using U = VectorOf<uint32_t, L>::type;
+    const U pair = (bit_cast<U>(even) >> 16) | (bit_cast<U>(odd) & 0xffff0000u);
+    __builtin_memcpy(panel + (k * N + 2 * n) * L, &pair, sizeof(pair));
+  } else {
+    store_vector(panel + (k * N + n) * L, even);
+    store_vector(panel + ((k + 1) * N + n) * L, odd);
+  }
+}
+
+// w (4H, K) -> panels [block][k: K][gate][lane], of one block; with pairs [block][k / 2][gate][lane][k % 2]. K is rounded
+// up to packed_rows.
+template <class S>
+constexpr int64_t packed_rows(int64_t K) {
+  return (K + kEven<S> - 1) / kEven<S> * kEven<S>;
+}
+
 template <class S>
 void pack(const void* w_, int64_t H, int64_t K, int64_t block, void* panels) {
   using A = Accumulate<S>;
   constexpr int L = kLanes<A>;
   const S* w = static_cast<const S*>(w_);
-  A* panel = static_cast<A*>(panels) + block * K * 4 * L;
+  const int64_t rows = packed_rows<S>(K);
+  Factor<S>* panel = static_cast<Factor<S>*>(panels) + block * rows * 4 * L;
   for (int g = 0; g < 4; ++g)
-    for (int64_t k = 0; k < K; k += L) {
+    for (int64_t k = 0; k < rows; k += L) {
       Vec<A> v[L];
 #pragma GCC unroll 16
       for (int l = 0; l < L; ++l)
-        v[l] = block * L + l < H ? load<A>(w + (g * H + block * L + l) * K + k, K - k) : Vec<A>{};
+        v[l] = block * L + l < H && k < K ? load<A>(w + (g * H + block * L + l) * K + k, K - k) : Vec<A>{};
       transpose<A>(v);
-      const int64_t columns = minimum(L, K - k);
-      for (int64_t j = 0; j < columns; ++j) store_vector(panel + ((k + j) * 4 + g) * L, v[j]);
+      const int64_t columns = minimum(L, rows - k);
+      for (int64_t j = 0; j < columns; j += 2) store_factors<S>(panel, k + j, 4, g, v[j], v[j + 1]);
     }
 }
 
-// w (4H, columns) -> panels [tile of columns][k: gate, block, lane][vector of the tile][lane], of one vector of columns.
+// w (4H, columns) -> panels [tile of columns][k: gate, block, lane][vector of the tile][lane], of one vector of columns;
+// with pairs as above.
 template <class S>
 void pack_transposed(const void* w_, int64_t H, int64_t columns, int64_t vector, void* panels) {
   using A = Accumulate<S>;
   constexpr int L = kLanes<A>;
-  const int64_t vectors = divide_up(columns, L), padded = divide_up(H, L) * L;
+  const int64_t vectors = divide_up(columns, L), padded = round_up(H, L);
   int64_t tile = 0, N = tile_vectors(0, vectors);
   for (; tile + N <= vector; N = tile_vectors(tile, vectors)) tile += N;
-  A* to = static_cast<A*>(panels) + (tile * 4 * padded + (vector - tile)) * L;
+  Factor<S>* panel = static_cast<Factor<S>*>(panels) + tile * 4 * padded * L;
   const S* w = static_cast<const S*>(w_) + vector * L;
+  const auto row = [&](int64_t g, int64_t unit) INLINE_LAMBDA {
+    return unit < H ? load<A>(w + (g * H + unit) * columns, columns - vector * L) : Vec<A>{};
+  };
   for (int64_t g = 0; g < 4; ++g)
-    for (int64_t unit = 0; unit < padded; ++unit)
-      store_vector(to + (g * padded + unit) * N * L,
-                   unit < H ? load<A>(w + (g * H + unit) * columns, columns - vector * L) : Vec<A>{});
+    for (int64_t unit = 0; unit < padded; unit += 2)
+      store_factors<S>(panel, g * padded + unit, N, vector - tile, row(g, unit), row(g, unit + 1));
 }

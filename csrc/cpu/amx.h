@@ -1,0 +1,72 @@
+// Products on AMX's tile registers: 16 x 16 sums of bfloat16 pairs. Included by tiles.h. BIRNN_EMULATE_AMX computes the same
+// in plain code, to test all around it on CPUs without AMX.
+
+#if !BIRNN_EMULATE_AMX
+
+// The configuration of all eight tiles: 16 rows of 64 bytes. Lasts as long as the object.
+class TileRegisters {
+ public:
+  TileRegisters() {
+    struct alignas(64) {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } config;
+    asm volatile("ldtilecfg %0" ::"m"(config));
+  }
+  ~TileRegisters() { asm volatile("tilerelease"); }
+};
+
+// acc[m][n] += sum over k < K of a[m * stride + k] * panel[k / 2][n][lane][k % 2], K a multiple of 32. Tiles 0 to 3 are the
+// sums, 4 and 5 are a and the panel. The intrinsics of GCC 12 do not tell the compiler that they read and write memory.
+template <int N>
+INLINE void multiply_amx(Vec<float> (&acc)[16][N], const bfloat16* a, int64_t stride, const bfloat16* panel, int64_t K) {
+  asm volatile("" ::: "memory");
+  _tile_loadd(0, &acc[0][0], N * 64);
+  if constexpr (N > 1) _tile_loadd(1, &acc[0][1], N * 64);
+  if constexpr (N > 2) {
+    _tile_loadd(2, &acc[0][2], N * 64);
+    _tile_loadd(3, &acc[0][3], N * 64);
+  }
+  for (int64_t k = 0; k < K; k += 32) {
+    const bfloat16* w = panel + k * N * 16;
+    _tile_loadd(4, a + k, stride * 2);
+    _tile_loadd(5, w, N * 64);
+    _tile_dpbf16ps(0, 4, 5);
+    if constexpr (N > 1) {
+      _tile_loadd(6, w + 32, N * 64);
+      _tile_dpbf16ps(1, 4, 6);
+    }
+    if constexpr (N > 2) {
+      _tile_loadd(7, w + 64, N * 64);
+      _tile_dpbf16ps(2, 4, 7);
+      _tile_loadd(5, w + 96, N * 64);
+      _tile_dpbf16ps(3, 4, 5);
+    }
+  }
+  _tile_stored(0, &acc[0][0], N * 64);
+  if constexpr (N > 1) _tile_stored(1, &acc[0][1], N * 64);
+  if constexpr (N > 2) {
+    _tile_stored(2, &acc[0][2], N * 64);
+    _tile_stored(3, &acc[0][3], N * 64);
+  }
+  asm volatile("" ::: "memory");
+}
+
+#else
+
+struct TileRegisters {
+  ~TileRegisters() {}
+};
+
+template <int N>
+INLINE void multiply_amx(Vec<float> (&acc)[16][N], const bfloat16* a, int64_t stride, const bfloat16* panel, int64_t K) {
+  const auto value = [](bfloat16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); };
+  for (int64_t k = 0; k < K; ++k)
+    for (int m = 0; m < 16; ++m)
+      for (int n = 0; n < N; ++n)
+        for (int lane = 0; lane < 16; ++lane)
+          acc[m][n][lane] += value(a[m * stride + k]) * value(panel[((k / 2 * N + n) * 16 + lane) * 2 + k % 2]);
+}
+
+#endif
