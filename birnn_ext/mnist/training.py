@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import platform
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from birnn_ext import BiRNN, __version__, build_info, op_calls
-from birnn_ext.mnist.data import SOURCES, Digits, Mnist, UserError
+from birnn_ext.mnist.data import SOURCES, Digits, Mnist, UserError, reason
 
 REPORT_STEPS = 100  # the tutorial prints the loss this often
 EVALUATION_BATCH = 1000
@@ -81,6 +82,22 @@ class Progress:
     epoch_seconds: list[float] = field(default_factory=list)  # without evaluation
     seconds: float = 0.0  # of the epoch at hand
 
+    def check(self) -> None:
+        """Raises ValueError for values that no training comes to."""
+        counts, series = (self.epoch, self.step), (self.losses, self.accuracies, self.epoch_seconds)
+        if not all(type(value) is int and value >= 0 for value in counts):
+            raise ValueError("counts")
+        if not all(type(values) is list and all(type(value) is float for value in values) for values in series):
+            raise ValueError("series")
+        if not (type(self.seconds) is float and self.seconds >= 0):
+            raise ValueError("seconds")
+        if not len(self.accuracies) == len(self.epoch_seconds) == self.epoch:
+            raise ValueError("one value per epoch")
+        # one loss per step, of which each finished epoch has equally many (only the data tell how many), more than step
+        before = len(self.losses) - self.step
+        if not (before % self.epoch == 0 and before // self.epoch > self.step if self.epoch else before == 0):
+            raise ValueError("one loss per step")
+
 
 class Training:
     """A model in training.
@@ -90,6 +107,9 @@ class Training:
         mnist: the data, on the device to train on.
         device: where to train.
         state: what `state` of an earlier training gave, to go on from there.
+
+    Raises:
+        UserError: the state is of a training on another number of digits.
     """
 
     def __init__(
@@ -104,7 +124,14 @@ class Training:
         if state is not None:
             self.model.load_state_dict(state["model"])
             self.optimizer.load_state_dict(state["optimizer"])
-            self.progress = Progress(**state["progress"])
+            progress = self.progress = Progress(**state["progress"])
+            steps = self.steps_per_epoch
+            if progress.step >= steps or len(progress.losses) != progress.epoch * steps + progress.step:
+                raise UserError(f"the training to resume did not have {steps} steps per epoch, as this one has")
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-len(self.mnist.train) // self.hyperparameters.batch_size)
 
     def state(self) -> dict[str, Any]:
         return {
@@ -115,7 +142,13 @@ class Training:
             "source": self.mnist.source,
         }
 
-    def run(self, max_steps: int | None, stop: Event, log: Callable[[str], None]) -> bool:
+    def run(
+        self,
+        max_steps: int | None,
+        stop: Event,
+        log: Callable[[str], None],
+        after_epoch: Callable[[], None] = lambda: None,
+    ) -> bool:
         """Trains until the last epoch's end, max_steps in all, or until stop is set; False in the last case."""
         hp, progress = self.hyperparameters, self.progress
         generator = torch.Generator().manual_seed(hp.seed)
@@ -128,6 +161,7 @@ class Training:
             progress.accuracies.append(accuracy(predictions(self.model, hp, self.mnist.test), self.mnist.test))
             progress.epoch_seconds.append(progress.seconds)
             progress.epoch, progress.step, progress.seconds = progress.epoch + 1, 0, 0.0
+            after_epoch()
         return True
 
     def _epoch(self, order: Tensor, max_steps: int | None, stop: Event, log: Callable[[str], None]) -> bool:
@@ -220,20 +254,32 @@ def device_name(device: torch.device) -> str:
 
 
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Has write make the file under another name, and gives it its own when it is whole."""
+    """Has write make the file under another name, and gives it its own when it is whole.
+
+    Raises:
+        UserError: the file can't be written; what was there before remains.
+    """
     temporary = path.with_name(f".{os.getpid()}.{path.name}")  # the suffix stays: it tells matplotlib the format
     try:
         write(temporary)
         os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"{path} can't be written: {error.strerror or error}") from None
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _save(value: Any, path: Path) -> None:
+    content = io.BytesIO()  # torch.save into a file raises a RuntimeError of C++'s for a full disk
+    torch.save(value, content)
+    write_atomically(path, lambda temporary: temporary.write_bytes(content.getbuffer()))
 
 
 def save(training: Training, out: Path) -> None:
     """Writes out/model.ckpt (a plain state_dict), out/training_state.pt (for --resume) and out/metrics.json."""
     state = training.state()
-    write_atomically(out / "model.ckpt", lambda path: torch.save(state["model"], path))
-    write_atomically(out / "training_state.pt", lambda path: torch.save(state, path))
+    _save(state["model"], out / "model.ckpt")
+    _save(state, out / "training_state.pt")
     text = json.dumps(training.metrics(), indent=1)
     write_atomically(out / "metrics.json", lambda path: path.write_text(text + "\n"))
 
@@ -244,7 +290,28 @@ def _load(path: Path) -> Any:
     except FileNotFoundError:
         raise UserError(f"there is no file {path}") from None
     except Exception as error:  # torch.load raises many kinds for a file that is not its own
-        raise UserError(f"{path} is not a checkpoint: {str(error).splitlines()[0]}") from None
+        raise UserError(f"{path} is not a checkpoint: {reason(error)}") from None
+
+
+def _check_tensors(found: dict[str, Tensor], hyperparameters: Hyperparameters) -> None:
+    """Raises ValueError with the first reason why found is not the state_dict of such a model.
+
+    load_state_dict would list all reasons, and would cast integers and complex numbers.
+    """
+    if hyperparameters.num_layers > len(found):  # a wrong number of layers may be huge
+        raise ValueError(f"it has less than {hyperparameters.num_layers} layers")
+    with torch.device("meta"):  # and so may sizes
+        expected = hyperparameters.model().state_dict()
+    for name in expected:
+        if name not in found:
+            raise ValueError(f"it has no {name!r}")
+    for name, tensor in found.items():
+        if name not in expected:
+            raise ValueError(f"a BiRNN has no {name!r}")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} is of {tensor.dtype}")
+        if tensor.shape != expected[name].shape:
+            raise ValueError(f"{name} is of shape {tuple(tensor.shape)}, not {tuple(expected[name].shape)}")
 
 
 def load_state(path: Path) -> dict[str, Any]:
@@ -257,14 +324,18 @@ def load_state(path: Path) -> dict[str, Any]:
     state = _load(path)
     try:
         hp = Hyperparameters(**state["hyperparameters"])
-        Progress(**state["progress"])
+        if any(type(getattr(hp, one.name)) is not type(one.default) for one in fields(hp)):
+            raise TypeError
+        hp.check()
+        Progress(**state["progress"]).check()
         if state["source"] not in SOURCES:
             raise ValueError
+        _check_tensors(state["model"], hp)
         model = hp.model()
         model.load_state_dict(state["model"])
         torch.optim.Adam(model.parameters()).load_state_dict(state["optimizer"])
         state["hyperparameters"] = asdict(hp)
-    except (KeyError, TypeError, AttributeError, ValueError, IndexError, RuntimeError):
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError, RuntimeError, UserError):
         raise UserError(f"{path} is not a training_state.pt") from None
     return state
 
@@ -279,24 +350,26 @@ def load_model(path: Path, device: torch.device) -> tuple[BiRNN, Hyperparameters
     try:
         classes, features = state["fc.weight"].shape
         input_size = state["lstm.weight_ih_l0"].shape[1]
-        layers = sum(name.startswith("lstm.weight_ih_l") for name in state) // 2
+        layers = sum(name.startswith("lstm.weight_ih_l") and not name.endswith("_reverse") for name in state)
         hp = Hyperparameters(784 // max(input_size, 1), input_size, features // 2, layers, classes)
         hp.check()
+        _check_tensors(state, hp)
         model = hp.model()
         model.load_state_dict(state)
     except KeyError as error:
         raise UserError(f"{path} is not a BiRNN's model.ckpt: it has no {error}") from None
     except (TypeError, AttributeError, ValueError, IndexError, RuntimeError, UserError) as error:
-        raise UserError(f"{path} is not a BiRNN's model.ckpt: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path} is not a BiRNN's model.ckpt: {reason(error)}") from None
     return model.to(device), hp
 
 
 @contextmanager
 def interruptible() -> Iterator[Event]:
-    """Yields an event that Ctrl-C sets, in place of raising KeyboardInterrupt in the middle of a step or of a file."""
+    """Yields an event that Ctrl-C and SIGTERM set, in place of stopping in the middle of a step or of a file."""
     stop = Event()
-    before = signal.signal(signal.SIGINT, lambda *_: stop.set())
+    before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield stop
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

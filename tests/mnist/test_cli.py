@@ -18,7 +18,8 @@ import torch
 from helpers import TutorialBiRNN
 from PIL import Image
 
-from birnn_ext.mnist import cli, data
+import birnn_ext.mnist
+from birnn_ext.mnist import cli, data, training
 from birnn_ext.mnist.training import Hyperparameters, Training, load_state, save
 
 COMMAND = [sys.executable, "-m", "birnn_ext.mnist"]
@@ -125,7 +126,8 @@ def test_predict(trained, tmp_path):
     assert sum(same[1::2]) >= 6  # of 10; they come back nearly as they were
 
 
-def test_interrupted_and_resumed_is_as_if_never_interrupted(trained, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_and_resumed_is_as_if_never_interrupted(trained, tmp_path, number):
     whole, _ = trained
     with subprocess.Popen(
         [*COMMAND, "train", *SMALL, "--out", str(tmp_path), "--seed", "3"],
@@ -139,9 +141,9 @@ def test_interrupted_and_resumed_is_as_if_never_interrupted(trained, tmp_path):
             got = child.stderr.read(1)
             assert got, said
             said += got
-        child.send_signal(signal.SIGINT)
+        child.send_signal(number)
         time.sleep(0.01)
-        child.send_signal(signal.SIGINT)  # an impatient user's second one must do no harm
+        child.send_signal(number)  # an impatient user's second one must do no harm
         stdout, _ = child.communicate(timeout=60)
     assert child.returncode == 130
     (hint,) = re.findall(r"Interrupted after \d+ steps. To go on: birnn-mnist (train .*)", stdout)
@@ -163,6 +165,62 @@ def test_interrupted_and_resumed_is_as_if_never_interrupted(trained, tmp_path):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.parametrize("bars", [True, False], ids=["with_stderr", "stdout_only"])
+def test_reader_of_stdout_goes_away(tmp_path, bars):
+    """As with `birnn-mnist train 2>&1 | head -1`, where the progress bar breaks too, and `birnn-mnist train | head -1`."""
+    arguments = [*map(str, COMMAND), "train", *SMALL, "--batch-size", "500", "--out", str(tmp_path)]
+    with (
+        open(tmp_path / "stderr", "w+") as stderr,
+        subprocess.Popen(
+            arguments, stdout=subprocess.PIPE, stderr=subprocess.STDOUT if bars else stderr, env=ENVIRONMENT
+        ) as child,
+    ):
+        assert child.stdout.readline()
+        child.stdout.close()
+        assert child.wait(timeout=60) == 0
+        stderr.seek(0)
+        said = stderr.read()
+    assert "Error" not in said
+    assert bars or "Epoch 2/2: 100%" in said
+    assert load_state(tmp_path)["progress"]["epoch"] == 2
+    assert json.loads((tmp_path / "metrics.json").read_text())["accuracy"] > 0
+    assert (tmp_path / "misclassified.png").exists()
+
+
+def test_checkpoint_after_every_epoch(tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr(training, "save", lambda run, out: (save(run, out), saved.append(load_state(out)["progress"])))
+    assert cli.main(["train", *SMALL, "--batch-size", "1000", "--num-epochs", "3", "--out", str(tmp_path)]) == 0
+    assert [one["epoch"] for one in saved] == [1, 2, 3, 3]
+    assert [len(one["losses"]) for one in saved] == [5, 10, 15, 15]
+
+
+def test_full_disk_is_an_error_and_keeps_the_old_checkpoint(tmp_path):
+    (tmp_path / "model.ckpt").write_text("old")
+    arguments = [*COMMAND, "train", *SMALL, "--max-steps", "1", "--out", str(tmp_path)]
+    done = subprocess.run(  # ulimit makes writing fail in the middle of the file, as a full disk does
+        ["bash", "-c", f"ulimit -f 20; {shlex.join(arguments)}"], capture_output=True, text=True, env=ENVIRONMENT
+    )
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if "rror" in line]
+    assert errors == [f"birnn-mnist: error: {tmp_path / 'model.ckpt'} can't be written: File too large"]
+    assert [path.name for path in tmp_path.iterdir()] == ["model.ckpt"]
+    assert (tmp_path / "model.ckpt").read_text() == "old"
+
+
+def test_sigterm_outside_the_training_is_ctrl_c(monkeypatch, capsys):
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    monkeypatch.setattr(cli, "run_evaluate", lambda args: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(60)))
+    monkeypatch.setattr(sys, "argv", ["birnn-mnist", "evaluate", "x.ckpt"])
+    try:
+        assert birnn_ext.mnist.main() == 130
+        assert all(signal.getsignal(number) is signal.SIG_IGN for number in before)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert capsys.readouterr().err == "birnn-mnist: interrupted\n"
+
+
 @pytest.mark.parametrize("part", ["model", "optimizer", "progress", "hyperparameters", "source"])
 def test_training_state_with_a_wrong_part_is_an_error(trained, tmp_path, capsys, part):
     state = torch.load(trained[0] / "training_state.pt", weights_only=True)
@@ -170,6 +228,56 @@ def test_training_state_with_a_wrong_part_is_an_error(trained, tmp_path, capsys,
     assert cli.main(["train", *SAMPLE, "--out", str(tmp_path), "--resume", str(tmp_path / "state.pt")]) == 2
     printed = capsys.readouterr()
     assert printed.err == f"birnn-mnist: error: {tmp_path / 'state.pt'} is not a training_state.pt\n"
+
+
+ODD_VALUES = [  # of a training of 2 epochs, each of 100 steps
+    ("progress", {"epoch": "x"}),
+    ("progress", {"epoch": 3}),
+    ("progress", {"epoch": -1}),
+    ("progress", {"epoch": True}),
+    ("progress", {"step": -3}),
+    ("progress", {"step": 99999}),
+    ("progress", {"step": 1.0}),
+    ("progress", {"step": 100, "epoch": 1, "accuracies": [0.5], "epoch_seconds": [1.0]}),
+    ("progress", {"losses": 5}),
+    ("progress", {"losses": []}),
+    ("progress", {"losses": ["x"] * 200}),
+    ("progress", {"accuracies": None}),
+    ("progress", {"accuracies": [0.5]}),
+    ("progress", {"epoch_seconds": [1.0, "x"]}),
+    ("progress", {"seconds": None}),
+    ("progress", {"seconds": -1.0}),
+    ("hyperparameters", {"batch_size": "many"}),
+    ("hyperparameters", {"batch_size": 0}),
+    ("hyperparameters", {"batch_size": 50.0}),
+    ("hyperparameters", {"learning_rate": "fast"}),
+    ("hyperparameters", {"seed": None}),
+    ("hyperparameters", {"num_epochs": True}),
+    ("hyperparameters", {"hidden_size": 2**31 - 1}),
+    ("hyperparameters", {"num_layers": 2**31 - 1}),
+    ("model", {"fc.bias": torch.zeros(10, dtype=torch.complex64)}),
+    ("model", {"fc.bias": torch.zeros(10, dtype=torch.int64)}),
+]
+
+
+@pytest.mark.parametrize(
+    ("part", "values"),
+    ODD_VALUES,
+    ids=[f"{k}-{part}-{'-'.join(values)}" for k, (part, values) in enumerate(ODD_VALUES)],
+)
+def test_training_state_with_odd_values_is_an_error(trained, tmp_path, part, values):
+    state = torch.load(trained[0] / "training_state.pt", weights_only=True)
+    torch.save({**state, part: {**state[part], **values}}, tmp_path / "state.pt")
+    with pytest.raises(data.UserError, match=r"state\.pt is not a training_state\.pt$"):
+        load_state(tmp_path / "state.pt")
+
+
+def test_training_state_of_other_data_is_an_error(trained, tmp_path):
+    state = load_state(trained[0])
+    train, test = data.read_sample(tmp_path)
+    fewer = data.Mnist(data.Digits(train.images[:200], train.labels[:200]), test, "sample")
+    with pytest.raises(data.UserError, match="the training to resume did not have 4 steps per epoch"):
+        Training(Hyperparameters(**state["hyperparameters"]), fewer, torch.device("cpu"), state)
 
 
 def test_max_steps_and_more_epochs(tmp_path):
@@ -233,6 +341,17 @@ ERRORS = [
     (["train", *SAMPLE, "--hidden-size", "100000000"], "not enough memory for a model or a batch of this size"),
     (["evaluate", "other.ckpt"], "other.ckpt is not a BiRNN's model.ckpt: it has no 'fc.weight'"),
     (["evaluate", "list.ckpt"], "list.ckpt is not a BiRNN's model.ckpt"),
+    (["evaluate", "empty.ckpt"], "empty.ckpt is not a checkpoint: "),
+    (["evaluate", "complex.ckpt"], "complex.ckpt is not a BiRNN's model.ckpt: fc.bias is of torch.complex64\n"),
+    (["evaluate", "integer.ckpt"], "integer.ckpt is not a BiRNN's model.ckpt: fc.bias is of torch.int64\n"),
+    (["evaluate", "one_way.ckpt"], "one_way.ckpt is not a BiRNN's model.ckpt: it has no 'lstm.weight_ih_l0_reverse'\n"),
+    (["evaluate", "longer.ckpt"], "longer.ckpt is not a BiRNN's model.ckpt: a BiRNN has no 'other'\n"),
+    (["evaluate", "shape.ckpt"], "shape.ckpt is not a BiRNN's model.ckpt: fc.bias is of shape (9,), not (10,)\n"),
+    (["predict", "model.ckpt", "empty.ckpt"], "empty.ckpt can't be read as a picture"),
+    (
+        ["train", "--data", "text.ckpt", "--data-source", "npm"],
+        "can't write to the data folder text.ckpt: Not a directory\n",
+    ),
     (["predict", "model.ckpt", "text.ckpt"], "text.ckpt can't be read as a picture"),
     (["predict", "model.ckpt"], "the following arguments are required: IMAGE"),
     (["train", "--out", "text.ckpt"], "File exists"),
@@ -245,7 +364,17 @@ def test_errors_are_one_line(arguments, message, tmp_path, monkeypatch, capsys):
     Path("text.ckpt").write_text("no checkpoint")
     torch.save(torch.nn.Linear(2, 3).state_dict(), "other.ckpt")
     torch.save([1, 2], "list.ckpt")
-    torch.save(Hyperparameters(hidden_size=4).model().state_dict(), "model.ckpt")
+    model = Hyperparameters(hidden_size=4).model().state_dict()
+    torch.save(model, "model.ckpt")
+    Path("empty.ckpt").touch()
+    torch.save({**model, "fc.bias": model["fc.bias"].to(torch.complex64)}, "complex.ckpt")
+    torch.save({**model, "fc.bias": model["fc.bias"].to(torch.int64)}, "integer.ckpt")
+    torch.save({**model, "fc.bias": torch.zeros(9)}, "shape.ckpt")
+    torch.save({**model, "other": torch.zeros(1)}, "longer.ckpt")
+    one_way = {f"lstm.{name}": one for name, one in torch.nn.LSTM(28, 8, 2).state_dict().items()}
+    torch.save(
+        {**one_way, **{f"fc.{name}": one for name, one in torch.nn.Linear(8, 10).state_dict().items()}}, "one_way.ckpt"
+    )
     assert cli.main(arguments) == 2
     printed = capsys.readouterr()
     assert message in printed.err
@@ -269,8 +398,6 @@ def test_help(command, capsys):
 
 
 def test_missing_extra_is_named(monkeypatch, capsys):
-    import birnn_ext.mnist
-
     monkeypatch.delattr(birnn_ext.mnist, "cli", raising=False)
     monkeypatch.delitem(sys.modules, "birnn_ext.mnist.cli")
     monkeypatch.setitem(sys.modules, "tqdm", None)
