@@ -1,0 +1,36 @@
+"""What the benchmark scripts share: work in a process of its own, its peak memory, Markdown."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TypeVar
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+from helpers import TutorialBiRNN, error, twins
+
+__all__ = ["TutorialBiRNN", "alone", "error", "markdown", "memory", "twins"]
+
+T = TypeVar("T")
+
+
+def alone(work: Callable[..., T], *arguments: object) -> T:
+    """Calls work in a fresh process: peak memory, warm caches and threads are then its own."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(work, *arguments).result()
+
+
+def memory(field: str = "VmHWM") -> float:
+    """MiB of this process: VmHWM, its peak, or VmRSS, now. (getrusage's ru_maxrss starts at the parent's.)"""
+    return int(re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)[1]) / 1024
+
+
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A table; the first row is its head, the first column is of words, the others are of figures."""
+    head, *body = rows
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *body]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
