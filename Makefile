@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export MAX_JOBS ?= 2
 
-.PHONY: train test bench install lint clean
+.PHONY: train test bench bench-peers install lint clean
 
 train: install
 	$(BIN)/birnn-mnist train $(ARGS)
@@ -14,6 +14,9 @@ test: install
 
 bench: install
 	$(BIN)/python -m pytest benchmarks --benchmark-columns=median,iqr,rounds --benchmark-sort=name $(ARGS)
+
+bench-peers: $(VENV)/peers
+	$(BIN)/python benchmarks/peers.py $(ARGS)
 
 install: $(VENV)/installed
 
@@ -30,6 +33,10 @@ $(VENV)/installed: $(VENV)/ready setup.py $(shell find csrc -type f)
 	$(BIN)/python -m pip install --no-build-isolation -v -e '.[mnist,test]' > $(VENV)/build.log 2>&1 \
 		|| { tail -n 60 $(VENV)/build.log; exit 1; }
 	@grep -m 1 'birnn_ext: building' $(VENV)/build.log
+	touch $@
+
+$(VENV)/peers: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e '.[peers]'
 	touch $@
 
 lint: $(VENV)/ready

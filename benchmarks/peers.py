@@ -1,0 +1,495 @@
+"""birnn_ext beside its peers on the CPU: nn.LSTM, ONNX Runtime, OpenVINO and JAX, all in one run.
+
+`make bench-peers`. Before a row is timed, every contestant's results are compared with nn.LSTM's. Then the contestants
+take turns, round by round, so that a drift of the machine hits all alike; a figure is the median of the rounds. Peers
+that are not installed leave their columns empty. Linux only, for the peak memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import sys
+import time
+import timeit
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from measuring import TutorialBiRNN, alone, error, markdown, memory, twins
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+import birnn_ext
+from birnn_ext import LSTM, BiRNN
+from birnn_ext.mnist.training import device_name
+
+Shape = tuple[int, int, int, int, int]  # B, T, I, H, layers; all are bidirectional
+Work = Callable[[], list[Any]]  # returns its results, for the comparison
+Works = dict[str, Work]  # by contestant
+
+ROOT = Path(__file__).parents[1]
+OURS, TORCH = "birnn_ext", "nn.LSTM"
+PEERS = {"ONNX Runtime": ("onnxruntime", "onnx"), "OpenVINO": ("openvino", "onnx"), "JAX": ("jax",)}  # what they need
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # relative to the largest value: nothing is wrong, no more
+MNIST: Shape = (100, 28, 28, 128, 2)
+SINGLE: Shape = (1, 28, 28, 128, 2)
+WIDE: Shape = (64, 200, 256, 512, 1)
+RAGGED: Shape = (32, 400, 64, 128, 1)
+TURN = 0.1  # seconds: short work is repeated for so long
+REST = 0.05  # seconds: after so long, threads that spin for more work, as ONNX Runtime's, sleep
+
+
+class NotHereError(Exception):
+    """Why a row can't be measured here; the table says it."""
+
+
+@dataclass
+class Row:
+    """A row of the table: by contestant, a figure of every round. Less is better."""
+
+    name: str
+    shape: Shape
+    unit: str = "ms"
+    figures: dict[str, list[float]] = field(default_factory=dict)
+    note: str = ""
+
+    @property
+    def sizes(self) -> str:
+        return ",".join(map(str, self.shape))
+
+    def median(self, contestant: str) -> float:
+        return median(self.figures[contestant])
+
+    def advantage(self, *others: str) -> float | None:
+        """How many times less birnn_ext takes than the best of the others."""
+        found = [self.median(name) for name in others if name in self.figures]
+        return min(found) / self.median(OURS) if found and OURS in self.figures else None
+
+
+def installed() -> list[str]:
+    return [peer for peer, needs in PEERS.items() if all(importlib.util.find_spec(module) for module in needs)]
+
+
+# --- peers ------------------------------------------------------------------------------------------------------------
+
+
+def onnx_model(lstm: nn.LSTM) -> bytes:
+    """A bidirectional, batch-first nn.LSTM as a graph of ONNX's LSTM operators: x (B, T, I) -> y (B, T, 2H)."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    nodes, constants = [], []
+
+    def constant(name: str, value: np.ndarray) -> str:
+        constants.append(numpy_helper.from_array(value, name))
+        return name
+
+    def stacked(name: str, layer: int) -> np.ndarray:
+        """(2, 4H, ...): both directions, gates reordered from torch's i, f, g, o to ONNX's i, o, f, g."""
+        both = [getattr(lstm, f"{name}_l{layer}{suffix}").detach() for suffix in ("", "_reverse")]
+        return torch.stack(both).unflatten(1, (4, -1))[:, [0, 3, 1, 2]].flatten(1, 2).numpy()
+
+    def node(operator: str, inputs: list[str], output: str, **attributes: object) -> str:
+        nodes.append(helper.make_node(operator, inputs, [output], **attributes))
+        return output
+
+    x = node("Transpose", ["x"], "x_time_major", perm=[1, 0, 2])
+    merged = constant("merged", np.array([0, 0, -1]))  # (T, B, 2, H) -> (T, B, 2H)
+    for k in range(lstm.num_layers):
+        biases = np.concatenate([stacked("bias_ih", k), stacked("bias_hh", k)], axis=1)
+        weights = [constant(f"W{k}", stacked("weight_ih", k)), constant(f"R{k}", stacked("weight_hh", k))]
+        inputs = [x, *weights, constant(f"B{k}", biases)]
+        y = node("LSTM", inputs, f"lstm{k}", hidden_size=lstm.hidden_size, direction="bidirectional")  # (T, 2, B, H)
+        x = node("Reshape", [node("Transpose", [y], f"swapped{k}", perm=[0, 2, 1, 3]), merged], f"y{k}")
+    node("Transpose", [x], "y", perm=[1, 0, 2])
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [None, None, None]) for name in "xy")
+    graph = helper.make_graph(nodes, "lstm", [x], [y], constants)
+    opset = helper.make_opsetid("", 17)
+    return helper.make_model(graph, opset_imports=[opset], ir_version=8).SerializeToString()
+
+
+def onnxruntime_inference(lstm: nn.LSTM, x: Tensor) -> Work:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(onnx_model(lstm), options, providers=["CPUExecutionProvider"])
+    feed = {"x": x.numpy()}
+    return lambda: session.run(None, feed)
+
+
+def openvino_inference(lstm: nn.LSTM, x: Tensor) -> Work:
+    sys.modules["openvino_telemetry"] = None  # else importing openvino forks and reports to its makers
+    import openvino
+
+    core = openvino.Core()
+    model = core.read_model(onnx_model(lstm))
+    model.reshape(list(x.shape))
+    config = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "INFERENCE_PRECISION_HINT": "f32",  # else it may choose bfloat16
+    }
+    request = core.compile_model(model, "CPU", config).create_infer_request()
+    values = x.numpy()
+    return lambda: list(request.infer({0: values}, share_inputs=True, share_outputs=True).values())
+
+
+def jax_lstm(lstm: nn.LSTM, unroll: int) -> tuple[dict[str, Any], Callable]:
+    """A bidirectional, batch-first nn.LSTM's parameters and, as a function of them and of x, its scans."""
+    os.environ["NPROC"] = str(torch.get_num_threads())  # XLA's number of threads, read when it is first used
+    import jax.numpy as jnp
+    from jax import lax, nn
+
+    def direction(parameters: dict[str, Any], x: Any, suffix: str) -> Any:  # x (T, B, .) -> (T, B, H)
+        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        w_ih, w_hh, b_ih, b_hh = (parameters[name + suffix] for name in names)
+
+        def step(state, gates_x):
+            h, c = state
+            i, f, g, o = jnp.split(gates_x + h @ w_hh.T, 4, axis=-1)
+            c = nn.sigmoid(f) * c + nn.sigmoid(i) * jnp.tanh(g)
+            h = nn.sigmoid(o) * jnp.tanh(c)
+            return (h, c), h
+
+        zeros = jnp.zeros((x.shape[1], w_hh.shape[1]))
+        reverse = suffix.endswith("_reverse")
+        return lax.scan(step, (zeros, zeros), x @ w_ih.T + (b_ih + b_hh), reverse=reverse, unroll=unroll)[1]
+
+    def forward(parameters: dict[str, Any], x: Any) -> Any:
+        x = x.swapaxes(0, 1)
+        for k in range(lstm.num_layers):
+            x = jnp.concatenate([direction(parameters, x, f"_l{k}{suffix}") for suffix in ("", "_reverse")], -1)
+        return x.swapaxes(0, 1)
+
+    return {name: jnp.asarray(value.detach().numpy()) for name, value in lstm.named_parameters()}, forward
+
+
+def jax_inference(lstm: nn.LSTM, x: Tensor) -> Work:
+    import jax
+
+    parameters, forward = jax_lstm(lstm, unroll=4)  # 1 was slower here, and faster with gradients
+    compiled, values = jax.jit(forward), jax.numpy.asarray(x.numpy())
+    return lambda: [compiled(parameters, values).block_until_ready()]
+
+
+def jax_forward_backward(lstm: nn.LSTM, x: Tensor, dy: Tensor, last: bool) -> Work:
+    import jax
+
+    parameters, forward = jax_lstm(lstm, unroll=1)
+    values, cotangent = jax.numpy.asarray(x.numpy()), jax.numpy.asarray(dy.numpy())
+
+    @jax.jit
+    @partial(jax.grad, has_aux=True)
+    def gradients(parameters, x, dy):
+        y = forward(parameters, x)
+        y = y[:, -1] if last else y
+        return (y * dy).sum(), y
+
+    def work() -> list[Any]:
+        grads, y = jax.block_until_ready(gradients(parameters, values, cotangent))
+        return [y, *(grads[name] for name in parameters)]
+
+    return work
+
+
+# --- rows: what is timed ----------------------------------------------------------------------------------------------
+
+
+def lstm_twins(shape: Shape) -> tuple[LSTM, nn.LSTM]:
+    _, _, features, hidden, layers = shape
+    return twins(features, hidden, layers, batch_first=True, bidirectional=True)
+
+
+def inference(shape: Shape, peers: Sequence[str]) -> Works:
+    ours, theirs = (lstm.eval() for lstm in lstm_twins(shape))
+    x = torch.randn(shape[:3])
+    makers = {"ONNX Runtime": onnxruntime_inference, "OpenVINO": openvino_inference, "JAX": jax_inference}
+    return {
+        OURS: torch.inference_mode()(lambda: [ours(x)[0]]),
+        TORCH: torch.inference_mode()(lambda: [theirs(x)[0]]),
+        **{peer: makers[peer](theirs, x) for peer in peers},
+    }
+
+
+def backward_of(lstm: nn.LSTM, run: Callable[[], Tensor], dy: Tensor) -> Work:
+    def work() -> list[Tensor]:
+        lstm.zero_grad()
+        y = run()
+        y.backward(dy)
+        return [y, *(parameter.grad for parameter in lstm.parameters())]
+
+    return work
+
+
+def forward_backward(shape: Shape, peers: Sequence[str], last: bool = False) -> Works:
+    """Of all outputs or, many-to-one, of the last one."""
+    ours, theirs = lstm_twins(shape)
+    batch, steps, features, hidden, _ = shape
+    x = torch.randn(batch, steps, features)
+    dy = torch.randn((batch, 2 * hidden) if last else (batch, steps, 2 * hidden))
+    works: Works = {
+        OURS: backward_of(ours, lambda: ours(x, output="last" if last else "all")[0], dy),
+        TORCH: backward_of(theirs, lambda: theirs(x)[0][:, -1] if last else theirs(x)[0], dy),
+    }
+    if "JAX" in peers:
+        works["JAX"] = jax_forward_backward(theirs, x, dy, last)
+    return works
+
+
+def ragged(shape: Shape, peers: Sequence[str]) -> Works:
+    ours, theirs = lstm_twins(shape)
+    batch, steps, features, hidden, _ = shape
+    x, dy = torch.randn(batch, steps, features), torch.randn(batch, steps, 2 * hidden)
+    lengths = torch.randint(steps // 2, steps + 1, (batch,))
+
+    def packed() -> Tensor:
+        y, _ = theirs(pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False))
+        return pad_packed_sequence(y, batch_first=True, total_length=steps)[0]
+
+    return {
+        OURS: backward_of(ours, lambda: ours(x, lengths=lengths)[0], dy),
+        TORCH: backward_of(theirs, packed, dy),
+    }
+
+
+def training_step(
+    shape: Shape, peers: Sequence[str], dtype: torch.dtype = torch.float32, precision: str = "highest"
+) -> Works:
+    """The tutorial's many-to-one classifier with cross entropy and fused Adam; precision is for ours only."""
+    if precision != "highest" and "amx_tile" not in Path("/proc/cpuinfo").read_text():
+        raise NotHereError("no AMX here")
+    batch, steps, features, hidden, layers = shape
+    theirs = TutorialBiRNN(features, hidden, layers, 10).to(dtype)
+    ours = BiRNN(features, hidden, layers, 10).to(dtype)
+    ours.load_state_dict(theirs.state_dict())
+    images, labels = torch.rand(batch, steps, features, dtype=dtype), torch.arange(batch) % 10
+
+    def step_of(model: nn.Module, precision: str) -> Work:
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.003, fused=True)
+
+        def step() -> list[Tensor]:
+            torch.set_float32_matmul_precision(precision)
+            loss = F.cross_entropy(model(images), labels)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            torch.set_float32_matmul_precision("highest")
+            return [loss]
+
+        return step
+
+    return {OURS: step_of(ours, precision), TORCH: step_of(theirs, "highest")}
+
+
+ROWS: list[tuple[str, Callable[..., Works], Shape, dict[str, Any]]] = [
+    ("training step", training_step, MNIST, {}),
+    ("training step, bfloat16", training_step, MNIST, {"dtype": torch.bfloat16}),
+    ('training step, matmul precision "high"', training_step, MNIST, {"precision": "high"}),
+    ("forward + backward", forward_backward, MNIST, {}),
+    ("inference", inference, MNIST, {}),
+    ("inference", inference, (32, 100, 128, 256, 2), {}),
+    ("inference", inference, SINGLE, {}),
+    ("training step", training_step, SINGLE, {}),
+    ("forward + backward, many-to-one", forward_backward, WIDE, {"last": True}),
+    ("forward + backward, ragged", ragged, RAGGED, {}),
+    ("forward + backward, the same padded", forward_backward, RAGGED, {}),
+]
+
+
+def check(works: Works, dtype: torch.dtype) -> None:
+    """Compares everyone's results with nn.LSTM's: three times, as training steps go on from each other."""
+    for _ in range(3):
+        expected = works[TORCH]()
+        for name, work in works.items():
+            if name == TORCH:
+                continue
+            for k, (actual, truth) in enumerate(zip(work(), expected, strict=True)):
+                found = error(actual if isinstance(actual, Tensor) else torch.from_numpy(np.array(actual)), truth)
+                if not found <= TOLERANCE[dtype]:
+                    raise AssertionError(f"{name}: result {k} is off by {found:.1e}")
+
+
+def measure(works: Works, rounds: int) -> dict[str, list[float]]:
+    """Milliseconds of a call, by contestant, for each round."""
+    figures: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(rounds):
+        for name, work in works.items():
+            time.sleep(REST)
+            once = timeit.timeit(work, number=1)  # fills the caches, and tells how often to repeat
+            number = max(1, round(TURN / once))
+            figures[name].append(1000 * timeit.timeit(work, number=number) / number)
+    return figures
+
+
+def timed_row(
+    name: str, make: Callable[..., Works], shape: Shape, options: dict[str, Any], peers: Sequence[str], rounds: int
+) -> Row:
+    row = Row(name, shape)
+    torch.manual_seed(0)
+    try:
+        works = make(shape, peers, **options)
+    except NotHereError as reason:
+        row.note = str(reason)
+        return row
+    check(works, torch.bfloat16 if options.get("precision") == "high" else options.get("dtype", torch.float32))
+    row.figures = measure(works, rounds)
+    return row
+
+
+# --- what is not time -------------------------------------------------------------------------------------------------
+
+
+def training_memory(cls: type[nn.LSTM], shape: Shape, threads: int, options: dict[str, Any]) -> float:
+    """MiB that forward and backward of all outputs add, at their peak, to the process."""
+    torch.set_num_threads(threads)
+    batch, steps, features, hidden, layers = shape
+    lstm = cls(features, hidden, layers, batch_first=True, bidirectional=True, **options)
+    x, dy = torch.randn(batch, steps, features), torch.randn(batch, steps, 2 * hidden)
+    lstm(x[:1, :2])[0].sum().backward()  # libraries set themselves up
+    before = memory("VmRSS")
+    lstm(x)[0].backward(dy)
+    return memory() - before
+
+
+def memory_row(name: str, shape: Shape, options: dict[str, Any], rounds: int) -> Row:
+    row = Row(name, shape, "MiB")
+    threads = torch.get_num_threads()
+    for _ in range(rounds):
+        row.figures.setdefault(OURS, []).append(alone(training_memory, LSTM, shape, threads, options))
+        row.figures.setdefault(TORCH, []).append(alone(training_memory, nn.LSTM, shape, threads, {}))
+    return row
+
+
+def recurrence_rate(shape: Shape, rounds: int) -> tuple[float, float]:
+    """GFLOP/s of the recurrence's products alone over all of its time, and of torch's 1024 x 1024 x 1024 product."""
+    batch, steps, _, hidden, _ = shape
+    gates_x, w_hh = torch.randn(steps, batch, 2, 4 * hidden), torch.randn(2, 4 * hidden, hidden) / hidden**0.5
+    a, b = torch.randn(2, 1024, 1024)
+    works: Works = {
+        OURS: lambda: [torch.ops.birnn_ext.lstm_recurrence(gates_x, w_hh, None, None, None, False)],
+        "sgemm": lambda: [a @ b],
+    }
+    figures = measure(works, rounds)
+    flops = 2 * gates_x.numel() * hidden, 2 * 1024**3
+    return tuple(n / median(of) / 1e6 for n, of in zip(flops, figures.values(), strict=True))
+
+
+# --- the report -------------------------------------------------------------------------------------------------------
+
+
+def table(rows: Sequence[Row]) -> str:
+    contestants = [OURS, TORCH, *PEERS]
+    lines = [["", "B,T,I,H,layers", *contestants, f"{TORCH} / {OURS}", f"best peer / {OURS}"]]
+    for row in rows:
+        cells = [f"{row.median(name):.4g}" if name in row.figures else "" for name in contestants]
+        cells[0] = row.note or cells[0]
+        ratios = ["" if of is None else f"{of:.2f}" for of in (row.advantage(TORCH), row.advantage(*PEERS))]
+        lines.append([f"{row.name}, {row.unit}", row.sizes, *cells, *ratios])
+    return markdown(lines)
+
+
+def draw(rows: Sequence[Row], title: str, path: Path) -> None:
+    """Speed relative to nn.LSTM, a group of bars for each timed row."""
+    from matplotlib.figure import Figure
+
+    rows = [row for row in rows if row.unit == "ms" and row.figures]
+    names = [name for name in [OURS, *PEERS] if any(name in row.figures for row in rows)]
+    bars = sum(len(row.figures) - 1 for row in rows)
+    figure = Figure(figsize=(9, 1 + 0.24 * bars + 0.2 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    places: dict[str, list[float]] = {name: [] for name in names}
+    speeds: dict[str, list[float]] = {name: [] for name in names}
+    ticks, place = [], 0.0
+    for row in rows:
+        here = [name for name in names if name in row.figures]
+        ticks.append(place + (len(here) - 1) / 2)
+        for name in here:
+            places[name].append(place)
+            speeds[name].append(row.median(TORCH) / row.median(name))
+            place += 1
+        place += 0.7  # between groups
+    for name in names:
+        # from the line at 1, on a logarithmic scale: twice and half as fast are bars of the same length
+        drawn = axes.barh(places[name], [speed - 1 for speed in speeds[name]], height=0.9, left=1, label=name)
+        axes.bar_label(drawn, [f"{speed:.2f}" for speed in speeds[name]], padding=3, fontsize=8)
+    axes.axvline(1, color="black", linewidth=1)
+    axes.set_yticks(ticks, [f"{row.name}\n{row.sizes}" for row in rows], fontsize=8)
+    axes.invert_yaxis()
+    axes.margins(x=0.1, y=0.01)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_xlabel(f"speed relative to {TORCH}, the line at 1; more is better\n{title}")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside upper center", ncols=len(names), fontsize=8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of every contestant")
+    parser.add_argument("--rounds", type=int, default=9, help="of the timing; memory: a third of them")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only rows whose name contains it; saves nothing")
+    args = parser.parse_args(arguments)
+    torch.set_num_threads(args.threads)
+    load = os.getloadavg()[0]
+    if load > 0.5:
+        print(
+            f"The machine is busy (load {load:.1f}): figures will be too large, some more than others", file=sys.stderr
+        )
+    peers = installed()
+    for peer in PEERS:
+        if peer not in peers:
+            print(f"{peer} is not installed, its column stays empty: pip install 'birnn_ext[peers]'", file=sys.stderr)
+
+    rows: list[Row] = []
+
+    def add(name: str, make: Callable[..., Row], *arguments: object) -> None:
+        if args.only in name:
+            rows.append(make(name, *arguments))
+            said = ", ".join(f"{who} {rows[-1].median(who):.4g} {rows[-1].unit}" for who in rows[-1].figures)
+            print(f"{rows[-1].name} {rows[-1].sizes}: {rows[-1].note or said}", file=sys.stderr, flush=True)
+
+    for name, make, shape, options in ROWS:
+        add(name, timed_row, make, shape, options, peers, args.rounds)
+    for name, options in ("training memory", {}), ("training memory, recompute=True", {"recompute": True}):
+        add(name, memory_row, WIDE, options, -(-args.rounds // 3))
+    ours, sgemm = recurrence_rate(MNIST, args.rounds)
+
+    packages = ["torch", "birnn_ext", *dict.fromkeys(module for peer in peers for module in PEERS[peer])]
+    machine = {
+        "cpu": device_name(torch.device("cpu")),
+        "cpu_isa": birnn_ext.build_info()["cpu_isa"],
+        "threads": args.threads,
+        "rounds": args.rounds,
+        "load": load,
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+    }
+    versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
+    title = f"{machine['cpu']}, {args.threads} threads"
+    print(f"{title}; {versions}; float32 if nothing else is said, bidirectional\n\n{table(rows)}\n")
+    print(
+        f"Recurrence, forward, {','.join(map(str, MNIST))}, one layer: {ours:.0f} GFLOP/s of products, "
+        f"{100 * ours / sgemm:.0f} % of torch's 1024 x 1024 x 1024 product ({sgemm:.0f} GFLOP/s)."
+    )
+    if not args.only:
+        rates = {"recurrence_gflops": ours, "sgemm_gflops": sgemm}
+        results = ROOT / "benchmarks" / "results" / "peers.json"
+        results.parent.mkdir(exist_ok=True)
+        results.write_text(json.dumps({**machine, **rates, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+        draw(rows, title, ROOT / "docs" / "peers.png")
+
+
+if __name__ == "__main__":
+    main()
