@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export MAX_JOBS ?= 2
 
-.PHONY: train test bench bench-peers install lint clean
+.PHONY: train test bench bench-peers sanitize install lint clean
 
 train: install
 	$(BIN)/birnn-mnist train $(ARGS)
@@ -38,6 +38,11 @@ $(VENV)/installed: $(VENV)/ready setup.py $(shell find csrc -type f)
 $(VENV)/peers: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --no-build-isolation -e '.[peers]'
 	touch $@
+
+# The CPU kernels, in a program without PyTorch, under the compiler's sanitizers.
+sanitize:
+	tools/native_test $(CXX) -fsanitize=address,undefined -DBIRNN_EMULATE_AMX=1
+	ROUNDS=10 tools/native_test $(CXX) -fsanitize=thread
 
 lint: $(VENV)/ready
 	$(BIN)/python -m pip install --quiet pre-commit ruff==0.17.6 clang-format==23.1.5

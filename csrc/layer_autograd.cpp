@@ -48,11 +48,10 @@ OptionalTensor defined(const Tensor& t) { return t.defined() ? OptionalTensor(t)
 // The layer as an input projection and birnn_ext::lstm_recurrence, which can be differentiated any number of times.
 variable_list composite(const Tensor& x, at::TensorList weights, bool bias, const OptionalTensor& h0,
                         const OptionalTensor& c0, const OptionalTensor& lengths) {
-  static const auto recurrence =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("birnn_ext::lstm_recurrence", "")
-          .typed<FiveTensors(const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
-                             const OptionalTensor&, bool)>();
+  static const auto recurrence = c10::Dispatcher::singleton()
+                                     .findSchemaOrThrow("birnn_ext::lstm_recurrence", "")
+                                     .typed<FiveTensors(const Tensor&, const Tensor&, const OptionalTensor&,
+                                                        const OptionalTensor&, const OptionalTensor&, bool)>();
   std::vector<Tensor> w_ih, w_hh, biases;
   for (size_t k = 0; k < weights.size(); k += bias ? 4 : 2) {
     w_ih.push_back(weights[k]);
@@ -75,7 +74,8 @@ struct LayerFunction : torch::autograd::Function<LayerFunction> {
                                at::TensorList weights) {
     const at::AutoDispatchBelowADInplaceOrView below;
     auto [y, h_n, c_n, gates, cells] = call_layer(x, weights, bias, h0, c0, lengths, recompute ? 2 : 1);
-    variable_list saved = {x, h0.value_or(Tensor()), c0.value_or(Tensor()), lengths.value_or(Tensor()), y, gates, cells};
+    variable_list saved = {x,    h0.value_or(Tensor()), c0.value_or(Tensor()), lengths.value_or(Tensor()), y, gates,
+                           cells};
     saved.insert(saved.end(), weights.begin(), weights.end());
     ctx->save_for_backward(saved);
     ctx->saved_data["bias"] = bias;
@@ -111,7 +111,8 @@ struct LayerFunction : torch::autograd::Function<LayerFunction> {
     return result;
   }
 
-  // With create_graph: by autograd, from the composite. Aliases keep the paths apart where one input depends on another.
+  // With create_graph: by autograd, from the composite. Aliases keep the paths apart where one input depends on
+  // another.
   static void differentiable_backward(const Tensor& x, const std::vector<Tensor>& weights, bool bias,
                                       const OptionalTensor& h0, const OptionalTensor& c0, const OptionalTensor& lengths,
                                       const variable_list& grads, variable_list& result) {
@@ -124,7 +125,8 @@ struct LayerFunction : torch::autograd::Function<LayerFunction> {
       return inputs.back();
     };
     const Tensor own_x = input(x, 0);
-    const OptionalTensor own_h0 = h0 ? OptionalTensor(input(*h0, 1)) : h0, own_c0 = c0 ? OptionalTensor(input(*c0, 2)) : c0;
+    const OptionalTensor own_h0 = h0 ? OptionalTensor(input(*h0, 1)) : h0,
+                         own_c0 = c0 ? OptionalTensor(input(*c0, 2)) : c0;
     std::vector<Tensor> own_weights;
     for (size_t k = 0; k < weights.size(); ++k) own_weights.push_back(input(weights[k], 6 + k));
     const variable_list all = composite(own_x, own_weights, bias, own_h0, own_c0, lengths);

@@ -101,7 +101,8 @@ struct Forward {
     h_n = at::empty({D, B, H}, options);
     c_n = at::empty({D, B, H}, options);
     gates = save_gates ? at::empty({T, B, D, 4 * H}, options) : at::empty({0}, options);
-    cells = at::empty(save_cells ? at::DimVector{T, B, D, H} : at::DimVector{0}, options.dtype(accumulate_type(scalar)));
+    cells =
+        at::empty(save_cells ? at::DimVector{T, B, D, H} : at::DimVector{0}, options.dtype(accumulate_type(scalar)));
 
     static_cast<RecurrenceSizes&>(params) = sizes;
     params.h0 = inputs.pointer(h0);

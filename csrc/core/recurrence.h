@@ -5,8 +5,8 @@
 // lengths[b] steps only: direction 1 starts at lengths[b]-1, and steps beyond are skipped.
 //
 // All tensors are contiguous and distinct, unless strides are given. Element types: S is the tensors' type (double,
-// float, half, bfloat16); A is the type in which the kernels accumulate and keep the cell state (double for double, else
-// float).
+// float, half, bfloat16); A is the type in which the kernels accumulate and keep the cell state (double for double,
+// else float).
 #pragma once
 
 #include <cstdint>
@@ -21,12 +21,12 @@ struct RecurrenceSizes {
 
 // The input projection, where the kernels do it themselves (CPU, double and float). Weights of each direction.
 struct InputProjection {
-  const void* x;                // S (T, B, I), element (t, b, k) at t * stride_t + b * stride_b + k; null: no projection
-  int64_t I;                    //
-  int64_t stride_t, stride_b;   // in elements
-  const void* w_ih[2];          // S (4H, I)
-  const void* bias_ih[2];       // S (4H), or null: zeros
-  const void* bias_hh[2];       // likewise
+  const void* x;               // S (T, B, I), element (t, b, k) at t * stride_t + b * stride_b + k; null: no projection
+  int64_t I;                   //
+  int64_t stride_t, stride_b;  // in elements
+  const void* w_ih[2];         // S (4H, I)
+  const void* bias_ih[2];      // S (4H), or null: zeros
+  const void* bias_hh[2];      // likewise
 };
 
 struct ForwardParams : RecurrenceSizes {

@@ -1,5 +1,5 @@
-// Products on AMX's tile registers: 16 x 16 sums of bfloat16 pairs. Included by tiles.h. BIRNN_EMULATE_AMX computes the same
-// in plain code, to test all around it on CPUs without AMX.
+// Products on AMX's tile registers: 16 x 16 sums of bfloat16 pairs. Included by tiles.h. BIRNN_EMULATE_AMX computes the
+// same in plain code, to test all around it on CPUs without AMX.
 
 #if !BIRNN_EMULATE_AMX
 
@@ -17,10 +17,12 @@ class TileRegisters {
   ~TileRegisters() { asm volatile("tilerelease"); }
 };
 
-// acc[m][n] += sum over k < K of a[m * stride + k] * panel[k / 2][n][lane][k % 2], K a multiple of 32. Tiles 0 to 3 are the
-// sums, 4 and 5 are a and the panel. The intrinsics of GCC 12 do not tell the compiler that they read and write memory.
+// acc[m][n] += sum over k < K of a[m * stride + k] * panel[k / 2][n][lane][k % 2], K a multiple of 32. Tiles 0 to 3 are
+// the sums, 4 and 5 are a and the panel. The intrinsics of GCC 12 do not tell the compiler that they read and write
+// memory.
 template <int N>
-INLINE void multiply_amx(Vec<float> (&acc)[16][N], const bfloat16* a, int64_t stride, const bfloat16* panel, int64_t K) {
+INLINE void multiply_amx(Vec<float> (&acc)[16][N], const bfloat16* a, int64_t stride, const bfloat16* panel,
+                         int64_t K) {
   asm volatile("" ::: "memory");
   _tile_loadd(0, &acc[0][0], N * 64);
   if constexpr (N > 1) _tile_loadd(1, &acc[0][1], N * 64);
@@ -60,7 +62,8 @@ struct TileRegisters {
 };
 
 template <int N>
-INLINE void multiply_amx(Vec<float> (&acc)[16][N], const bfloat16* a, int64_t stride, const bfloat16* panel, int64_t K) {
+INLINE void multiply_amx(Vec<float> (&acc)[16][N], const bfloat16* a, int64_t stride, const bfloat16* panel,
+                         int64_t K) {
   const auto value = [](bfloat16 x) { return bit_cast<float>(uint32_t(x.bits) << 16); };
   for (int64_t k = 0; k < K; ++k)
     for (int m = 0; m < 16; ++m)

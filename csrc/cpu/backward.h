@@ -58,7 +58,7 @@ struct Backward {
     const int rows = kAmx<S> ? wanted : M;
     for (int m = 0; m < rows; ++m) {
       const int64_t b = chain.rows[first + m], row = (t * B + b) * D + d;
-      const bool last = t == (d == 0 ? length(b) - 1 : 0);     // the sequence's last step: dh_n arrives
+      const bool last = t == (d == 0 ? length(b) - 1 : 0);      // the sequence's last step: dh_n arrives
       const bool earliest = t == (d == 0 ? 0 : length(b) - 1);  // its first: the cell came from c0
       const int64_t prev = d == 0 ? row - B * D : row + B * D;
       const int64_t slot = slots.dz ? slots.offsets[t] + chain.rank + (first + m) * chain.rank_step - slots.first : 0;
@@ -92,7 +92,8 @@ struct Backward {
           store_aligned<A>(dz_row + g * padded, all[g]);
           if (slots.dz) {
             const int64_t vector = g * blocks + v + n;
-            store_vector(static_cast<A*>(slots.dz) + ((vector / 4 * slots.capacity + slot) * 4 + vector % 4) * L, all[g]);
+            store_vector(static_cast<A*>(slots.dz) + ((vector / 4 * slots.capacity + slot) * 4 + vector % 4) * L,
+                         all[g]);
           } else {
             store<A>(static_cast<S*>(p.d_gates_x) + (row * 4 + g) * H + unit, all[g], left);
           }
@@ -128,15 +129,13 @@ struct Backward {
     const S* dc_n = static_cast<const S*>(p.dc_n);
     for (int64_t r = chain.count; r < round_up(chain.count, kTileRows<S>); ++r)  // multiplied, though there are none
       if (member.index == 0 && kAmx<S>)
-        for (Factor<S>* buffer : dz)
-          __builtin_memset(buffer + r * 4 * padded, 0, 4 * padded * sizeof(Factor<S>));
+        for (Factor<S>* buffer : dz) __builtin_memset(buffer + r * 4 * padded, 0, 4 * padded * sizeof(Factor<S>));
     for (int64_t r = 0; r < chain.count; ++r)
       for (int64_t unit = begin * L; unit < end * L; unit += L) {
         for (int64_t g = 0; g < 4; ++g)
           for (Factor<S>* buffer : dz)  // rows that begin later have had no dz yet
             store_aligned<A>(buffer + (r * 4 + g) * padded + unit, V{});
-        store_vector(dc + r * padded + unit,
-                     dc_n ? load<A>(dc_n + (d * B + chain.rows[r]) * H + unit, H - unit) : V{});
+        store_vector(dc + r * padded + unit, dc_n ? load<A>(dc_n + (d * B + chain.rows[r]) * H + unit, H - unit) : V{});
       }
     for (int64_t unit = begin * L; unit < end * L; unit += L) store_vector(zeros + unit, V{});
   }
@@ -158,9 +157,8 @@ struct Backward {
                          (end - begin) * L * sizeof(Factor<S>));
     }
     member.barrier->wait(member.count);
-    for_each_tile(begun, [&]<int M, int N>(int wanted, int64_t first, int64_t v) INLINE_LAMBDA {
-      initial_tile<M, N>(wanted, first, v);
-    });
+    for_each_tile(begun, [&]<int M, int N>(int wanted, int64_t first, int64_t v)
+                             INLINE_LAMBDA { initial_tile<M, N>(wanted, first, v); });
     for (int64_t r = begun; r < chain.count; ++r) {  // a sequence without steps hands its gradient through
       const int64_t state = (d * B + chain.rows[r]) * H + unit0;
       if (p.dh_n)
@@ -203,10 +201,8 @@ struct Backward {
       for (int64_t s = s0; s < steps.end; ++s) {
         const int64_t t = time(s), rows = steps.rows[s - s0];
         const A* gate_rows = p.gates ? nullptr : gates + steps.first[s - s0] * 4 * padded;
-        for_each_tile(rows,
-                      [&]<int M, int N>(int wanted, int64_t first, int64_t v) INLINE_LAMBDA {
-                        tile<M, N>(wanted, t, s, first, v, gate_rows);
-                      });
+        for_each_tile(rows, [&]<int M, int N>(int wanted, int64_t first, int64_t v)
+                                INLINE_LAMBDA { tile<M, N>(wanted, t, s, first, v, gate_rows); });
         member.barrier->wait(member.count);
       }
     }

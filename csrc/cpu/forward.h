@@ -44,8 +44,8 @@ struct Cursor {
 // x_of(cursor), h_of(cursor): the rows of a step. Several steps at once fill the rows of the tiles when there are few
 // sequences, and read the panel but once.
 template <class S, class X, class H_>
-INLINE void project(const InputProjection& input, int64_t d, int64_t H, int64_t begin, int64_t end, const Panels& panels,
-                    const Steps& steps, const X& x_of, const H_* h_of, Accumulate<S>* z) {
+INLINE void project(const InputProjection& input, int64_t d, int64_t H, int64_t begin, int64_t end,
+                    const Panels& panels, const Steps& steps, const X& x_of, const H_* h_of, Accumulate<S>* z) {
   using A = Accumulate<S>;
   using V = Vec<A>;
   constexpr int L = kLanes<A>;
@@ -94,7 +94,7 @@ struct Forward {
   const Member& member;
   const int64_t d = chain.direction, H = p.H, B = p.B, D = p.D, blocks = divide_up(H, L), padded = blocks * L;
   const int64_t begin = member.index * blocks / member.count, end = (member.index + 1) * blocks / member.count;
-  const int64_t own_units = minimum(H, end * L);
+  const int64_t own_units = minimum(H, end* L);
   const int64_t row_size = round_up(padded, kStep<S>);
   A* c;             // [row][padded]
   A* z;             // [step][block][gate][lane]: the projected steps
@@ -235,9 +235,8 @@ struct Forward {
         const bool product = s > 0 || p.h0;
         for (int64_t block = begin; block < end; ++block)
           for (int64_t first = 0; first < rows; first += kTileRows<S>)
-            with_rows<S>(rows - first, [&]<int M>(int wanted) INLINE_LAMBDA {
-              tile<M>(wanted, t, s, first, block, z_rows, product);
-            });
+            with_rows<S>(rows - first, [&]<int M>(int wanted)
+                                           INLINE_LAMBDA { tile<M>(wanted, t, s, first, block, z_rows, product); });
         member.barrier->wait(member.count);
       }
     }

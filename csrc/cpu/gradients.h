@@ -32,12 +32,12 @@ void input_gradient(const S* dz, int64_t capacity, int64_t H, int64_t I, const S
   }
 }
 
-// The gradients of W_ih, W_hh and the biases are one product, dz^T [x, h, 1]. A tile holds kRows columns of [x, h, 1] and
-// 4 vectors of gates.
+// The gradients of W_ih, W_hh and the biases are one product, dz^T [x, h, 1]. A tile holds kRows columns of [x, h, 1]
+// and 4 vectors of gates.
 template <class S>
 struct WeightGradients {
   static constexpr int L = kLanes<S>;
-  static constexpr int64_t kSlots = 128;                                 // summed in one go
+  static constexpr int64_t kSlots = 128;                                   // summed in one go
   static constexpr int64_t kBlocks = (512 << 10) / (kSlots * 4 * kBytes);  // whose dz then fills half of an L2 cache
 
   const WeightGradient& w;
@@ -88,8 +88,9 @@ struct WeightGradients {
             Vec<S> acc[kRows][4];
             for (int m = 0; m < kRows; ++m)
               for (int n = 0; n < 4; ++n) acc[m][n] = overwrite ? Vec<S>{} : load_vector(to + (m * 4 + n) * L);
-            multiply_with<kRows, 4, S>(acc, [&](int m, int64_t k) INLINE_LAMBDA { return values[k * kRows + m]; },
-                                       static_cast<const S*>(w.dz) + (block * w.capacity + slot) * 4 * L, count);
+            multiply_with<kRows, 4, S>(
+                acc, [&](int m, int64_t k) INLINE_LAMBDA { return values[k * kRows + m]; },
+                static_cast<const S*>(w.dz) + (block * w.capacity + slot) * 4 * L, count);
             for (int m = 0; m < kRows; ++m)
               for (int n = 0; n < 4; ++n) store_vector(to + (m * 4 + n) * L, acc[m][n]);
           }

@@ -116,8 +116,6 @@ std::vector<std::string> runnable_isas() {
 
 const std::string& chosen_isa() { return chosen().name; }
 
-const Kernels& chosen_kernels(DType dtype) {
-  return dtype == DType::bf16 ? *chosen().bf16_kernels : *chosen().kernels;
-}
+const Kernels& chosen_kernels(DType dtype) { return dtype == DType::bf16 ? *chosen().bf16_kernels : *chosen().kernels; }
 
 }  // namespace birnn::cpu

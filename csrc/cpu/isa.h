@@ -14,8 +14,8 @@ std::vector<std::string> compiled_isas();
 // Those that this CPU runs.
 std::vector<std::string> runnable_isas();
 
-// The one in use: named by the environment variable BIRNN_CPU_ISA, else the best that runs. Chosen once per process. Throws
-// std::runtime_error if the variable names one that is not compiled or that the CPU can't run.
+// The one in use: named by the environment variable BIRNN_CPU_ISA, else the best that runs. Chosen once per process.
+// Throws std::runtime_error if the variable names one that is not compiled or that the CPU can't run.
 const std::string& chosen_isa();
 
 // Its kernels for a type.

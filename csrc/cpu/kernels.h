@@ -34,8 +34,8 @@ struct Member {
 };
 
 // Gradients of the pre-activations of some steps of a direction, as panels for the gradients of the weights:
-// [block][slot][4 vectors][lane], where the vectors in the order gate, block are dealt out four by four. A slot is a step
-// of a sequence; slots are in the order of t, then longest sequence first.
+// [block][slot][4 vectors][lane], where the vectors in the order gate, block are dealt out four by four. A slot is a
+// step of a sequence; slots are in the order of t, then longest sequence first.
 struct Slots {
   void* dz;                // null: BackwardParams::d_gates_x is wanted instead
   int64_t capacity;        // slots that a panel has room for
@@ -80,16 +80,16 @@ struct Kernels {
 
   // dx_rows[k] += W_ih^T dz of slot k, begin <= k < end.
   void (*input_gradient)(DType, const void* dz, int64_t capacity, int64_t H, int64_t I, const void* ih_t,
-                         void* const* dx_rows, int64_t begin, int64_t end);
+                         void* const* dx_rows, int64_t begin, int64_t end) = nullptr;
 
-  int64_t (*column_tiles)(int64_t I, int64_t H);
-  void (*weight_gradient)(DType, const WeightGradient&);
-  void (*store_weight_gradient)(DType, const WeightGradient&, void* dw_ih, void* dw_hh, void* d_bias);
+  int64_t (*column_tiles)(int64_t I, int64_t H) = nullptr;
+  void (*weight_gradient)(DType, const WeightGradient&) = nullptr;
+  void (*store_weight_gradient)(DType, const WeightGradient&, void* dw_ih, void* dw_hh, void* d_bias) = nullptr;
 
   // The cell's functions by themselves, for their test: n floats in, n out.
-  void (*exp)(const float* x, float* y, int64_t n);
-  void (*sigmoid)(const float* x, float* y, int64_t n);
-  void (*tanh)(const float* x, float* y, int64_t n);
+  void (*exp)(const float* x, float* y, int64_t n) = nullptr;
+  void (*sigmoid)(const float* x, float* y, int64_t n) = nullptr;
+  void (*tanh)(const float* x, float* y, int64_t n) = nullptr;
 };
 
 }  // namespace birnn::cpu

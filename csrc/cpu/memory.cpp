@@ -32,7 +32,8 @@ Buffer allocate_zeros(int64_t bytes) {
 void advise_huge_pages(void* p, int64_t bytes) {
 #if defined(__linux__)
   const auto address = reinterpret_cast<uintptr_t>(p);
-  const uintptr_t begin = (address + kHugePage - 1) / kHugePage * kHugePage, end = (address + bytes) / kHugePage * kHugePage;
+  const uintptr_t begin = (address + kHugePage - 1) / kHugePage * kHugePage,
+                  end = (address + bytes) / kHugePage * kHugePage;
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a refusal does no harm
 #else
   (void)p, (void)bytes;

@@ -17,7 +17,8 @@ constexpr int64_t kProjectedRows = 64;
 constexpr int64_t kProjectedSteps = 64;  // Steps::kMaxSteps
 
 // Steps of all sequences whose dz is kept until the gradients of the weights and of x have been summed from it: they
-// stay in the L3 cache, and memory does not grow with T. It fixes an order of summation, so it does not depend on threads.
+// stay in the L3 cache, and memory does not grow with T. It fixes an order of summation, so it does not depend on
+// threads.
 constexpr int64_t kSlotsAtOnce = 1024;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -48,7 +49,8 @@ struct Plan {
         std::clamp<int64_t>(threads / std::gcd(threads, sizes.D), 1, std::max<int64_t>(sizes.B / tile_rows, 1));
     rows.resize(sizes.B);
     for (int64_t part = 0, next = 0; part < parts; ++part) {
-      // With lengths every part takes each parts-th sequence, so that all have as many steps to do; without, neighbours.
+      // With lengths every part takes each parts-th sequence, so that all have as many steps to do; without,
+      // neighbours.
       const Share share(sizes.B, part, parts);
       const int64_t rank = lengths ? part : share.begin, step = lengths ? parts : 1, begin = next;
       for (int64_t k = rank; k < (lengths ? sizes.B : share.end); k += step) rows[next++] = order[k];
@@ -165,8 +167,13 @@ struct SlotRows {
 class LayerBackward {
  public:
   LayerBackward(DType dtype, const BackwardParams& p, Plan& plan, const Packing& packing, const Kernels& kernels)
-      : dtype_(dtype), p_(p), plan_(plan), packing_(packing), kernels_(kernels),
-        bytes_(kernels.accumulate_bytes(dtype)), zeros_(allocate_zeros(p.H * bytes_)),
+      : dtype_(dtype),
+        p_(p),
+        plan_(plan),
+        packing_(packing),
+        kernels_(kernels),
+        bytes_(kernels.accumulate_bytes(dtype)),
+        zeros_(allocate_zeros(p.H * bytes_)),
         rows_(p, plan.order, bytes_, zeros_.get()) {
     const int64_t lanes = kernels.lanes(dtype), padded = divide_up(p.H, lanes) * lanes;
     for (int64_t d = 0; d < p.D; ++d) {
@@ -272,7 +279,8 @@ class LayerBackward {
 
 // Calls work(threads) with as many threads as are of use and to be had.
 template <class Work>
-void with_threads(const RecurrenceSizes& sizes, int64_t threads, const Kernels& kernels, DType dtype, const Work& work) {
+void with_threads(const RecurrenceSizes& sizes, int64_t threads, const Kernels& kernels, DType dtype,
+                  const Work& work) {
   const int64_t tiles = std::max<int64_t>(sizes.B / kernels.rows, 1), lanes = kernels.lanes(dtype);
   threads = std::clamp<int64_t>(threads, 1, sizes.D * tiles * divide_up(sizes.H, lanes));
   for (int64_t got; (got = work(threads)) < threads;) threads = got;

@@ -1,14 +1,15 @@
-// The CPU kernels, compiled once per ISA: a kernels_<isa>.cpp sets the compiler's target, defines BIRNN_ISA (namespace),
-// BIRNN_ISA_BYTES (vector size) and BIRNN_ISA_ROWS (rows of a register tile) and includes this file. BIRNN_ISA_BF16 says
-// that it multiplies bfloat16 (on AMX's tiles with BIRNN_ISA_AMX): such a file holds the kernels for bfloat16 only.
+// The CPU kernels, compiled once per ISA: a kernels_<isa>.cpp sets the compiler's target, defines BIRNN_ISA
+// (namespace), BIRNN_ISA_BYTES (vector size) and BIRNN_ISA_ROWS (rows of a register tile) and includes this file.
+// BIRNN_ISA_BF16 says that it multiplies bfloat16 (on AMX's tiles with BIRNN_ISA_AMX): such a file holds the kernels
+// for bfloat16 only.
 //
 // How the work is laid out. A chain (one direction of some sequences) goes through all its time steps without waiting
 // for anybody (only where there are fewer chains than threads do several threads share one, each with its own hidden
-// units, and meet once per step). At each step it needs (rows x H) * (H x 4H). The product is cut into register tiles of
-// kRows sequences x 4 vectors, whose accumulators stay in registers until the cell update has been done on them:
+// units, and meet once per step). At each step it needs (rows x H) * (H x 4H). The product is cut into register tiles
+// of kRows sequences x 4 vectors, whose accumulators stay in registers until the cell update has been done on them:
 // pre-activations never visit memory. Going forward the 4 vectors are the 4 gates of the same units; going backward
-// (rows x 4H) * (4H x H) they are 4 neighbouring vectors of units. Blocks of units are the outer loop, so that a panel of
-// packed weights (H x 4 vectors) stays in the L1 cache while all rows use it.
+// (rows x 4H) * (4H x H) they are 4 neighbouring vectors of units. Blocks of units are the outer loop, so that a panel
+// of packed weights (H x 4 vectors) stays in the L1 cache while all rows use it.
 //
 // Each result is summed in the order of k whatever the tile, so results do not depend on how the work is cut up.
 
@@ -73,12 +74,14 @@ class FlushDenormals {
 #endif
 };
 
+// clang-format off: each uses the one before
 #include "tiles.h"
 #include "forward.h"
 #include "backward.h"
 #if !BIRNN_ISA_BF16
 #include "gradients.h"
 #endif
+// clang-format on
 
 // --- the table
 // --------------------------------------------------------------------------------------------------------
@@ -94,7 +97,7 @@ void with_storage(DType dtype, const F& f) {
     case DType::f32:
       return f(float());
     case DType::f16:
-      return f(_Float16());
+      return f(float16());
     case DType::bf16:
       return f(bfloat16());
   }

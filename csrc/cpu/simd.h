@@ -28,8 +28,14 @@ struct bfloat16 {
   uint16_t bits;
 };
 
+#if defined(__aarch64__)
+using float16 = __fp16;  // the C++ of GCC 12 has _Float16 on x86 only
+#else
+using float16 = _Float16;
+#endif
+
 template <class S>
-struct Storage {  // double, float, _Float16
+struct Storage {  // double, float, float16
   using Accumulate = S;
   template <class A>
   static INLINE Vec<A> load(const S* p) {

@@ -4,7 +4,8 @@ INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 INLINE int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t maximum(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// --- what a product multiplies -----------------------------------------------------------------------------------------
+// --- what a product multiplies
+// -----------------------------------------------------------------------------------------
 
 // bfloat16 is multiplied as such where the ISA can, in pairs of neighbouring k; all else in the accumulation type. K is
 // padded with zeros to a multiple of kStep. With AMX a register tile has 16 rows, whether or not they are all wanted.
@@ -13,7 +14,9 @@ constexpr bool kPairs = BIRNN_ISA_BF16 && std::is_same_v<S, bfloat16>;
 template <class S>
 constexpr bool kAmx = BIRNN_ISA_AMX && std::is_same_v<S, bfloat16>;
 template <class S>
-constexpr int kStep = kAmx<S> ? 32 : kPairs<S> ? 2 : 1;
+constexpr int kStep = kAmx<S>     ? 32
+                      : kPairs<S> ? 2
+                                  : 1;
 template <class S>
 constexpr int kEven = kStep<S> > 2 ? kStep<S> : 2;  // panels are packed two k at a time
 template <class S>
@@ -53,8 +56,8 @@ INLINE void store_aligned(T* p, Vec<A> v) {
     Storage<T>::template store<A>(p, v);
 }
 
-// Whether n values are all 0, n a multiple of the vector's lanes. Gradients that vanish over long sequences become 0, as
-// denormals are flushed; a product with them need not be computed. Where they have not vanished, this ends at once.
+// Whether n values are all 0, n a multiple of the vector's lanes. Gradients that vanish over long sequences become 0,
+// as denormals are flushed; a product with them need not be computed. Where they have not vanished, this ends at once.
 template <class T>
 INLINE bool all_zero(const T* p, int64_t n) {
   constexpr int64_t kWords = kBytes / 8, kValues = kBytes / sizeof(T);
@@ -94,10 +97,9 @@ INLINE void multiply_pairs(Vec<float> (&acc)[M][N], const bfloat16* const (&a)[M
     for (int m = 0; m < M; ++m) {
       int pair;
       __builtin_memcpy(&pair, a[m] + k, sizeof(pair));
-      const __m512bh value = bit_cast<__m512bh>(VectorOf<int, 16>::type{} + pair);
+      const auto value = (__m512bh)(VectorOf<int, 16>::type{} + pair);
 #pragma GCC unroll 4
-      for (int n = 0; n < N; ++n)
-        acc[m][n] = bit_cast<Vec<float>>(_mm512_dpbf16_ps(bit_cast<__m512>(acc[m][n]), value, w[n]));
+      for (int n = 0; n < N; ++n) acc[m][n] = (Vec<float>)_mm512_dpbf16_ps((__m512)acc[m][n], value, w[n]);
     }
   }
 }
@@ -189,8 +191,8 @@ INLINE void store_factors(Factor<S>* panel, int64_t k, int64_t N, int64_t n, Vec
   }
 }
 
-// w (4H, K) -> panels [block][k: K][gate][lane], of one block; with pairs [block][k / 2][gate][lane][k % 2]. K is rounded
-// up to packed_rows.
+// w (4H, K) -> panels [block][k: K][gate][lane], of one block; with pairs [block][k / 2][gate][lane][k % 2]. K is
+// rounded up to packed_rows.
 template <class S>
 constexpr int64_t packed_rows(int64_t K) {
   return (K + kEven<S> - 1) / kEven<S> * kEven<S>;
@@ -215,8 +217,8 @@ void pack(const void* w_, int64_t H, int64_t K, int64_t block, void* panels) {
     }
 }
 
-// w (4H, columns) -> panels [tile of columns][k: gate, block, lane][vector of the tile][lane], of one vector of columns;
-// with pairs as above.
+// w (4H, columns) -> panels [tile of columns][k: gate, block, lane][vector of the tile][lane], of one vector of
+// columns; with pairs as above.
 template <class S>
 void pack_transposed(const void* w_, int64_t H, int64_t columns, int64_t vector, void* panels) {
   using A = Accumulate<S>;

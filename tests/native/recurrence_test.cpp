@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 #include <random>
 #include <string>
@@ -19,6 +20,29 @@ namespace {
 using birnn::DType;
 
 std::mt19937 generator(1);
+
+#if defined(__aarch64__)
+using float16 = __fp16;
+#else
+using float16 = _Float16;
+#endif
+
+struct bfloat16 {
+  uint16_t bits;
+  bfloat16() = default;
+  explicit bfloat16(double x) {  // truncated: the tests' own inputs may be any
+    const auto single = static_cast<float>(x);
+    uint32_t wide;
+    std::memcpy(&wide, &single, sizeof(wide));
+    bits = static_cast<uint16_t>(std::isnan(single) ? 0x7fc0 : wide >> 16);
+  }
+  operator double() const {
+    const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+    float single;
+    std::memcpy(&single, &wide, sizeof(single));
+    return single;
+  }
+};
 
 double uniform(double low, double high) { return std::uniform_real_distribution<double>(low, high)(generator); }
 int64_t integer(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(generator); }
@@ -162,7 +186,7 @@ void check(DType dtype, double tolerance, bool as_layer = false) {
         const int64_t r = row(s), step = r / D;  // step: t, b
         double* dz = &want_dz[r * 4 * H];
         for (int64_t u = 0; u < H; ++u) {
-          const double i = gates[r * 4 * H + u], f = gates[r * 4 * H + H + u], g = gates[r * 4 * H + 2 * H + u],
+          const double i = double(gates[r * 4 * H + u]), f = gates[r * 4 * H + H + u], g = gates[r * 4 * H + 2 * H + u],
                        o = gates[r * 4 * H + 3 * H + u], tanh_c = std::tanh(double(cells[r * H + u]));
           const double c_before = s > 0 ? double(cells[row(s - 1) * H + u]) : state ? double(c0[s0 + u]) : 0;
           const double dh_u = dh[u] + dy[r * H + u], dc_u = dc[u] + dh_u * o * (1 - tanh_c * tanh_c);
@@ -215,7 +239,8 @@ int main(int argc, char** argv) {
     check<double, double>(DType::f64, 1e-12, true);
     check<float, float>(DType::f32, 2e-5);
     check<float, float>(DType::f32, 2e-5, true);
-    check<_Float16, float>(DType::f16, 2e-2);
+    check<float16, float>(DType::f16, 2e-2);
+    check<bfloat16, float>(DType::bf16, 1e-1);
   }
   std::printf("%s: %d rounds, %d failures\n", birnn::cpu::chosen_isa().c_str(), rounds, failures);
   return failures != 0;
