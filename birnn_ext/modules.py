@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Literal
 
 import torch
@@ -21,6 +22,13 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device) if x.is_floating_point() and x.dtype != torch.float64 else None
+
+
+@functools.cache
+def _weight_names(layer: int, directions: range, bias: bool) -> list[str]:
+    """Of one layer, as `lstm_layer` orders them."""
+    kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh") if bias else ("weight_ih", "weight_hh")
+    return [f"{kind}_l{layer}{'_reverse' if d else ''}" for d in directions for kind in kinds]
 
 
 class LSTM(nn.LSTM):
@@ -232,16 +240,16 @@ class LSTM(nn.LSTM):
 
     def _layer(self, layer: int, directions: range, x: Tensor, h0: Tensor | None, c0: Tensor | None, lengths):
         """One layer's given directions: x (T, B, .) -> y (T, B, D, H), h_n, c_n (D, B, H)."""
-        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh") if self.bias else ("weight_ih", "weight_hh")
-        names = [f"{name}_l{layer}{'_reverse' if d else ''}" for d in directions for name in names]
+        names = _weight_names(layer, directions, self.bias)
         weights = [getattr(self, name) for name in names]
         first = self.weight_ih_l0
+        dtype, device = first.dtype, first.device
         for name, w in zip(names, weights, strict=True):
-            if w.dtype != first.dtype or w.device != first.device:
+            if w.dtype != dtype or w.device != device:
                 raise ValueError(
-                    f"LSTM: {name} must be {first.dtype} on {first.device} as weight_ih_l0, got {w.dtype} on {w.device}"
+                    f"LSTM: {name} must be {dtype} on {device} as weight_ih_l0, got {w.dtype} on {w.device}"
                 )
-        if first.dtype != x.dtype:  # autocast
+        if dtype != x.dtype:  # autocast
             weights = [w.to(x.dtype) for w in weights]
         return lstm_layer(x, weights, self.bias, h0, c0, lengths, self.recompute)
 
