@@ -82,6 +82,71 @@ INLINE void project(const InputProjection& input, int64_t d, int64_t H, int64_t 
   }
 }
 
+// Few rows in all do not pay for packed weights (see kMostUnpackedRows): the same sums with the roles exchanged, W_ih's
+// rows as they are, and x transposed into panels [tile of rows][k: I][vector of the tile][lane].
+template <class S, class X>
+INLINE void transpose_x(int64_t I, const Steps& steps, const X& x_of, S* xt) {
+  constexpr int L = kLanes<S>;
+  const int64_t vectors = divide_up(steps.total, L);
+  Cursor cursor(steps);
+  for (int64_t v = 0, N = 0; v < vectors; v += N) {
+    N = tile_vectors(v, vectors);
+    for (int64_t n = 0; n < N; ++n) {
+      const S* rows[L];
+      for (int l = 0; l < L; ++l) {
+        rows[l] = (v + n) * L + l < steps.total ? x_of(cursor) : nullptr;
+        if (rows[l]) cursor.next();
+      }
+      for (int64_t k = 0; k < I; k += L) {
+        Vec<S> x[L];
+#pragma GCC unroll 16
+        for (int l = 0; l < L; ++l) x[l] = rows[l] ? load<S>(rows[l] + k, I - k) : Vec<S>{};
+        transpose<S>(x);
+        for (int64_t j = 0; j < minimum(L, I - k); ++j) store_vector(xt + (v * I + (k + j) * N + n) * L, x[j]);
+      }
+    }
+  }
+}
+
+template <class S>
+INLINE void project_unpacked(const InputProjection& input, int64_t d, int64_t H, int64_t begin, int64_t end,
+                             int64_t rows, const S* xt, S* z) {
+  using V = Vec<S>;
+  constexpr int L = kLanes<S>, kUnits = kRows < L ? kRows : L;
+  const int64_t I = input.I, padded = round_up(H, L), vectors = divide_up(rows, L);
+  const S* w_ih = static_cast<const S*>(input.w_ih[d]);
+  const S* bias_ih = static_cast<const S*>(input.bias_ih[d]);
+  const S* bias_hh = static_cast<const S*>(input.bias_hh[d]);
+  for (int64_t block = begin; block < end; ++block)
+    for (int64_t g = 0; g < 4; ++g)
+      for (int64_t v = 0, count; v < vectors; v += count) {
+        count = tile_vectors(v, vectors);
+        with_vectors(count, [&]<int N>() INLINE_LAMBDA {
+          V sums[N][L] = {};
+          const int64_t first = g * H + block * L, units = minimum(L, H - block * L);
+          for (int64_t l = 0; l < units; l += kUnits)
+            with_at_most<kUnits>(units - l, [&]<int M>(int) INLINE_LAMBDA {
+              const S* w[M];
+              V acc[M][N];
+              for (int m = 0; m < M; ++m) {
+                const int64_t unit = first + l + m;
+                w[m] = w_ih + unit * I;
+                const S bias = (bias_ih ? bias_ih[unit] : S(0)) + (bias_hh ? bias_hh[unit] : S(0));
+                for (int n = 0; n < N; ++n) acc[m][n] = V{} + bias;
+              }
+              multiply<S>(acc, w, xt + v * I * L, I);
+              for (int m = 0; m < M; ++m)
+                for (int n = 0; n < N; ++n) sums[n][l + m] = acc[m][n];
+            });
+          for (int n = 0; n < N; ++n) {
+            transpose<S>(sums[n]);
+            for (int64_t row = (v + n) * L, l = 0; l < minimum(L, rows - row); ++l)
+              store_vector(z + (row + l) * 4 * padded + (block * 4 + g) * L, sums[n][l]);
+          }
+        });
+      }
+}
+
 template <class S>
 struct Forward {
   using A = Accumulate<S>;
@@ -98,6 +163,7 @@ struct Forward {
   const int64_t row_size = round_up(padded, kStep<S>);
   A* c;             // [row][padded]
   A* z;             // [step][block][gate][lane]: the projected steps
+  A* xt;            // x transposed, where it is projected unpacked
   Factor<S>* h[2];  // [row][row_size] of the previous and of this step, alternating
 
   Forward(const ForwardParams& params, const Chain& ch, const Panels& packed, int64_t steps_at_once, const Member& who)
@@ -105,13 +171,19 @@ struct Forward {
     const int64_t steps = p.gates_x ? 0 : steps_at_once, rows = round_up(chain.count, kTileRows<S>);
     c = static_cast<A*>(chain.scratch);
     z = c + chain.count * padded;
-    h[0] = reinterpret_cast<Factor<S>*>(z + 4 * chain.count * steps * padded);
+    xt = z + 4 * chain.count * steps * padded;
+    h[0] = reinterpret_cast<Factor<S>*>(xt + transposed_values(p, chain.count, steps));
     h[1] = h[0] + rows * row_size;
+  }
+
+  static int64_t transposed_values(const ForwardParams& p, int64_t rows, int64_t steps) {
+    return p.T * p.B <= kMostUnpackedRows ? p.input.I * round_up(rows * steps, L) : 0;
   }
 
   static int64_t scratch(const ForwardParams& p, int64_t rows, int64_t steps) {
     const int64_t padded = round_up(p.H, L);
-    return (rows + (p.gates_x ? 0 : 4 * rows * steps)) * padded * sizeof(A) +
+    if (p.gates_x) steps = 0;
+    return ((rows + 4 * rows * steps) * padded + transposed_values(p, rows, steps)) * sizeof(A) +
            2 * round_up(rows, kTileRows<S>) * round_up(padded, kStep<S>) * sizeof(Factor<S>);
   }
 
@@ -227,7 +299,13 @@ struct Forward {
           const int64_t t = d == 0 ? at.s : p.T - 1 - at.s;
           return static_cast<const S*>(in.x) + t * in.stride_t + chain.rows[at.row] * in.stride_b;
         };
-        if (!p.gates_x) project<S>(in, d, H, begin, end, panels, steps, x_of, static_cast<decltype(&x_of)>(nullptr), z);
+        if (!p.gates_x && panels.ih) {
+          project<S>(in, d, H, begin, end, panels, steps, x_of, static_cast<decltype(&x_of)>(nullptr), z);
+        } else if (!p.gates_x) {
+          if (member.index == 0) transpose_x<S>(in.I, steps, x_of, xt);
+          member.barrier->wait(member.count);
+          project_unpacked<S>(in, d, H, begin, end, steps.total, xt, z);
+        }
       }
       for (int64_t s = s0; s < steps.end; ++s) {
         const int64_t t = d == 0 ? s : p.T - 1 - s, rows = steps.rows[s - s0];

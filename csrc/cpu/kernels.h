@@ -8,11 +8,15 @@
 
 namespace birnn::cpu {
 
+// W_ih is packed for more steps of sequences (T * B) than these. With fewer, packing takes about as long as the
+// product.
+constexpr int64_t kMostUnpackedRows = 64;
+
 // The weights of a direction, packed into panels for the register tiles; made once per call. L: lanes of a
 // vector; blocks: H / L, rounded up; units and columns beyond the end are 0. "Tile": 4 vectors of columns side by side,
 // at the end 2 or 1. Where pairs of bfloat16 are multiplied, two neighbouring k stand side by side in each lane.
 struct Panels {
-  void* ih;    // [block][k: I][gate][lane]
+  void* ih;    // [block][k: I][gate][lane]; null in the forward pass of few rows
   void* hh;    // [block][k: H][gate][lane]
   void* hh_t;  // [tile of H][k: gate, block, lane][vector of the tile][lane]
   void* ih_t;  // [tile of I][k: gate, block, lane][vector of the tile][lane]
