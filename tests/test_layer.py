@@ -9,8 +9,9 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import all_near, assert_near
+from helpers import all_near, assert_near, error
 
+import birnn_ext
 from birnn_ext import LSTM, op_calls
 from birnn_ext.ops import lstm_layer, lstm_recurrence
 
@@ -254,6 +255,27 @@ def test_vanished_gradients_are_zero_and_cheap():
     assert_near(dx, expected, dtype=torch.float32)
     assert (dx[100, :7] == 0).all()  # forward direction: 300 steps before
     assert (dx[240, 9] != 0).any()
+
+
+@pytest.mark.skipif(
+    birnn_ext.build_info()["cpu_isa"] != "amx", reason="this CPU has no AMX, or BIRNN_CPU_ISA forbids it"
+)
+@pytest.mark.parametrize("recompute", [False, True], ids=["saved", "recomputed"])
+def test_matmul_precision_high(recompute):
+    """Products of 16 bits: nearer to the truth than bfloat16's 8, further than float32's 24."""
+    case = random_layer(random.Random(1), torch.float64, (9, 21, 30, 70))
+    wide = results_and_gradients(lstm_layer, *case)
+    x, weights, bias, h0, c0, lengths = case
+    h0, c0 = (None if s is None else s.detach().float().requires_grad_() for s in (h0, c0))
+    narrow = (x.detach().float().requires_grad_(), [w.detach().float().requires_grad_() for w in weights], bias, h0, c0)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        results = results_and_gradients(lstm_layer, *narrow, lengths, recompute=recompute)
+    finally:
+        torch.set_float32_matmul_precision(before)
+    errors = [error(a, e) for a, e in zip(results, wide, strict=True)]
+    assert 1e-7 < max(errors) < 1e-4, errors
 
 
 def test_counts_as_a_call_of_the_kernels():

@@ -13,7 +13,8 @@
 
 namespace birnn {
 
-enum class DType : int { f64, f32, f16, bf16 };
+// f32_high: float32 of which products keep 16 bits, PyTorch's matmul precision "high" (CPU with AMX).
+enum class DType : int { f64, f32, f16, bf16, f32_high };
 
 struct RecurrenceSizes {
   int64_t T, B, D, H;

@@ -12,11 +12,13 @@ struct Backward {
   const Slots& slots;
   const Member& member;
   const int64_t d = chain.direction, H = p.H, B = p.B, D = p.D, blocks = divide_up(H, L), padded = blocks * L;
-  int64_t begin, end;  // this member's blocks: whole tiles
-  A* dc;               // [row][padded]
-  A* zeros;            // (H)
-  A* gates;            // [step][block][gate][lane]: recomputed
-  Factor<S>* dz[2];    // [row][gate][padded] of the previous and of this step, alternating
+  const int64_t plane = 4 * padded, row_size = plane * kPlanes<S>;
+  int64_t begin, end;         // this member's blocks: whole tiles
+  A* dc;                      // [row][padded]
+  A* zeros;                   // (H)
+  A* gates;                   // [step][block][gate][lane]: recomputed
+  Factor<S>*x_rows, *h_rows;  // of a split type: x and h of recomputed steps as factors
+  Factor<S>* dz[2];           // [row][plane][gate][padded] of the previous and of this step, alternating
 
   Backward(const BackwardParams& params, const Chain& ch, const Panels& packed, const Slots& out, int64_t steps_at_once,
            const Member& who)
@@ -28,13 +30,22 @@ struct Backward {
     zeros = dc + chain.count * padded;
     gates = zeros + padded;
     dz[0] = reinterpret_cast<Factor<S>*>(gates + (p.gates ? 0 : 4 * chain.count * steps_at_once) * padded);
-    dz[1] = dz[0] + round_up(chain.count, kTileRows<S>) * 4 * padded;
+    dz[1] = dz[0] + round_up(chain.count, kTileRows<S>) * row_size;
+    x_rows = dz[1] + round_up(chain.count, kTileRows<S>) * row_size;
+    h_rows = x_rows + (kSplit<S> ? row_values(p.input.I, chain.count * steps_at_once) : 0);
   }
 
   static int64_t scratch(const BackwardParams& p, int64_t rows, int64_t steps) {
     const int64_t padded = round_up(p.H, L);
     return (rows + 1 + (p.gates ? 0 : 4 * rows * steps)) * padded * sizeof(A) +
-           2 * round_up(rows, kTileRows<S>) * 4 * padded * sizeof(Factor<S>);
+           (2 * round_up(rows, kTileRows<S>) * 4 * padded * kPlanes<S> +
+            (kSplit<S> && !p.gates ? row_values(p.input.I, rows * steps) + row_values(p.H, rows * steps) : 0)) *
+               sizeof(Factor<S>);
+  }
+
+  // Of rows of n values as factors.
+  static int64_t row_values(int64_t n, int64_t rows) {
+    return round_up(rows, kTileRows<S>) * packed_rows<S>(n) * kPlanes<S>;
   }
 
   int64_t length(int64_t b) const { return p.lengths ? p.lengths[b] : p.T; }
@@ -44,15 +55,15 @@ struct Backward {
   template <int M, int N>
   INLINE void product(V (&acc)[M][N], const Factor<S>* rows, int64_t v) {
     const Factor<S>* a[M];
-    for (int m = 0; m < M; ++m) a[m] = rows + m * 4 * padded;
-    if (!all_zero(rows, M * 4 * padded))
-      multiply<S>(acc, a, static_cast<const Factor<S>*>(panels.hh_t) + v * 4 * padded * L, 4 * padded);
+    for (int m = 0; m < M; ++m) a[m] = rows + m * row_size;
+    if (!all_zero(rows, M * row_size))
+      multiply<S>(acc, a, static_cast<const Factor<S>*>(panels.hh_t) + v * row_size * L, plane);
   }
 
   template <int M, int N>
   INLINE void tile(int wanted, int64_t t, int64_t s, int64_t first, int64_t v, const A* gate_rows) {
     V acc[M][N] = {};
-    if (s > 0) product(acc, dz[(s + 1) & 1] + first * 4 * padded, v);
+    if (s > 0) product(acc, dz[(s + 1) & 1] + first * row_size, v);
     const S* dy = static_cast<const S*>(p.dy);
     const S* dh_n = static_cast<const S*>(p.dh_n);
     const int rows = kAmx<S> ? wanted : M;
@@ -87,9 +98,9 @@ struct Backward {
         const Gates<V> dgates = lstm_cell_backward<Math<A>>(gates, c, c_prev, dh, dc_value);
         store_vector(dc_row, dc_value);
         const V all[4] = {dgates.i, dgates.f, dgates.g, dgates.o};
-        Factor<S>* dz_row = dz[s & 1] + (first + m) * 4 * padded + unit;
+        Factor<S>* dz_row = dz[s & 1] + (first + m) * row_size + unit;
         for (int g = 0; g < 4; ++g) {
-          store_aligned<A>(dz_row + g * padded, all[g]);
+          store_row<S>(dz_row + g * padded, plane, all[g]);
           if (slots.dz) {
             const int64_t vector = g * blocks + v + n;
             store_vector(static_cast<A*>(slots.dz) + ((vector / 4 * slots.capacity + slot) * 4 + vector % 4) * L,
@@ -106,7 +117,7 @@ struct Backward {
   template <int M, int N>
   INLINE void initial_tile(int wanted, int64_t first, int64_t v) {
     V acc[M][N] = {};
-    product(acc, dz[0] + first * 4 * padded, v);
+    product(acc, dz[0] + first * row_size, v);
     for (int m = 0; m < (kAmx<S> ? wanted : M); ++m)
       for (int n = 0; n < N; ++n)
         store<A>(static_cast<S*>(p.dh0) + (d * B + chain.rows[first + m]) * H + (v + n) * L, acc[m][n],
@@ -129,12 +140,12 @@ struct Backward {
     const S* dc_n = static_cast<const S*>(p.dc_n);
     for (int64_t r = chain.count; r < round_up(chain.count, kTileRows<S>); ++r)  // multiplied, though there are none
       if (member.index == 0 && kAmx<S>)
-        for (Factor<S>* buffer : dz) __builtin_memset(buffer + r * 4 * padded, 0, 4 * padded * sizeof(Factor<S>));
+        for (Factor<S>* buffer : dz) __builtin_memset(buffer + r * row_size, 0, row_size * sizeof(Factor<S>));
     for (int64_t r = 0; r < chain.count; ++r)
       for (int64_t unit = begin * L; unit < end * L; unit += L) {
         for (int64_t g = 0; g < 4; ++g)
           for (Factor<S>* buffer : dz)  // rows that begin later have had no dz yet
-            store_aligned<A>(buffer + (r * 4 + g) * padded + unit, V{});
+            store_row<S>(buffer + r * row_size + g * padded + unit, plane, V{});
         store_vector(dc + r * padded + unit, dc_n ? load<A>(dc_n + (d * B + chain.rows[r]) * H + unit, H - unit) : V{});
       }
     for (int64_t unit = begin * L; unit < end * L; unit += L) store_vector(zeros + unit, V{});
@@ -152,8 +163,8 @@ struct Backward {
     const int64_t begun = active_rows(chain, p.lengths, 0, 0);
     for (int64_t r = 0; r < begun; ++r) {  // a row's last iteration left its dz in one of the two buffers
       const int64_t s = d == 0 ? p.T - 1 : length(chain.rows[r]) - 1;
-      for (int64_t g = 0; (s & 1) && g < 4; ++g)
-        __builtin_memcpy(dz[0] + (r * 4 + g) * padded + unit0, dz[1] + (r * 4 + g) * padded + unit0,
+      for (int64_t g = 0; (s & 1) && g < 4 * kPlanes<S>; ++g)
+        __builtin_memcpy(dz[0] + r * row_size + g * padded + unit0, dz[1] + r * row_size + g * padded + unit0,
                          (end - begin) * L * sizeof(Factor<S>));
     }
     member.barrier->wait(member.count);
@@ -174,7 +185,7 @@ struct Backward {
 
   // The gates of some steps from what the forward pass kept: x, h and the weights. No step waits for another.
   void recompute(const Steps& steps) {
-    if constexpr (std::is_same_v<S, A>) {
+    if constexpr (kLayer<S>) {
       const InputProjection& in = p.input;
       const auto x_of = [&](const Cursor& at) INLINE_LAMBDA {
         return static_cast<const S*>(in.x) + time(at.s) * in.stride_t + chain.rows[at.row] * in.stride_b;
@@ -183,9 +194,28 @@ struct Backward {
         const int64_t b = chain.rows[at.row], t = time(at.s);
         if (t != (d == 0 ? 0 : length(b) - 1))
           return static_cast<const S*>(p.y) + (((d == 0 ? t - 1 : t + 1) * B + b) * D + d) * H;
-        return p.h0 ? static_cast<const S*>(p.h0) + (d * B + b) * H : zeros;
+        return p.h0 ? static_cast<const S*>(p.h0) + (d * B + b) * H : reinterpret_cast<const S*>(zeros);
       };
-      project<S>(in, d, H, begin, end, panels, steps, x_of, &h_of, gates);
+      if constexpr (kSplit<S>) {
+        if (member.index == 0) {
+          gather_rows<S>(steps, in.I, x_of, x_rows);
+          gather_rows<S>(steps, H, h_of, h_rows);
+        }
+        member.barrier->wait(member.count);
+      }
+      const auto x_factors = [&](const Cursor& at, int64_t k) INLINE_LAMBDA -> const Factor<S>* {
+        if constexpr (kSplit<S>)
+          return x_rows + row_values(in.I, 1) / kTileRows<S> * k;
+        else
+          return x_of(at);
+      };
+      const auto h_factors = [&](const Cursor& at, int64_t k) INLINE_LAMBDA -> const Factor<S>* {
+        if constexpr (kSplit<S>)
+          return h_rows + row_values(H, 1) / kTileRows<S> * k;
+        else
+          return h_of(at);
+      };
+      project<S>(in, d, H, begin, end, panels, steps, x_factors, &h_factors, gates);
     }
   }
 

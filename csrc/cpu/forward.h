@@ -41,35 +41,36 @@ struct Cursor {
 
 // Pre-activations of some steps, as far as they don't wait for the recurrence: z = bias + W_ih x (+ W_hh h, where the
 // backward pass knows h), and with h the gates. z: [step][block][gate][lane]; blocks from `begin` to `end`.
-// x_of(cursor), h_of(cursor): the rows of a step. Several steps at once fill the rows of the tiles when there are few
-// sequences, and read the panel but once.
+// x_of(cursor, k), h_of(cursor, k): the rows of a step, the k-th of `steps`. Several steps at once fill the rows of the
+// tiles when there are few sequences, and read the panel but once.
 template <class S, class X, class H_>
 INLINE void project(const InputProjection& input, int64_t d, int64_t H, int64_t begin, int64_t end,
                     const Panels& panels, const Steps& steps, const X& x_of, const H_* h_of, Accumulate<S>* z) {
   using A = Accumulate<S>;
   using V = Vec<A>;
   constexpr int L = kLanes<A>;
-  const int64_t I = input.I, padded = divide_up(H, L) * L;
+  const int64_t I = input.I, padded = divide_up(H, L) * L, K_ih = packed_rows<S>(I), K_hh = packed_rows<S>(H);
   for (int64_t block = begin; block < end; ++block) {
     V bias[4] = {};
     for (int g = 0; g < 4; ++g)
       for (const void* b : {input.bias_ih[d], input.bias_hh[d]})
         if (b) bias[g] += load<A>(static_cast<const S*>(b) + g * H + block * L, H - block * L);
-    const A* panel_ih = static_cast<const A*>(panels.ih) + block * packed_rows<S>(I) * 4 * L;
-    const A* panel_hh = static_cast<const A*>(panels.hh) + block * packed_rows<S>(H) * 4 * L;
+    const Factor<S>* panel_ih = static_cast<const Factor<S>*>(panels.ih) + block * K_ih * 4 * L * kPlanes<S>;
+    const Factor<S>* panel_hh = static_cast<const Factor<S>*>(panels.hh) + block * K_hh * 4 * L * kPlanes<S>;
     Cursor cursor(steps);
     for (int64_t k = 0; k < steps.total; k += kTileRows<S>)
-      with_rows<S>(steps.total - k, [&]<int M>(int) INLINE_LAMBDA {
-        const A *x[M], *h[M];
+      with_rows<S>(steps.total - k, [&]<int M>(int wanted) INLINE_LAMBDA {
+        const Factor<S>*x[M], *h[M];
         V acc[M][4];
-        for (int m = 0; m < M; ++m, cursor.next()) {
-          x[m] = x_of(cursor);
-          if (h_of) h[m] = (*h_of)(cursor);
+        for (int m = 0; m < M; ++m) {
+          x[m] = x_of(cursor, k + m);
+          if (h_of) h[m] = (*h_of)(cursor, k + m);
+          cursor.next();
           for (int g = 0; g < 4; ++g) acc[m][g] = bias[g];
         }
-        multiply<S>(acc, x, panel_ih, I);
-        if (h_of) multiply<S>(acc, h, panel_hh, H);
-        for (int m = 0; m < M; ++m) {
+        multiply<S>(acc, x, panel_ih, kStep<S> == 1 ? I : K_ih);
+        if (h_of) multiply<S>(acc, h, panel_hh, kStep<S> == 1 ? H : K_hh);
+        for (int m = 0; m < (kAmx<S> ? wanted : M); ++m) {
           Gates<V> gates{acc[m][0], acc[m][1], acc[m][2], acc[m][3]};
           if (h_of) lstm_gates<Math<A>>(gates);
           A* to = z + (k + m) * 4 * padded + block * 4 * L;
@@ -79,6 +80,20 @@ INLINE void project(const InputProjection& input, int64_t d, int64_t H, int64_t 
           store_vector(to + 3 * L, gates.o);
         }
       });
+  }
+}
+
+// The rows of some steps as factors, [step][plane][packed_rows(n)], zeros beyond n values and in the last tile.
+template <class S, class Row>
+INLINE void gather_rows(const Steps& steps, int64_t n, const Row& row_of, Factor<S>* to) {
+  using A = Accumulate<S>;
+  const int64_t K = packed_rows<S>(n);
+  Cursor cursor(steps);
+  for (int64_t k = 0; k < round_up(steps.total, kTileRows<S>); ++k, to += kPlanes<S> * K) {
+    const S* row = k < steps.total ? row_of(cursor) : nullptr;
+    for (int64_t j = 0; j < K; j += kLanes<A>)
+      store_row<S>(to + j, K, row && j < n ? load<A>(row + j, n - j) : Vec<A>{});
+    if (row) cursor.next();
   }
 }
 
@@ -160,11 +175,12 @@ struct Forward {
   const int64_t d = chain.direction, H = p.H, B = p.B, D = p.D, blocks = divide_up(H, L), padded = blocks * L;
   const int64_t begin = member.index * blocks / member.count, end = (member.index + 1) * blocks / member.count;
   const int64_t own_units = minimum(H, end* L);
-  const int64_t row_size = round_up(padded, kStep<S>);
-  A* c;             // [row][padded]
-  A* z;             // [step][block][gate][lane]: the projected steps
-  A* xt;            // x transposed, where it is projected unpacked
-  Factor<S>* h[2];  // [row][row_size] of the previous and of this step, alternating
+  const int64_t plane = round_up(padded, kStep<S>), row_size = plane * kPlanes<S>;
+  A* c;               // [row][padded]
+  A* z;               // [step][block][gate][lane]: the projected steps
+  Factor<S>* x_rows;  // the projected steps' x as factors, of a split type
+  A* xt;              // x transposed, where it is projected unpacked
+  Factor<S>* h[2];    // [row][plane] of the previous and of this step, alternating
 
   Forward(const ForwardParams& params, const Chain& ch, const Panels& packed, int64_t steps_at_once, const Member& who)
       : p(params), chain(ch), panels(packed), member(who) {
@@ -174,6 +190,7 @@ struct Forward {
     xt = z + 4 * chain.count * steps * padded;
     h[0] = reinterpret_cast<Factor<S>*>(xt + transposed_values(p, chain.count, steps));
     h[1] = h[0] + rows * row_size;
+    x_rows = h[1] + rows * row_size;
   }
 
   static int64_t transposed_values(const ForwardParams& p, int64_t rows, int64_t steps) {
@@ -184,7 +201,10 @@ struct Forward {
     const int64_t padded = round_up(p.H, L);
     if (p.gates_x) steps = 0;
     return ((rows + 4 * rows * steps) * padded + transposed_values(p, rows, steps)) * sizeof(A) +
-           2 * round_up(rows, kTileRows<S>) * round_up(padded, kStep<S>) * sizeof(Factor<S>);
+           2 * round_up(rows, kTileRows<S>) * round_up(padded, kStep<S>) * kPlanes<S> * sizeof(Factor<S>) +
+           (kSplit<S>
+                ? round_up(rows * steps, kTileRows<S>) * packed_rows<S>(p.input.I) * kPlanes<S> * sizeof(Factor<S>)
+                : 0);
   }
 
   // Asks for the gates_x of the tile after this one: its rows lie D * 4H values apart, where no hardware prefetcher
@@ -228,14 +248,15 @@ struct Forward {
       const Factor<S>* a[M];
       for (int m = 0; m < M; ++m) a[m] = h_prev + m * row_size;
       const int64_t K = packed_rows<S>(H);
-      multiply<S>(acc, a, static_cast<const Factor<S>*>(panels.hh) + block * K * 4 * L, kStep<S> == 1 ? H : K);
+      multiply<S>(acc, a, static_cast<const Factor<S>*>(panels.hh) + block * K * 4 * L * kPlanes<S>,
+                  kStep<S> == 1 ? H : K);
     }
     for (int m = 0; m < rows; ++m) {
       Gates<V> gates{acc[m][0], acc[m][1], acc[m][2], acc[m][3]};
       V c_row = load_vector(c_rows + m * padded);
       const V h_row = lstm_cell_forward<Math<A>>(gates, c_row);
       store_vector(c_rows + m * padded, c_row);
-      store_aligned<A>(h_next + m * row_size, h_row);
+      store_row<S>(h_next + m * row_size, plane, h_row);
       store<A>(static_cast<S*>(p.y) + row[m] * H + unit, h_row, n);
       if (p.gates) {
         S* saved = static_cast<S*>(p.gates) + row[m] * 4 * H + unit;
@@ -260,7 +281,7 @@ struct Forward {
       const int64_t state = (d * B + chain.rows[r]) * H;
       for (int64_t unit = begin * L; unit < end * L; unit += L) {
         const V h_row = h0 ? load<A>(h0 + state + unit, H - unit) : V{};
-        for (Factor<S>* buffer : h) store_aligned<A>(buffer + r * row_size + unit, h_row);
+        for (Factor<S>* buffer : h) store_row<S>(buffer + r * row_size + unit, plane, h_row);
         store_vector(c + r * padded + unit, c0 ? load<A>(c0 + state + unit, H - unit) : V{});
       }
     }
@@ -273,8 +294,12 @@ struct Forward {
       const int64_t b = chain.rows[r], length = p.lengths ? p.lengths[b] : p.T;
       const int64_t last = d == 0 ? length - 1 : p.T - 1;
       for (int64_t unit = unit0; unit < own_units; unit += L) {
-        store<A>(static_cast<S*>(p.h_n) + (d * B + b) * H + unit,
-                 load_aligned<A>(h[(last + 1) & 1] + r * row_size + unit), H - unit);
+        V h_row = load_aligned<A>(h[(last + 1) & 1] + r * row_size + unit);
+        if (kSplit<S> && length > 0)  // the factors have lost some bits
+          h_row = load<A>(static_cast<S*>(p.y) + (((d == 0 ? length - 1 : 0) * B + b) * D + d) * H + unit, H - unit);
+        else if (kSplit<S> && p.h0)
+          h_row = load<A>(static_cast<const S*>(p.h0) + (d * B + b) * H + unit, H - unit);
+        store<A>(static_cast<S*>(p.h_n) + (d * B + b) * H + unit, h_row, H - unit);
         store<A>(static_cast<S*>(p.c_n) + (d * B + b) * H + unit, load_vector(c + r * padded + unit), H - unit);
       }
       for (int64_t t = length; t < p.T; ++t) {
@@ -293,18 +318,30 @@ struct Forward {
     member.barrier->wait(member.count);
     for (int64_t s0 = 0; s0 < p.T; s0 += steps_at_once) {
       const Steps steps(p, chain, s0, minimum(p.T, s0 + steps_at_once), true);
-      if constexpr (std::is_same_v<S, A>) {
+      if constexpr (kLayer<S>) {
         const InputProjection& in = p.input;
         const auto x_of = [&](const Cursor& at) INLINE_LAMBDA {
           const int64_t t = d == 0 ? at.s : p.T - 1 - at.s;
           return static_cast<const S*>(in.x) + t * in.stride_t + chain.rows[at.row] * in.stride_b;
         };
+        const auto factors_of = [&](const Cursor& at, int64_t k) INLINE_LAMBDA -> const Factor<S>* {
+          if constexpr (kSplit<S>)
+            return x_rows + k * packed_rows<S>(in.I) * kPlanes<S>;
+          else
+            return x_of(at);
+        };
         if (!p.gates_x && panels.ih) {
-          project<S>(in, d, H, begin, end, panels, steps, x_of, static_cast<decltype(&x_of)>(nullptr), z);
+          if constexpr (kSplit<S>) {
+            if (member.index == 0) gather_rows<S>(steps, in.I, x_of, x_rows);
+            member.barrier->wait(member.count);
+          }
+          project<S>(in, d, H, begin, end, panels, steps, factors_of, static_cast<decltype(&factors_of)>(nullptr), z);
         } else if (!p.gates_x) {
-          if (member.index == 0) transpose_x<S>(in.I, steps, x_of, xt);
-          member.barrier->wait(member.count);
-          project_unpacked<S>(in, d, H, begin, end, steps.total, xt, z);
+          if constexpr (!kSplit<S>) {
+            if (member.index == 0) transpose_x<S>(in.I, steps, x_of, xt);
+            member.barrier->wait(member.count);
+            project_unpacked<S>(in, d, H, begin, end, steps.total, xt, z);
+          }
         }
       }
       for (int64_t s = s0; s < steps.end; ++s) {

@@ -32,50 +32,134 @@ void input_gradient(const S* dz, int64_t capacity, int64_t H, int64_t I, const S
   }
 }
 
-// The gradients of W_ih, W_hh and the biases are one product, dz^T [x, h, 1]. A tile holds kRows columns of [x, h, 1]
-// and 4 vectors of gates.
+constexpr int64_t kGroup = 64;  // slots of a split type that share a read of the weights
+
+// The same of a split type: the dz of some slots become factors first. scratch: gradient_scratch bytes.
+template <class S>
+void input_gradient_split(const float* dz, int64_t capacity, int64_t H, int64_t I, const Factor<S>* ih_t,
+                          void* const* dx_rows, int64_t begin, int64_t end, Factor<S>* scratch) {
+  constexpr int L = kLanes<float>, M = kTileRows<S>;
+  const int64_t blocks = divide_up(H, L), vectors = divide_up(I, L), plane = 4 * blocks * L, row_size = 2 * plane;
+  for (int64_t group = begin; group < end; group += kGroup) {
+    const int64_t count = minimum(kGroup, end - group);
+    for (int64_t k = 0; k < round_up(count, M); ++k)
+      for (int64_t vector = 0; vector < 4 * blocks; ++vector) {
+        const float* from = dz + ((vector / 4 * capacity + group + k) * 4 + vector % 4) * L;
+        store_row<S>(scratch + k * row_size + vector * L, plane, k < count ? load_vector(from) : Vec<float>{});
+      }
+    for (int64_t v = 0, tile; v < vectors; v += tile) {
+      tile = tile_vectors(v, vectors);
+      with_vectors(tile, [&]<int N>() INLINE_LAMBDA {
+        for (int64_t k = 0; k < count; k += M) {
+          const int64_t wanted = minimum(M, count - k);
+          const auto to = [&](int64_t m) INLINE_LAMBDA { return static_cast<float*>(dx_rows[group + k + m]) + v * L; };
+          Vec<float> acc[M][N] = {};
+          const Factor<S>* a[M];
+          for (int64_t m = 0; m < M; ++m) a[m] = scratch + (k + m) * row_size;
+          for (int64_t m = 0; m < wanted; ++m)
+            for (int n = 0; n < N; ++n) acc[m][n] = load<float>(to(m) + n * L, I - (v + n) * L);
+          multiply<S>(acc, a, ih_t + v * row_size * L, plane);
+          for (int64_t m = 0; m < wanted; ++m)
+            for (int n = 0; n < N; ++n) store<float>(to(m) + n * L, acc[m][n], I - (v + n) * L);
+        }
+      });
+    }
+  }
+}
+
+// The gradients of W_ih, W_hh and the biases are one product, dz^T [x, h, 1]. A tile holds kColumns columns of [x, h,
+// 1] and 4 vectors of gates.
 template <class S>
 struct WeightGradients {
-  static constexpr int L = kLanes<S>;
+  using A = Accumulate<S>;
+  using V = Vec<A>;
+  static constexpr int L = kLanes<A>, kColumns = kTileRows<S>;
   static constexpr int64_t kSlots = 128;                                   // summed in one go
   static constexpr int64_t kBlocks = (512 << 10) / (kSlots * 4 * kBytes);  // whose dz then fills half of an L2 cache
 
   const WeightGradient& w;
   const int64_t I = w.I, H = w.H, blocks = divide_up(w.H, L), columns = w.I + w.H + 1;
 
-  S* sums(int64_t tile, int64_t block) const {
-    return static_cast<S*>(w.sums) + (tile * blocks + block) * kRows * 4 * L;
+  A* sums(int64_t tile, int64_t block) const {
+    return static_cast<A*>(w.sums) + (tile * blocks + block) * kColumns * 4 * L;
   }
 
-  INLINE S column(int64_t j, int64_t slot) const {
-    if (j < I) return static_cast<const S*>(w.x_rows[slot])[j];
-    if (j < I + H) return static_cast<const S*>(w.h_rows[slot])[j - I];
+  INLINE A column(int64_t j, int64_t slot) const {
+    if (j < I) return static_cast<const A*>(w.x_rows[slot])[j];
+    if (j < I + H) return static_cast<const A*>(w.h_rows[slot])[j - I];
     return j == I + H;
   }
 
   // The values of a tile's columns, [slot][column].
-  INLINE void gather(int64_t tile, int64_t first, int64_t count, S* to) const {
-    const int64_t j = tile * kRows;
-    const bool in_x = j + kRows <= I, in_h = j >= I && j + kRows <= I + H;
+  INLINE void gather(int64_t tile, int64_t first, int64_t count, A* to) const {
+    const int64_t j = tile * kColumns;
+    const bool in_x = j + kColumns <= I, in_h = j >= I && j + kColumns <= I + H;
     for (int64_t k = 0; k < count; ++k)
       if (in_x || in_h)
-        __builtin_memcpy(to + k * kRows,
-                         in_x ? static_cast<const S*>(w.x_rows[first + k]) + j
-                              : static_cast<const S*>(w.h_rows[first + k]) + (j - I),
-                         kRows * sizeof(S));
+        __builtin_memcpy(to + k * kColumns,
+                         in_x ? static_cast<const A*>(w.x_rows[first + k]) + j
+                              : static_cast<const A*>(w.h_rows[first + k]) + (j - I),
+                         kColumns * sizeof(A));
       else
-        for (int m = 0; m < kRows; ++m) to[k * kRows + m] = column(j + m, first + k);
+        for (int m = 0; m < kColumns; ++m) to[k * kColumns + m] = column(j + m, first + k);
   }
 
   // Whether the dz of some slots are 0, in kBlocks blocks.
   bool vanished(int64_t block0, int64_t slot, int64_t count) const {
     for (int64_t block = block0; block < minimum(blocks, block0 + kBlocks); ++block)
-      if (!all_zero(static_cast<const S*>(w.dz) + (block * w.capacity + slot) * 4 * L, count * 4 * L)) return false;
+      if (!all_zero(static_cast<const A*>(w.dz) + (block * w.capacity + slot) * 4 * L, count * 4 * L)) return false;
     return true;
   }
 
+  // Of a split type: the dz of some slots as panels of factors, [block][plane][slot / 2][vector][lane][slot % 2], and a
+  // tile's columns as rows of them.
+  void add_split(Factor<S>* panels) const {
+    alignas(64) A values[kSlots * kColumns];
+    alignas(64) Factor<S> rows[kColumns * 2 * kSlots];
+    constexpr int64_t kPanel = 2 * kSlots * 4 * L;
+    for (int64_t block0 = 0; block0 < blocks; block0 += kBlocks)
+      for (int64_t slot = 0; slot < w.count || (w.first && slot == 0); slot += kSlots) {
+        const int64_t count = minimum(kSlots, w.count - slot), last = minimum(blocks, block0 + kBlocks);
+        const bool overwrite = w.first && slot == 0;
+        if (!overwrite && vanished(block0, slot, count)) continue;
+        for (int64_t block = block0; block < last; ++block)
+          for (int64_t k = 0; k < kSlots; k += 2)
+            for (int64_t n = 0; n < 4; ++n) {
+              const A* dz = static_cast<const A*>(w.dz) + ((block * w.capacity + slot + k) * 4 + n) * L;
+              store_factors<S>(panels + (block - block0) * kPanel, kSlots, k, 4, n, k < count ? load_vector(dz) : V{},
+                               k + 1 < count ? load_vector(dz + 4 * L) : V{});
+            }
+        for (int64_t tile = w.begin; tile < w.end; ++tile) {
+          gather(tile, slot, count, values);
+          for (int64_t k = 0; k < kSlots; k += L) {
+            V v[L];
+            for (int l = 0; l < L; ++l) v[l] = k + l < count ? load_vector(values + (k + l) * kColumns) : V{};
+            transpose<A>(v);
+            for (int l = 0; l < L; ++l) store_row<S>(rows + l * 2 * kSlots + k, kSlots, v[l]);
+          }
+          const Factor<S>* a[kColumns];
+          for (int m = 0; m < kColumns; ++m) a[m] = rows + m * 2 * kSlots;
+          for (int64_t block = block0; block < last; ++block) {
+            A* to = sums(tile, block);
+            V acc[kColumns][4];
+            for (int m = 0; m < kColumns; ++m)
+              for (int n = 0; n < 4; ++n) acc[m][n] = overwrite ? V{} : load_vector(to + (m * 4 + n) * L);
+            multiply<S>(acc, a, panels + (block - block0) * kPanel, kSlots);
+            for (int m = 0; m < kColumns; ++m)
+              for (int n = 0; n < 4; ++n) store_vector(to + (m * 4 + n) * L, acc[m][n]);
+          }
+        }
+      }
+  }
+
+  // Bytes that add_split and input_gradient_split need.
+  static int64_t scratch(int64_t H) {
+    const int64_t blocks = divide_up(H, L);
+    return maximum(minimum(blocks, kBlocks) * 2 * kSlots * 4 * L, kGroup * 2 * 4 * blocks * L) * sizeof(Factor<S>);
+  }
+
   void add() const {
-    S values[kSlots * kRows];
+    A values[kSlots * kColumns];
     for (int64_t block0 = 0; block0 < blocks; block0 += kBlocks)
       for (int64_t slot = 0; slot < w.count || (w.first && slot == 0); slot += kSlots) {
         const int64_t count = minimum(kSlots, w.count - slot);
@@ -84,14 +168,14 @@ struct WeightGradients {
         for (int64_t tile = w.begin; tile < w.end; ++tile) {
           gather(tile, slot, count, values);
           for (int64_t block = block0; block < minimum(blocks, block0 + kBlocks); ++block) {
-            S* to = sums(tile, block);
-            Vec<S> acc[kRows][4];
-            for (int m = 0; m < kRows; ++m)
-              for (int n = 0; n < 4; ++n) acc[m][n] = overwrite ? Vec<S>{} : load_vector(to + (m * 4 + n) * L);
-            multiply_with<kRows, 4, S>(
-                acc, [&](int m, int64_t k) INLINE_LAMBDA { return values[k * kRows + m]; },
-                static_cast<const S*>(w.dz) + (block * w.capacity + slot) * 4 * L, count);
-            for (int m = 0; m < kRows; ++m)
+            A* to = sums(tile, block);
+            V acc[kColumns][4];
+            for (int m = 0; m < kColumns; ++m)
+              for (int n = 0; n < 4; ++n) acc[m][n] = overwrite ? V{} : load_vector(to + (m * 4 + n) * L);
+            multiply_with<kColumns, 4, A>(
+                acc, [&](int m, int64_t k) INLINE_LAMBDA { return values[k * kColumns + m]; },
+                static_cast<const A*>(w.dz) + (block * w.capacity + slot) * 4 * L, count);
+            for (int m = 0; m < kColumns; ++m)
               for (int n = 0; n < 4; ++n) store_vector(to + (m * 4 + n) * L, acc[m][n]);
           }
         }
@@ -99,24 +183,24 @@ struct WeightGradients {
   }
 
   // Columns j of [x, h, 1], first <= j < last, to a matrix (4H, last - first).
-  void store_columns(int64_t first, int64_t last, S* matrix) const {
-    const int64_t begin = maximum(first, w.begin * kRows), end = minimum(last, w.end * kRows);
+  void store_columns(int64_t first, int64_t last, A* matrix) const {
+    const int64_t begin = maximum(first, w.begin * kColumns), end = minimum(last, w.end * kColumns);
     for (int64_t j = begin; j < end; j += L)
       for (int64_t vector = 0; vector < 4 * blocks; ++vector) {
         const int64_t gate = vector / blocks, unit = vector % blocks * L;
-        Vec<S> v[L];
+        V v[L];
         for (int k = 0; k < L; ++k) {
           const int64_t column = minimum(j + k, end - 1);
-          v[k] = load_vector(sums(column / kRows, vector / 4) + (column % kRows * 4 + vector % 4) * L);
+          v[k] = load_vector(sums(column / kColumns, vector / 4) + (column % kColumns * 4 + vector % 4) * L);
         }
-        transpose<S>(v);
+        transpose<A>(v);
         const int64_t units = minimum(L, H - unit);
         for (int64_t l = 0; l < units; ++l)
-          ::birnn::cpu::BIRNN_ISA::store<S>(matrix + (gate * H + unit + l) * (last - first) + j - first, v[l], end - j);
+          ::birnn::cpu::BIRNN_ISA::store<A>(matrix + (gate * H + unit + l) * (last - first) + j - first, v[l], end - j);
       }
   }
 
-  void store(S* dw_ih, S* dw_hh, S* d_bias) const {
+  void store(A* dw_ih, A* dw_hh, A* d_bias) const {
     store_columns(0, I, dw_ih);
     store_columns(I, I + H, dw_hh);
     store_columns(I + H, I + H + 1, d_bias);

@@ -39,6 +39,7 @@ struct Isa {
   bool runs;  // on this CPU
   const Kernels* kernels;
   const Kernels* bf16_kernels;
+  const Kernels* high_kernels = nullptr;  // for DType::f32_high
 };
 
 #if defined(__x86_64__)
@@ -71,7 +72,7 @@ const std::vector<Isa>& all_isas() {
     isas.push_back({"avx2", v2, &avx2::kernels, &avx2::kernels});
     isas.push_back({"avx512", v4, &avx512::kernels, &avx512::kernels});
     isas.push_back({"avx512_bf16", bf16, &avx512::kernels, &avx512_bf16::kernels});
-    isas.push_back({"amx", bf16 && has_amx(), &avx512::kernels, &amx::kernels});
+    isas.push_back({"amx", bf16 && has_amx(), &avx512::kernels, &amx::kernels, &amx::kernels});
 #endif
     return isas;
   }();
@@ -116,6 +117,11 @@ std::vector<std::string> runnable_isas() {
 
 const std::string& chosen_isa() { return chosen().name; }
 
-const Kernels& chosen_kernels(DType dtype) { return dtype == DType::bf16 ? *chosen().bf16_kernels : *chosen().kernels; }
+const Kernels& chosen_kernels(DType dtype) {
+  const Isa& isa = chosen();
+  return dtype == DType::bf16 ? *isa.bf16_kernels : dtype == DType::f32_high ? *isa.high_kernels : *isa.kernels;
+}
+
+bool has_high_precision() { return chosen().high_kernels != nullptr; }
 
 }  // namespace birnn::cpu

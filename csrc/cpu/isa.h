@@ -21,4 +21,7 @@ const std::string& chosen_isa();
 // Its kernels for a type.
 const Kernels& chosen_kernels(DType dtype);
 
+// Whether it has kernels for DType::f32_high.
+bool has_high_precision();
+
 }  // namespace birnn::cpu

@@ -80,14 +80,17 @@ struct Kernels {
   void (*backward)(DType, const BackwardParams&, const Chain&, const Panels&, const Slots&, int64_t steps,
                    int64_t begin, int64_t end, const Member&);
 
-  // What follows is null in a table for bfloat16 alone.
+  // What follows is null in a table without float32, and the last three in one without the plain float32.
+
+  // Bytes of scratch of the two functions that take some, for each thread.
+  int64_t (*gradient_scratch)(DType, int64_t H) = nullptr;
 
   // dx_rows[k] += W_ih^T dz of slot k, begin <= k < end.
   void (*input_gradient)(DType, const void* dz, int64_t capacity, int64_t H, int64_t I, const void* ih_t,
-                         void* const* dx_rows, int64_t begin, int64_t end) = nullptr;
+                         void* const* dx_rows, int64_t begin, int64_t end, void* scratch) = nullptr;
 
   int64_t (*column_tiles)(int64_t I, int64_t H) = nullptr;
-  void (*weight_gradient)(DType, const WeightGradient&) = nullptr;
+  void (*weight_gradient)(DType, const WeightGradient&, void* scratch) = nullptr;
   void (*store_weight_gradient)(DType, const WeightGradient&, void* dw_ih, void* dw_hh, void* d_bias) = nullptr;
 
   // The cell's functions by themselves, for their test: n floats in, n out.

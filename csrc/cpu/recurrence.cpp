@@ -166,7 +166,8 @@ struct SlotRows {
 // as panels, then the products of those panels.
 class LayerBackward {
  public:
-  LayerBackward(DType dtype, const BackwardParams& p, Plan& plan, const Packing& packing, const Kernels& kernels)
+  LayerBackward(DType dtype, const BackwardParams& p, int64_t threads, Plan& plan, const Packing& packing,
+                const Kernels& kernels)
       : dtype_(dtype),
         p_(p),
         plan_(plan),
@@ -182,6 +183,7 @@ class LayerBackward {
         capacity_ = std::max(capacity_, slots(d, rounds_[d][k - 1], rounds_[d][k]).count);
     }
     tiles_ = kernels.column_tiles(p.input.I, p.H);
+    for (int64_t k = 0; k < threads; ++k) scratch_.push_back(allocate(kernels.gradient_scratch(dtype, p.H)));
     for (int64_t d = 0; d < p.D; ++d) {
       dz_[d] = allocate(capacity_ * 4 * padded * bytes_);
       if (p.dw_ih[0]) sums_[d] = allocate(tiles_ * kernels.rows * 4 * padded * bytes_);
@@ -189,6 +191,7 @@ class LayerBackward {
   }
 
   void run(int64_t steps_at_once, int64_t thread, int64_t threads) {
+    void* const scratch = scratch_[thread].get();
     const auto last = static_cast<int64_t>(rounds_[0].size()) - 1;
     for (int64_t round = 0; round < last; ++round) {
       Range range[2];
@@ -204,7 +207,7 @@ class LayerBackward {
         const Share share(p_.D * tiles_, thread, threads);
         for (int64_t d = 0; d < p_.D; ++d) {
           const WeightGradient work = weight_gradient(d, share, range[d], round == 0);
-          if (work.begin < work.end) kernels_.weight_gradient(dtype_, work);
+          if (work.begin < work.end) kernels_.weight_gradient(dtype_, work, scratch);
         }
       }
       for (int64_t d = 0; p_.dx && d < p_.D; ++d) {
@@ -212,7 +215,7 @@ class LayerBackward {
         const Share share(tiles, thread, threads);
         kernels_.input_gradient(dtype_, dz_[d].get(), capacity_, p_.H, p_.input.I, packing_.panels[d].ih_t,
                                 rows_.dx.data() + range[d].first, share.begin * kernels_.rows,
-                                std::min(share.end * kernels_.rows, range[d].count));
+                                std::min(share.end * kernels_.rows, range[d].count), scratch);
         plan_.all.wait(threads);  // both directions add to the same dx
       }
       if (!p_.dx && round + 1 < last) plan_.all.wait(threads);  // dz is written anew
@@ -275,6 +278,7 @@ class LayerBackward {
   std::vector<int64_t> rounds_[2];
   int64_t capacity_ = 1, tiles_;
   Buffer dz_[2], sums_[2];
+  std::vector<Buffer> scratch_;  // of each thread
 };
 
 // Calls work(threads) with as many threads as are of use and to be had.
@@ -293,7 +297,7 @@ void recurrence_forward(DType dtype, const ForwardParams& params, int64_t max_th
   const Kernels& kernels = chosen_kernels(dtype);
   Packing packing(dtype, params, kernels);
   if (params.T > 1 || params.h0) packing.add(params.w_hh, params.H, false, &Panels::hh);
-  if (!params.gates_x && params.T * params.B > kMostUnpackedRows)
+  if (!params.gates_x && (params.T * params.B > kMostUnpackedRows || dtype == DType::f32_high))
     packing.add(params.input.w_ih, params.input.I, false, &Panels::ih);
 
   with_threads(params, max_threads, kernels, dtype, [&](int64_t threads) {
@@ -326,7 +330,7 @@ void recurrence_backward(DType dtype, const BackwardParams& params, int64_t max_
     const int64_t steps = projected_steps(plan, params);
     plan.allocate_scratch([&](int64_t rows) { return kernels.backward_scratch(dtype, params, rows, steps); });
     std::unique_ptr<LayerBackward> layer;
-    if (!params.d_gates_x) layer = std::make_unique<LayerBackward>(dtype, params, plan, packing, kernels);
+    if (!params.d_gates_x) layer = std::make_unique<LayerBackward>(dtype, params, threads, plan, packing, kernels);
     return parallel(threads, [&](int64_t thread) {
       packing.run(thread, threads);
       plan.all.wait(threads);

@@ -28,6 +28,7 @@
 #ifndef BIRNN_ISA_AMX
 #define BIRNN_ISA_AMX 0
 #endif
+#define BIRNN_ISA_LAYERS (!BIRNN_ISA_BF16 || BIRNN_ISA_AMX)  // whether there are kernels for whole layers
 #define INLINE inline __attribute__((always_inline))
 #define INLINE_LAMBDA __attribute__((always_inline))
 
@@ -78,7 +79,7 @@ class FlushDenormals {
 #include "tiles.h"
 #include "forward.h"
 #include "backward.h"
-#if !BIRNN_ISA_BF16
+#if BIRNN_ISA_LAYERS
 #include "gradients.h"
 #endif
 // clang-format on
@@ -90,6 +91,9 @@ template <class F>
 void with_storage(DType dtype, const F& f) {
 #if BIRNN_ISA_BF16
   if (dtype == DType::bf16) f(bfloat16());
+#if BIRNN_ISA_AMX
+  if (dtype == DType::f32_high) f(split_float());
+#endif
 #else
   switch (dtype) {
     case DType::f64:
@@ -100,6 +104,8 @@ void with_storage(DType dtype, const F& f) {
       return f(float16());
     case DType::bf16:
       return f(bfloat16());
+    case DType::f32_high:
+      return;  // AMX's alone
   }
 #endif
 }
@@ -112,7 +118,8 @@ int64_t panel_bytes(DType dtype, int64_t H, int64_t columns, bool transposed) {
   int64_t bytes = 0;
   with_storage(dtype, [&]<class S>(S) {
     constexpr int64_t L = kLanes<Accumulate<S>>;
-    bytes = 4 * round_up(H, L) * (transposed ? round_up(columns, L) : packed_rows<S>(columns)) * sizeof(Factor<S>);
+    bytes = 4 * round_up(H, L) * (transposed ? round_up(columns, L) : packed_rows<S>(columns)) * kPlanes<S> *
+            sizeof(Factor<S>);
   });
   return bytes;
 }
@@ -156,37 +163,63 @@ template <Vec<float> (*function)(Vec<float>)>
 void apply(const float* x, float* y, int64_t n) {
   for (int64_t k = 0; k < n; k += kLanes<float>) store<float>(y + k, function(load<float>(x + k, n - k)), n - k);
 }
+#endif
 
+#if BIRNN_ISA_LAYERS
 // S is the tensors' type; only those of which the kernels do a whole layer with its input projection.
 template <class F>
 void with_layer_type(DType dtype, const F& f) {
+#if BIRNN_ISA_AMX
+  if (dtype == DType::f32_high) f(split_float());
+#else
   if (dtype == DType::f64)
     f(double());
   else
     f(float());
+#endif
+}
+
+int64_t gradient_scratch(DType dtype, int64_t H) {
+  int64_t bytes = 0;
+  with_layer_type(dtype, [&]<class S>(S) {
+    if constexpr (kSplit<S>) bytes = WeightGradients<S>::scratch(H);
+  });
+  return bytes;
 }
 
 void input_gradient(DType dtype, const void* dz, int64_t capacity, int64_t H, int64_t I, const void* ih_t,
-                    void* const* dx_rows, int64_t begin, int64_t end) {
+                    void* const* dx_rows, int64_t begin, int64_t end, void* scratch) {
   FlushDenormals flush;
+  [[maybe_unused]] const TileRegisters tiles;
   with_layer_type(dtype, [&]<class S>(S) {
-    input_gradient<S>(static_cast<const S*>(dz), capacity, H, I, static_cast<const S*>(ih_t), dx_rows, begin, end);
+    const auto from = static_cast<const Accumulate<S>*>(dz);
+    const auto panels = static_cast<const Factor<S>*>(ih_t);
+    if constexpr (kSplit<S>)
+      input_gradient_split<S>(from, capacity, H, I, panels, dx_rows, begin, end, static_cast<Factor<S>*>(scratch));
+    else
+      input_gradient<S>(from, capacity, H, I, panels, dx_rows, begin, end);
   });
 }
 
-int64_t column_tiles(int64_t I, int64_t H) { return divide_up(I + H + 1, kRows); }
+int64_t column_tiles(int64_t I, int64_t H) { return divide_up(I + H + 1, BIRNN_ISA_AMX ? 16 : kRows); }
 
-void weight_gradient(DType dtype, const WeightGradient& work) {
+void weight_gradient(DType dtype, const WeightGradient& work, void* scratch) {
   FlushDenormals flush;
-  with_layer_type(dtype, [&]<class S>(S) { WeightGradients<S>{work}.add(); });
+  [[maybe_unused]] const TileRegisters tiles;
+  with_layer_type(dtype, [&]<class S>(S) {
+    if constexpr (kSplit<S>)
+      WeightGradients<S>{work}.add_split(static_cast<Factor<S>*>(scratch));
+    else
+      WeightGradients<S>{work}.add();
+  });
 }
 
 void store_weight_gradient(DType dtype, const WeightGradient& work, void* dw_ih, void* dw_hh, void* d_bias) {
   with_layer_type(dtype, [&]<class S>(S) {
-    WeightGradients<S>{work}.store(static_cast<S*>(dw_ih), static_cast<S*>(dw_hh), static_cast<S*>(d_bias));
+    using A = Accumulate<S>;
+    WeightGradients<S>{work}.store(static_cast<A*>(dw_ih), static_cast<A*>(dw_hh), static_cast<A*>(d_bias));
   });
 }
-
 #endif
 
 }  // namespace
@@ -203,11 +236,14 @@ const Kernels kernels = {
     .forward = forward,
     .backward_scratch = backward_scratch,
     .backward = backward,
-#if !BIRNN_ISA_BF16
+#if BIRNN_ISA_LAYERS
+    .gradient_scratch = gradient_scratch,
     .input_gradient = input_gradient,
     .column_tiles = column_tiles,
     .weight_gradient = weight_gradient,
     .store_weight_gradient = store_weight_gradient,
+#endif
+#if !BIRNN_ISA_BF16
     .exp = apply<Math<float>::exp>,
     .sigmoid = apply<Math<float>::sigmoid>,
     .tanh = apply<Math<float>::tanh>,

@@ -1,4 +1,5 @@
 // The CPU implementation of the operators: checks, then hands raw pointers to recurrence.cpp on OpenMP's threads.
+#include <ATen/Context.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/zeros.h>
 #include <omp.h>
@@ -8,6 +9,7 @@
 #include <vector>
 
 #include "../op_common.h"
+#include "isa.h"
 #include "memory.h"
 #include "recurrence.h"
 
@@ -45,6 +47,12 @@ void check_lengths(const int64_t* lengths, const RecurrenceSizes& sizes) {
                       "] = ", lengths[b]);
 }
 
+// float32 with products of 16 bits where torch.set_float32_matmul_precision allows it and the CPU gains by it.
+DType effective(DType dtype) {
+  const bool allowed = at::globalContext().float32MatmulPrecision() != at::Float32MatmulPrecision::HIGHEST;
+  return dtype == DType::f32 && allowed && has_high_precision() ? DType::f32_high : dtype;
+}
+
 void advise(const Tensor& t) { advise_huge_pages(t.mutable_data_ptr(), static_cast<int64_t>(t.nbytes())); }
 
 using FiveTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -52,7 +60,7 @@ using FiveTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 FiveTensors run(birnn::Forward& call) {
   check_lengths(call.params.lengths, call.params);
   for (const Tensor& t : {call.y, call.gates, call.cells}) advise(t);
-  recurrence_forward(call.dtype, call.params, max_threads(), parallel);
+  recurrence_forward(effective(call.dtype), call.params, max_threads(), parallel);
   ++op_calls.cpu_forward;
   return call.results();
 }
@@ -71,7 +79,7 @@ std::tuple<Tensor, Tensor, Tensor> lstm_recurrence_backward(const Tensor& w_hh, 
   birnn::Backward call(w_hh, c0, lengths, gates, cells, dy, dh_n, dc_n, state_grads);
   check_lengths(call.params.lengths, call.params);
   advise(call.d_gates_x);
-  recurrence_backward(call.dtype, call.params, max_threads(), parallel);
+  recurrence_backward(effective(call.dtype), call.params, max_threads(), parallel);
   ++op_calls.cpu_backward;
   return call.results();
 }
@@ -169,7 +177,7 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor, Tensor> lstm_layer_backward(
     if (B == 0)
       for (int64_t k = 0; k < layer.per_direction; ++k) own[k].zero_();
   }
-  recurrence_backward(layer.dtype, p, max_threads(), parallel);
+  recurrence_backward(effective(layer.dtype), p, max_threads(), parallel);
   for (int64_t d = 0; weight_grads && bias && d < D; ++d) d_weights[4 * d + 3].copy_(d_weights[4 * d + 2]);
   ++op_calls.cpu_backward;
   return {dx, d_weights, call.dh0, call.dc0};

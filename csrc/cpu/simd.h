@@ -28,6 +28,11 @@ struct bfloat16 {
   uint16_t bits;
 };
 
+// A float that is multiplied as the sum of two bfloat16 (DType::f32_high).
+struct split_float {
+  float value;
+};
+
 #if defined(__aarch64__)
 using float16 = __fp16;  // the C++ of GCC 12 has _Float16 on x86 only
 #else
@@ -47,6 +52,20 @@ struct Storage {  // double, float, float16
   static INLINE void store(S* p, Vec<A> v) {
     const auto s = __builtin_convertvector(v, typename VectorOf<S, kLanes<A>>::type);
     __builtin_memcpy(p, &s, sizeof(s));
+  }
+};
+
+template <>
+struct Storage<split_float> {
+  template <class A>
+  static INLINE Vec<A> load(const split_float* p) {
+    Vec<A> v;
+    __builtin_memcpy(&v, p, sizeof(v));
+    return v;
+  }
+  template <class A>
+  static INLINE void store(split_float* p, Vec<A> v) {
+    __builtin_memcpy(p, &v, sizeof(v));
   }
 };
 

@@ -9,14 +9,24 @@ INLINE int64_t maximum(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // bfloat16 is multiplied as such where the ISA can, in pairs of neighbouring k; all else in the accumulation type. K is
 // padded with zeros to a multiple of kStep. With AMX a register tile has 16 rows, whether or not they are all wanted.
+//
+// float32 with products of 16 bits is a sum of two bfloat16, high and low, in two planes: a high a high, a low a high
+// and a high a low make the product (as PyTorch defines the precision "high").
 template <class S>
-constexpr bool kPairs = BIRNN_ISA_BF16 && std::is_same_v<S, bfloat16>;
+constexpr bool kSplit = std::is_same_v<S, split_float>;
 template <class S>
-constexpr bool kAmx = BIRNN_ISA_AMX && std::is_same_v<S, bfloat16>;
+constexpr bool kPairs = BIRNN_ISA_BF16 && (std::is_same_v<S, bfloat16> || kSplit<S>);
+template <class S>
+constexpr bool kAmx = BIRNN_ISA_AMX && kPairs<S>;
 template <class S>
 constexpr int kStep = kAmx<S>     ? 32
                       : kPairs<S> ? 2
                                   : 1;
+template <class S>
+constexpr int kPlanes = kSplit<S> ? 2 : 1;
+// Types of which the kernels do a whole layer with its input projection: those that are their own accumulation type.
+template <class S>
+constexpr bool kLayer = std::is_same_v<S, Accumulate<S>> || kSplit<S>;
 template <class S>
 constexpr int kEven = kStep<S> > 2 ? kStep<S> : 2;  // panels are packed two k at a time
 template <class S>
@@ -54,6 +64,21 @@ INLINE void store_aligned(T* p, Vec<A> v) {
     store_vector(p, v);
   else
     Storage<T>::template store<A>(p, v);
+}
+
+// v - high; 0 where that is no number, as beside an infinite high.
+template <class A>
+INLINE Vec<A> rest(Vec<A> v, Vec<A> high) {
+  const Vec<A> low = v - high;
+  return low == low ? low : Vec<A>{};
+}
+
+// A vector to a row of factors, whose planes are `plane` values apart.
+template <class S>
+INLINE void store_row(Factor<S>* p, int64_t plane, Vec<Accumulate<S>> v) {
+  using A = Accumulate<S>;
+  store_aligned<A>(p, v);
+  if constexpr (kSplit<S>) store_aligned<A>(p + plane, rest<A>(v, load_aligned<A>(p)));
 }
 
 // Whether n values are all 0, n a multiple of the vector's lanes. Gradients that vanish over long sequences become 0,
@@ -117,7 +142,14 @@ template <class S, int M, int N>
 INLINE void multiply(Vec<Accumulate<S>> (&acc)[M][N], const Factor<S>* const (&a)[M], const Factor<S>* panel,
                      int64_t K) {
 #if BIRNN_ISA_AMX
-  if constexpr (kAmx<S>) return multiply_amx<N>(acc, a[0], a[1] - a[0], panel, K);
+  if constexpr (kAmx<S>) {
+    multiply_amx<N>(acc, a[0], a[1] - a[0], panel, K);
+    if constexpr (kSplit<S>) {
+      multiply_amx<N>(acc, a[0] + K, a[1] - a[0], panel, K);
+      multiply_amx<N>(acc, a[0], a[1] - a[0], panel + K * N * 16, K);
+    }
+    return;
+  }
 #endif
 #if BIRNN_ISA_BF16
   if constexpr (kPairs<S> && !kAmx<S>) return multiply_pairs(acc, a, panel, K);
@@ -176,15 +208,22 @@ INLINE void transpose(Vec<A> (&v)[kLanes<A>]) {
   }
 }
 
-// Values k and k + 1 of a panel, N vectors wide, as factors: one after the other, or side by side.
+// Values k and k + 1 of a panel of K, N vectors wide, as factors: one after the other, or side by side.
 template <class S>
-INLINE void store_factors(Factor<S>* panel, int64_t k, int64_t N, int64_t n, Vec<Accumulate<S>> even,
+INLINE void store_factors(Factor<S>* panel, int64_t K, int64_t k, int64_t N, int64_t n, Vec<Accumulate<S>> even,
                           Vec<Accumulate<S>> odd) {
+  using V = Vec<Accumulate<S>>;
   constexpr int L = kLanes<Accumulate<S>>;
-  if constexpr (kPairs<S>) {  // exact: they come from bfloat16
-    using U = VectorOf<uint32_t, L>::type;
-    const U pair = (bit_cast<U>(even) >> 16) | (bit_cast<U>(odd) & 0xffff0000u);
-    __builtin_memcpy(panel + (k * N + 2 * n) * L, &pair, sizeof(pair));
+  if constexpr (kPairs<S>) {
+    using U = typename VectorOf<uint32_t, L>::type;
+    const auto rounded = [](V v) INLINE_LAMBDA { return bit_cast<U>(v) + 0x7fffu + ((bit_cast<U>(v) >> 16) & 1u); };
+    for (int plane = 0; plane < kPlanes<S>; ++plane) {
+      const U high_even = rounded(even) & 0xffff0000u, high_odd = rounded(odd) & 0xffff0000u;
+      const U pair = (high_even >> 16) | high_odd;
+      __builtin_memcpy(panel + (plane * K * N + k * N + 2 * n) * L, &pair, sizeof(pair));
+      even = rest<Accumulate<S>>(even, bit_cast<V>(high_even));
+      odd = rest<Accumulate<S>>(odd, bit_cast<V>(high_odd));
+    }
   } else {
     store_vector(panel + (k * N + n) * L, even);
     store_vector(panel + ((k + 1) * N + n) * L, odd);
@@ -204,7 +243,7 @@ void pack(const void* w_, int64_t H, int64_t K, int64_t block, void* panels) {
   constexpr int L = kLanes<A>;
   const S* w = static_cast<const S*>(w_);
   const int64_t rows = packed_rows<S>(K);
-  Factor<S>* panel = static_cast<Factor<S>*>(panels) + block * rows * 4 * L;
+  Factor<S>* panel = static_cast<Factor<S>*>(panels) + block * rows * 4 * L * kPlanes<S>;
   for (int g = 0; g < 4; ++g)
     for (int64_t k = 0; k < rows; k += L) {
       Vec<A> v[L];
@@ -213,7 +252,7 @@ void pack(const void* w_, int64_t H, int64_t K, int64_t block, void* panels) {
         v[l] = block * L + l < H && k < K ? load<A>(w + (g * H + block * L + l) * K + k, K - k) : Vec<A>{};
       transpose<A>(v);
       const int64_t columns = minimum(L, rows - k);
-      for (int64_t j = 0; j < columns; j += 2) store_factors<S>(panel, k + j, 4, g, v[j], v[j + 1]);
+      for (int64_t j = 0; j < columns; j += 2) store_factors<S>(panel, rows, k + j, 4, g, v[j], v[j + 1]);
     }
 }
 
@@ -226,12 +265,12 @@ void pack_transposed(const void* w_, int64_t H, int64_t columns, int64_t vector,
   const int64_t vectors = divide_up(columns, L), padded = round_up(H, L);
   int64_t tile = 0, N = tile_vectors(0, vectors);
   for (; tile + N <= vector; N = tile_vectors(tile, vectors)) tile += N;
-  Factor<S>* panel = static_cast<Factor<S>*>(panels) + tile * 4 * padded * L;
+  Factor<S>* panel = static_cast<Factor<S>*>(panels) + tile * 4 * padded * L * kPlanes<S>;
   const S* w = static_cast<const S*>(w_) + vector * L;
   const auto row = [&](int64_t g, int64_t unit) INLINE_LAMBDA {
     return unit < H ? load<A>(w + (g * H + unit) * columns, columns - vector * L) : Vec<A>{};
   };
   for (int64_t g = 0; g < 4; ++g)
     for (int64_t unit = 0; unit < padded; unit += 2)
-      store_factors<S>(panel, g * padded + unit, N, vector - tile, row(g, unit), row(g, unit + 1));
+      store_factors<S>(panel, 4 * padded, g * padded + unit, N, vector - tile, row(g, unit), row(g, unit + 1));
 }

@@ -241,6 +241,10 @@ int main(int argc, char** argv) {
     check<float, float>(DType::f32, 2e-5, true);
     check<float16, float>(DType::f16, 2e-2);
     check<bfloat16, float>(DType::bf16, 1e-1);
+    if (birnn::cpu::has_high_precision()) {
+      check<float, float>(DType::f32_high, 1e-4);
+      check<float, float>(DType::f32_high, 1e-4, true);
+    }
   }
   std::printf("%s: %d rounds, %d failures\n", birnn::cpu::chosen_isa().c_str(), rounds, failures);
   return failures != 0;
