@@ -10,6 +10,8 @@ import torch  # the extension links against torch's libraries, which this import
 try:
     from birnn_ext import _C
 except ImportError as error:
+    if "BIRNN_CPU_ISA" in str(error):
+        raise ImportError(str(error)) from None
     raise ImportError(
         "birnn_ext's compiled extension can't be loaded: install the package with "
         "`pip install --no-build-isolation .` for the torch of this environment "

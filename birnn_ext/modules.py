@@ -48,7 +48,8 @@ class LSTM(nn.LSTM):
         proj_size: not implemented; must be 0.
         device, dtype: of the parameters; float64, float32, float16 or bfloat16.
         recompute: keep only inputs, outputs and cell states for the backward pass, and compute the gates anew there:
-            less memory, more time. On the CPU in float32 and float64; elsewhere without effect.
+            less memory, more time. Where a layer is not one operator (CUDA, 16-bit types) it keeps its input alone, and
+            runs again in the backward pass.
 
     Raises:
         NotImplementedError: proj_size is not 0.

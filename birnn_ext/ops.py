@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
 
 from birnn_ext import _C, reference
 from birnn_ext._info import reference_calls
@@ -80,7 +81,7 @@ def lstm_layer(
         h0, c0: (D, B, H), the initial states; None stands for zeros.
         lengths: (B,) int64 as for `lstm_recurrence`.
         recompute: keep only the cell states for the backward pass (beside x and y), a fifth, and compute the gates
-            anew there. Where the layer is not one operator, the gates are kept all the same.
+            anew there; where the layer is not one operator, keep x alone and run the layer again.
 
     Returns:
         y (T, B, D, H), h_n and c_n (D, B, H).
@@ -91,6 +92,8 @@ def lstm_layer(
     if _is_one_operator(x, weights, h0, c0):
         save = (2 if recompute else 1) if torch.is_grad_enabled() else 0
         return torch.ops.birnn_ext.lstm_layer(x, weights, bias, h0, c0, lengths, save)[:3]
+    if recompute and torch.is_grad_enabled():
+        return checkpoint(lstm_layer, x, weights, bias, h0, c0, lengths, use_reentrant=False, preserve_rng_state=False)
     if lengths is not None:  # whatever lies beyond a sequence's end must not reach the weights' gradients
         beyond = torch.arange(x.shape[0], device=x.device).unsqueeze(1) >= lengths
         x = x.masked_fill(beyond.unsqueeze(-1), 0)
@@ -122,12 +125,19 @@ def _transform(*tensors: Tensor | None) -> str | None:
 # --- fake tensors -----------------------------------------------------------------------------------------------------
 
 
+def _check_devices(*tensors: Tensor | None) -> None:
+    devices = {t.device for t in tensors if t is not None}
+    if len(devices) > 1:
+        raise ValueError(f"birnn_ext: all tensors must be on one device, got {sorted(map(str, devices))}")
+
+
 def _cell_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @torch.library.register_fake("birnn_ext::lstm_recurrence")
 def _(gates_x, w_hh, h0, c0, lengths, save) -> Tensors5:
+    _check_devices(gates_x, w_hh, h0, c0, lengths)
     steps, batch, directions, _ = gates_x.shape
     hidden = w_hh.shape[-1]
     cell_dtype = _cell_dtype(gates_x.dtype)
@@ -149,6 +159,7 @@ def _(w_hh, c0, lengths, gates, cells, dy, dh_n, dc_n, state_grads) -> Tensors3:
 
 @torch.library.register_fake("birnn_ext::lstm_layer")
 def _(x, weights, bias, h0, c0, lengths, save) -> Tensors5:
+    _check_devices(x, *weights, h0, c0, lengths)
     steps, batch, _ = x.shape
     directions, hidden = len(weights) // (4 if bias else 2), weights[1].shape[1]
     y = x.new_empty(steps, batch, directions, hidden)
@@ -215,7 +226,7 @@ def _weight_grad(dz: Tensor, y: Tensor, h0: Tensor | None, lengths: Tensor | Non
     grads = []
     for d in range(directions):
         later, earlier = (dz[1:, :, 0], y[:-1, :, 0]) if d == 0 else (dz[:-1, :, 1], y[1:, :, 1])
-        grad = later.flatten(0, 1).T @ earlier.flatten(0, 1)
+        grad = later.reshape(-1, later.shape[-1]).T @ earlier.reshape(-1, earlier.shape[-1])
         if h0 is not None:
             if d == 0:
                 first = dz[0, :, 0]
@@ -249,7 +260,8 @@ def _forward_grad(ctx: Any, dy, dh_n, dc_n, d_gates, d_cells) -> tuple:
         dz, dh0, dc0 = torch.ops.birnn_ext.lstm_recurrence_backward(*args)
     else:  # double backward
         dz, dh0, dc0 = reference.lstm_recurrence_backward(*args, d_gates, d_cells)
-    d_w_hh = _weight_grad(dz, y, h0, lengths) if needs_w else None
+    with torch.autocast(dz.device.type, enabled=False):  # types are settled
+        d_w_hh = _weight_grad(dz, y, h0, lengths) if needs_w else None
     return dz, d_w_hh, dh0 if needs_h0 else None, dc0 if needs_c0 else None, None, None
 
 

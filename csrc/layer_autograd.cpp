@@ -92,7 +92,7 @@ struct LayerFunction : torch::autograd::Function<LayerFunction> {
     // One entry per argument of forward: x, h0, c0, lengths, bias, recompute, then the weights.
     variable_list result(6 + weights.size());
     if (!grads[0].defined() && !grads[1].defined() && !grads[2].defined()) return result;
-    if (at::GradMode::is_enabled()) {
+    if (at::GradMode::is_enabled() || batched(grads)) {
       differentiable_backward(saved[0], weights, bias, h0, c0, lengths, grads, result);
       return result;
     }
@@ -111,11 +111,21 @@ struct LayerFunction : torch::autograd::Function<LayerFunction> {
     return result;
   }
 
-  // With create_graph: by autograd, from the composite. Aliases keep the paths apart where one input depends on
-  // another.
+  // Whether there is a batch of gradients, as for autograd.grad(..., is_grads_batched=True).
+  static bool batched(const variable_list& grads) {
+    for (const Tensor& grad : grads)
+      if (grad.defined() && grad.unsafeGetTensorImpl()->key_set().has(c10::DispatchKey::Batched)) return true;
+    return false;
+  }
+
+  // With create_graph, or a batch of gradients: by autograd, from the composite. Aliases keep the paths apart where one
+  // input depends on another.
   static void differentiable_backward(const Tensor& x, const std::vector<Tensor>& weights, bool bias,
                                       const OptionalTensor& h0, const OptionalTensor& c0, const OptionalTensor& lengths,
                                       const variable_list& grads, variable_list& result) {
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);  // types are settled
+    const bool create_graph = at::GradMode::is_enabled();
+    const at::AutoGradMode enable(true);
     variable_list inputs;
     std::vector<size_t> places;
     const auto input = [&](const Tensor& t, size_t place) {
@@ -136,9 +146,8 @@ struct LayerFunction : torch::autograd::Function<LayerFunction> {
         outputs.push_back(all[k]);
         cotangents.push_back(grads[k]);
       }
-    const variable_list found =
-        torch::autograd::grad(outputs, inputs, cotangents, /*retain_graph=*/true, /*create_graph=*/true,
-                              /*allow_unused=*/true);
+    const variable_list found = torch::autograd::grad(outputs, inputs, cotangents, /*retain_graph=*/true, create_graph,
+                                                      /*allow_unused=*/true);
     for (size_t k = 0; k < places.size(); ++k) result[places[k]] = found[k];
   }
 };

@@ -185,7 +185,7 @@ struct Backward {
 
  private:
   static RecurrenceSizes sizes_of(const Tensor& gates) {
-    TORCH_CHECK_VALUE(gates.dim() == 4 && gates.size(3) % 4 == 0 && gates.size(0) > 0,
+    TORCH_CHECK_VALUE(gates.dim() == 4 && gates.size(3) % 4 == 0 && gates.size(3) > 0 && gates.size(0) > 0,
                       "lstm_recurrence_backward: gates must be those of a forward call with save=True, got shape ",
                       gates.sizes());
     TORCH_CHECK_VALUE(gates.size(2) == 1 || gates.size(2) == 2,

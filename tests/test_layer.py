@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -184,18 +186,81 @@ def test_concurrent_calls():
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
+def test_infinite_weights_reach_the_same_sequences_for_any_number_of_threads():
+    """0 times infinity is no number, so products with gradients that are 0 must not be skipped then."""
+    generator = torch.Generator().manual_seed(3)
+    weights = [torch.randn(shape, generator=generator) / 4 for shape in [(32, 3), (32, 8)] * 2]
+    weights[1][0, 0] = float("inf")
+    x, h0 = torch.rand(6, 24, 3, generator=generator), torch.rand(2, 24, 8, generator=generator) + 0.5
+    y, _, _, gates, cells = layer_op(x, weights, False, h0, None, None, 1)
+    assert not y.isnan().any()
+    dy = torch.zeros_like(y)
+    dy[:, ::7] = 1
+    seen, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            dx = backward_op(x, weights, False, h0, None, None, y, gates, cells, dy, None, None, True, True, False)[0]
+            seen.append(dx.isnan())
+    finally:
+        torch.set_num_threads(before)
+    assert seen[0].any(-1).any(0).all()
+    assert all(torch.equal(seen[0], other) for other in seen)
+
+
+def test_errors_of_sums_do_not_grow_with_their_length():
+    """128,000 steps of sequences add up in the weights' gradients."""
+    lstm = LSTM(8, 16)
+    wide = LSTM(8, 16, dtype=torch.float64)
+    wide.load_state_dict(lstm.state_dict())
+    x = torch.randn(2000, 64, 8)
+    grads = [torch.autograd.grad(m(x.to(m.weight_ih_l0.dtype))[0].square().sum(), m.parameters()) for m in (lstm, wide)]
+    for a, e in zip(*grads, strict=True):
+        assert error(a, e) < 2e-6
+
+
+def test_batch_of_gradients():
+    x, weights, *rest = random_layer(random.Random(1), torch.float64, (4, 3, 5, 6))
+    y = lstm_layer(x, weights, *rest)[0]
+    v = torch.randn(5, *y.shape, dtype=torch.float64)
+    batch = torch.autograd.grad(y, [x, *weights], v, is_grads_batched=True, retain_graph=True)
+    for k in range(5):
+        all_near([g[k] for g in batch], torch.autograd.grad(y, [x, *weights], v[k], retain_graph=True))
+
+
+def test_second_order_within_autocast():
+    """The types of a graph that was made outside are settled."""
+    lstm = LSTM(3, 5)
+    x = torch.randn(4, 2, 3, requires_grad=True)
+    y = lstm(x)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        (grad,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    second = torch.autograd.grad(grad.square().sum(), list(lstm.parameters()))
+    (grad,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+    all_near(second, torch.autograd.grad(grad.square().sum(), list(lstm.parameters())))
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
-@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
-def test_works_in_a_forked_child():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_works_in_a_forked_child(dtype):
     """OpenMP's threads are gone there; a child that waited for them would hang."""
-    x, weights, *rest = random_layer(random.Random(2), torch.float32, (5, 30, 4, 40))
-    with torch.no_grad():
-        expected = lstm_layer(x, weights, *rest)[0]
-    child = os.fork()
-    if child == 0:
-        with torch.no_grad():
-            os._exit(0 if torch.equal(lstm_layer(x, weights, *rest)[0], expected) else 1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    code = f"""
+import os, torch
+from birnn_ext import LSTM
+lstm = LSTM(28, 128, 2, bidirectional=True).to({dtype})
+x = torch.randn(28, 100, 28).to({dtype}).requires_grad_()
+
+def step():
+    return torch.autograd.grad(lstm(x)[0].sum(), x)[0]
+
+expected = step()
+child = os.fork()
+if child == 0:
+    os._exit(0 if torch.allclose(step(), expected, rtol=1e-2, atol=1e-2) else 1)
+print("child", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert "child 0" in done.stdout, done.stdout + done.stderr
 
 
 def saved_floats(lstm: LSTM, x: torch.Tensor) -> int:
@@ -301,6 +366,9 @@ ERRORS = [
     (lambda: layer_op(w(4, 2, 3), [w(8, 3), w(8, 2).double()], False, None, None, None, 0), TypeError, "w_hh must be Float, got Double"),
     (lambda: layer_op(w(4, 2, 3), OK, False, w(1, 2, 3), None, None, 0), ValueError, r"h0 must have shape \[1, 2, 2\]"),
     (lambda: layer_op(w(4, 2, 3), OK, False, None, None, torch.tensor([1, 5]), 0), ValueError, r"between 0 and T = 4, got lengths\[1\] = 5"),
+    (lambda: layer_op(w(4, 2, 0), [w(8, 0), w(8, 2)], False, None, None, None, 0), ValueError, "one time step and one feature"),
+    (lambda: layer_op(w(4, 2, 3), OK, False, None, None, None, 7), ValueError, "save must be 0, 1 or 2, got 7"),
+    (lambda: layer_op(w(4, 2, 3), [w(8, 3), w(8, 2, device="meta")], False, None, None, None, 0), ValueError, "all tensors must be on one device, got .'cpu', 'meta'."),
     (lambda: backward_op(w(4, 2, 3), OK, False, None, None, None, w(4, 2, 1, 2), w(0), w(0), None, None, None, True, True, False), ValueError, "cells must have shape"),
     (lambda: backward_op(w(4, 2, 3), OK, False, None, None, None, w(4, 2, 1, 3), w(0), w(4, 2, 1, 2), None, None, None, True, True, False), ValueError, "y must have shape"),
 ]  # fmt: skip

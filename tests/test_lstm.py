@@ -328,6 +328,31 @@ def test_torch_func(device, reference_operators):
         all_near([per_sample[name][k] for name, _ in ours.named_parameters()], expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_recompute(dtype, device):
+    """The same numbers; and no more than inputs, outputs and cell states is kept."""
+    torch.manual_seed(1)
+    plain = LSTM(5, 12, 2, bidirectional=True, device=device, dtype=dtype)
+    frugal = LSTM(5, 12, 2, bidirectional=True, device=device, dtype=dtype, recompute=True)
+    frugal.load_state_dict(plain.state_dict())
+    x = torch.randn(4, 9, 5, device=device).to(dtype)
+    results, sizes = [], []
+    for lstm in (plain, frugal):
+        kept = [0]
+
+        def pack(t, kept=kept):
+            kept[0] = max(kept[0], t.numel() // (4 * 9))
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            y, _ = lstm(x, lengths=torch.tensor([4, 2, 0, 4, 4, 4, 1, 4, 4], device=device))
+        results.append([y, *torch.autograd.grad(y.square().sum(), lstm.parameters())])
+        sizes.append(kept[0])
+    all_near(*results)
+    assert sizes[0] >= 8 * 12  # the gates of both directions
+    assert sizes[1] <= 4 * 12
+
+
 def test_meta_device():
     ours = LSTM(3, 5, 2, bidirectional=True, device="meta")
     y, (h_n, c_n) = ours(torch.empty(4, 2, 3, device="meta"))

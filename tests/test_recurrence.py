@@ -246,7 +246,7 @@ def test_every_instruction_set(isa):
 def test_unknown_instruction_set_fails_at_import():
     done = python("-c", IMPORT, isa="mmx")
     assert done.returncode != 0
-    assert "BIRNN_CPU_ISA=mmx is not available: this build and CPU run generic" in done.stderr
+    assert "ImportError: BIRNN_CPU_ISA=mmx is not available: this build and CPU run generic" in done.stderr
 
 
 def test_reference_serves_other_devices_and_says_so_once(reference_operators):
@@ -288,6 +288,8 @@ ERRORS = [
     (lambda: lstm_recurrence(ok(4, 2, 1, 8), ok(1, 8, 2), lengths=ok(2)), TypeError, "lengths must be Long, got Float"),
     (lambda: lstm_recurrence(ok(4, 2, 1, 8), ok(1, 8, 2), lengths=torch.tensor([5, 1])), ValueError, r"between 0 and T = 4, got lengths\[0\] = 5"),
     (lambda: backward_op(ok(1, 8, 2), None, None, ok(0), ok(0), None, None, None, False), ValueError, "those of a forward call with save=True"),
+    (lambda: backward_op(ok(1, 0, 0), None, None, ok(4, 2, 1, 0), ok(4, 2, 1, 0), None, None, None, False), ValueError, "those of a forward call with save=True"),
+    (lambda: forward_op(ok(4, 2, 1, 8), ok(1, 8, 2, device="meta"), None, None, None, False), ValueError, "all tensors must be on one device"),
     (lambda: backward_op(ok(1, 8, 2), None, None, ok(4, 2, 1, 8), ok(4, 2, 1, 3), None, None, None, False), ValueError, "cells must have shape"),
     (lambda: backward_op(ok(1, 8, 2), None, None, ok(4, 2, 1, 8), ok(4, 2, 1, 2), ok(4, 2, 1, 1), None, None, False), ValueError, "dy must have shape"),
 ]  # fmt: skip

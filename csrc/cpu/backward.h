@@ -56,7 +56,7 @@ struct Backward {
   INLINE void product(V (&acc)[M][N], const Factor<S>* rows, int64_t v) {
     const Factor<S>* a[M];
     for (int m = 0; m < M; ++m) a[m] = rows + m * row_size;
-    if (!all_zero(rows, M * row_size))
+    if (*panels.not_finite || !all_zero(rows, M * row_size))
       multiply<S>(acc, a, static_cast<const Factor<S>*>(panels.hh_t) + v * row_size * L, plane);
   }
 

@@ -3,8 +3,8 @@
 
 // dx_rows[k] += W_ih^T dz of slot k.
 template <class S>
-void input_gradient(const S* dz, int64_t capacity, int64_t H, int64_t I, const S* ih_t, void* const* dx_rows,
-                    int64_t begin, int64_t end) {
+void input_gradient(const S* dz, int64_t capacity, int64_t H, int64_t I, const S* ih_t, bool finite,
+                    void* const* dx_rows, int64_t begin, int64_t end) {
   constexpr int L = kLanes<S>;
   const int64_t blocks = divide_up(H, L), vectors = divide_up(I, L);
   for (int64_t v = 0, count; v < vectors; v += count) {
@@ -22,7 +22,7 @@ void input_gradient(const S* dz, int64_t capacity, int64_t H, int64_t I, const S
           for (int64_t block = 0; block < blocks; ++block) {
             const S* a[M];
             for (int m = 0; m < M; ++m) a[m] = dz + (block * capacity + k + m) * 4 * L;
-            if (all_zero(a[0], M * 4 * L)) continue;
+            if (finite && all_zero(a[0], M * 4 * L)) continue;
             multiply<S>(acc, a, panel + block * 4 * L * N * L, 4 * L);
           }
           for (int m = 0; m < M; ++m)
@@ -74,7 +74,7 @@ struct WeightGradients {
   using A = Accumulate<S>;
   using V = Vec<A>;
   static constexpr int L = kLanes<A>, kColumns = kTileRows<S>;
-  static constexpr int64_t kSlots = 128;                                   // summed in one go
+  static constexpr int64_t kSlots = 128;  // summed by themselves: errors grow with the number of sums, not of slots
   static constexpr int64_t kBlocks = (512 << 10) / (kSlots * 4 * kBytes);  // whose dz then fills half of an L2 cache
 
   const WeightGradient& w;
@@ -141,12 +141,12 @@ struct WeightGradients {
           for (int m = 0; m < kColumns; ++m) a[m] = rows + m * 2 * kSlots;
           for (int64_t block = block0; block < last; ++block) {
             A* to = sums(tile, block);
-            V acc[kColumns][4];
-            for (int m = 0; m < kColumns; ++m)
-              for (int n = 0; n < 4; ++n) acc[m][n] = overwrite ? V{} : load_vector(to + (m * 4 + n) * L);
+            V acc[kColumns][4] = {};
             multiply<S>(acc, a, panels + (block - block0) * kPanel, kSlots);
             for (int m = 0; m < kColumns; ++m)
-              for (int n = 0; n < 4; ++n) store_vector(to + (m * 4 + n) * L, acc[m][n]);
+              for (int n = 0; n < 4; ++n)
+                store_vector(to + (m * 4 + n) * L,
+                             overwrite ? acc[m][n] : load_vector(to + (m * 4 + n) * L) + acc[m][n]);
           }
         }
       }
@@ -169,14 +169,14 @@ struct WeightGradients {
           gather(tile, slot, count, values);
           for (int64_t block = block0; block < minimum(blocks, block0 + kBlocks); ++block) {
             A* to = sums(tile, block);
-            V acc[kColumns][4];
-            for (int m = 0; m < kColumns; ++m)
-              for (int n = 0; n < 4; ++n) acc[m][n] = overwrite ? V{} : load_vector(to + (m * 4 + n) * L);
+            V acc[kColumns][4] = {};
             multiply_with<kColumns, 4, A>(
                 acc, [&](int m, int64_t k) INLINE_LAMBDA { return values[k * kColumns + m]; },
                 static_cast<const A*>(w.dz) + (block * w.capacity + slot) * 4 * L, count);
             for (int m = 0; m < kColumns; ++m)
-              for (int n = 0; n < 4; ++n) store_vector(to + (m * 4 + n) * L, acc[m][n]);
+              for (int n = 0; n < 4; ++n)
+                store_vector(to + (m * 4 + n) * L,
+                             overwrite ? acc[m][n] : load_vector(to + (m * 4 + n) * L) + acc[m][n]);
           }
         }
       }

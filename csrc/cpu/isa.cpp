@@ -40,10 +40,11 @@ struct Isa {
   const Kernels* kernels;
   const Kernels* bf16_kernels;
   const Kernels* high_kernels = nullptr;  // for DType::f32_high
+  bool (*request)() = nullptr;            // what it takes to use it; may be refused
 };
 
 #if defined(__x86_64__)
-// Whether there are AMX's tiles for bfloat16, and the system lets this process use them.
+// Whether there are AMX's tiles for bfloat16.
 bool has_amx() {
 #if BIRNN_EMULATE_AMX
   return true;
@@ -51,10 +52,22 @@ bool has_amx() {
   unsigned a, b, c, d;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
   constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
-  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-  return (d & kBf16) && (d & kTile) && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  constexpr long kSupported = 0x1021, kTileData = 18;  // ARCH_GET_XCOMP_SUPP, XFEATURE_XTILEDATA
+  uint64_t features = 0;
+  return (d & kBf16) && (d & kTile) && syscall(SYS_arch_prctl, kSupported, &features) == 0 &&
+         (features >> kTileData & 1);
 #else
   return false;
+#endif
+}
+
+// Asks the system to let this process use them: the first use would end it.
+bool request_amx() {
+#if defined(__linux__) && !BIRNN_EMULATE_AMX
+  constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#else
+  return true;
 #endif
 }
 #endif
@@ -72,7 +85,7 @@ const std::vector<Isa>& all_isas() {
     isas.push_back({"avx2", v2, &avx2::kernels, &avx2::kernels});
     isas.push_back({"avx512", v4, &avx512::kernels, &avx512::kernels});
     isas.push_back({"avx512_bf16", bf16, &avx512::kernels, &avx512_bf16::kernels});
-    isas.push_back({"amx", bf16 && has_amx(), &avx512::kernels, &amx::kernels, &amx::kernels});
+    isas.push_back({"amx", bf16 && has_amx(), &avx512::kernels, &amx::kernels, &amx::kernels, request_amx});
 #endif
     return isas;
   }();
@@ -82,17 +95,12 @@ const std::vector<Isa>& all_isas() {
 const Isa& choose() {
   const char* value = std::getenv("BIRNN_CPU_ISA");
   const std::string wanted = value ? value : "";
-  const Isa* best = nullptr;
+  const std::vector<Isa>& isas = all_isas();
+  for (auto isa = isas.rbegin(); isa != isas.rend(); ++isa)
+    if (isa->runs && (wanted.empty() || wanted == isa->name) && (!isa->request || isa->request())) return *isa;
   std::string runnable;
-  for (const Isa& isa : all_isas()) {
-    if (!isa.runs) continue;
-    if (wanted == isa.name) return isa;
-    best = &isa;
-    runnable += (runnable.empty() ? "" : ", ") + isa.name;
-  }
-  if (!wanted.empty())
-    throw std::runtime_error("BIRNN_CPU_ISA=" + wanted + " is not available: this build and CPU run " + runnable);
-  return *best;
+  for (const std::string& name : runnable_isas()) runnable += (runnable.empty() ? "" : ", ") + name;
+  throw std::runtime_error("BIRNN_CPU_ISA=" + wanted + " is not available: this build and CPU run " + runnable);
 }
 
 const Isa& chosen() {

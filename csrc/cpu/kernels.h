@@ -16,10 +16,11 @@ constexpr int64_t kMostUnpackedRows = 64;
 // vector; blocks: H / L, rounded up; units and columns beyond the end are 0. "Tile": 4 vectors of columns side by side,
 // at the end 2 or 1. Where pairs of bfloat16 are multiplied, two neighbouring k stand side by side in each lane.
 struct Panels {
-  void* ih;    // [block][k: I][gate][lane]; null in the forward pass of few rows
-  void* hh;    // [block][k: H][gate][lane]
-  void* hh_t;  // [tile of H][k: gate, block, lane][vector of the tile][lane]
-  void* ih_t;  // [tile of I][k: gate, block, lane][vector of the tile][lane]
+  void* ih;          // [block][k: I][gate][lane]; null in the forward pass of few rows
+  void* hh;          // [block][k: H][gate][lane]
+  void* hh_t;        // [tile of H][k: gate, block, lane][vector of the tile][lane]
+  bool* not_finite;  // some value of hh_t or ih_t is no finite number: 0 times it is not 0
+  void* ih_t;        // [tile of I][k: gate, block, lane][vector of the tile][lane]
 };
 
 // A chain is one direction of some sequences: it depends on no other chain, over all time steps.
@@ -67,9 +68,10 @@ struct Kernels {
   // Bytes of the packed weights (4H, columns).
   int64_t (*panel_bytes)(DType, int64_t H, int64_t columns, bool transposed);
 
-  // Pack one block, or one vector of columns, of a weight matrix (4H, columns). See Panels.
+  // Pack one block, or one vector of columns, of a weight matrix (4H, columns). See Panels. pack_transposed: whether
+  // all its values are finite.
   void (*pack)(DType, const void* w, int64_t H, int64_t columns, int64_t block, void* panels);
-  void (*pack_transposed)(DType, const void* w, int64_t H, int64_t columns, int64_t vector, void* panels);
+  bool (*pack_transposed)(DType, const void* w, int64_t H, int64_t columns, int64_t vector, void* panels);
 
   // Run one chain. `steps` of them are projected at once.
   int64_t (*forward_scratch)(DType, const ForwardParams&, int64_t rows, int64_t steps);
@@ -86,7 +88,7 @@ struct Kernels {
   int64_t (*gradient_scratch)(DType, int64_t H) = nullptr;
 
   // dx_rows[k] += W_ih^T dz of slot k, begin <= k < end.
-  void (*input_gradient)(DType, const void* dz, int64_t capacity, int64_t H, int64_t I, const void* ih_t,
+  void (*input_gradient)(DType, const void* dz, int64_t capacity, int64_t H, int64_t I, const void* ih_t, bool finite,
                          void* const* dx_rows, int64_t begin, int64_t end, void* scratch) = nullptr;
 
   int64_t (*column_tiles)(int64_t I, int64_t H) = nullptr;

@@ -44,9 +44,7 @@ struct Plan {
     std::iota(order.begin(), order.end(), 0);
     if (lengths)
       std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return lengths[a] > lengths[b]; });
-    // As many parts as give every thread the same number of chains, but none smaller than a register tile.
-    const int64_t parts =
-        std::clamp<int64_t>(threads / std::gcd(threads, sizes.D), 1, std::max<int64_t>(sizes.B / tile_rows, 1));
+    const int64_t parts = best_parts(sizes, threads, tile_rows);
     rows.resize(sizes.B);
     for (int64_t part = 0, next = 0; part < parts; ++part) {
       // With lengths every part takes each parts-th sequence, so that all have as many steps to do; without,
@@ -59,8 +57,22 @@ struct Plan {
     }
     const auto count = static_cast<int64_t>(chains.size());
     team_size = std::max<int64_t>(threads / count, 1);
-    teams = std::min(threads, count);
+    teams = std::min(threads / team_size, count);
     barriers = std::make_unique<Barrier[]>(teams);
+  }
+
+  // Into how many parts to cut the sequences: what the busiest thread has to do is a number of register tiles. Threads
+  // that share a chain meet at every step, which is worth avoiding for a tenth of the time.
+  static int64_t best_parts(const RecurrenceSizes& sizes, int64_t threads, int64_t tile_rows) {
+    int64_t best = 1;
+    double least = 0;
+    for (int64_t parts = 1; parts <= std::clamp<int64_t>(sizes.B / tile_rows, 1, threads); ++parts) {
+      const int64_t chains = parts * sizes.D, team = std::max<int64_t>(threads / chains, 1);
+      const int64_t turns = divide_up(chains, threads / team), tiles = divide_up(divide_up(sizes.B, parts), tile_rows);
+      const double cost = static_cast<double>(turns * tiles) / static_cast<double>(team) * (team > 1 ? 1.1 : 1.0);
+      if (parts == 1 || cost < least) best = parts, least = cost;
+    }
+    return best;
   }
 
   template <class Bytes>
@@ -85,7 +97,9 @@ struct Plan {
 class Packing {
  public:
   Packing(DType dtype, const RecurrenceSizes& sizes, const Kernels& kernels)
-      : dtype_(dtype), sizes_(sizes), kernels_(kernels) {}
+      : dtype_(dtype), sizes_(sizes), kernels_(kernels) {
+    for (Panels& one : panels) one.not_finite = &not_finite_;
+  }
 
   // w: the weights (4H, columns) of each direction.
   void add(const void* const* w, int64_t columns, bool transposed, void* Panels::* member) {
@@ -102,8 +116,10 @@ class Packing {
     const Share share(static_cast<int64_t>(tasks_.size()), thread, threads);
     for (int64_t k = share.begin; k < share.end; ++k) {
       const Task& task = tasks_[k];
-      const auto pack = task.transposed ? kernels_.pack_transposed : kernels_.pack;
-      pack(dtype_, task.w, sizes_.H, task.columns, task.block, task.to);
+      if (!task.transposed)
+        kernels_.pack(dtype_, task.w, sizes_.H, task.columns, task.block, task.to);
+      else if (!kernels_.pack_transposed(dtype_, task.w, sizes_.H, task.columns, task.block, task.to))
+        __atomic_store_n(panels[0].not_finite, true, __ATOMIC_RELAXED);
     }
   }
 
@@ -121,6 +137,7 @@ class Packing {
   const Kernels& kernels_;
   std::vector<Buffer> buffers_;
   std::vector<Task> tasks_;
+  bool not_finite_ = false;
 };
 
 int64_t projected_steps(const Plan& plan, const RecurrenceSizes& sizes) {
@@ -133,33 +150,21 @@ const void* element(const void* base, int64_t index, int64_t bytes) {
   return static_cast<const char*>(base) + index * bytes;
 }
 
-// The rows of all slots (see Slots), for the products over them.
-struct SlotRows {
-  std::vector<int64_t> offsets;  // (T+1)
-  std::vector<const void*> x, h[2];
-  std::vector<void*> dx;
-
-  SlotRows(const BackwardParams& p, const std::vector<int64_t>& order, int64_t bytes, const void* zeros) {
-    offsets.resize(p.T + 1);
-    int64_t active = p.B;
-    for (int64_t t = 0; t < p.T; ++t) {
-      while (p.lengths && active > 0 && p.lengths[order[active - 1]] <= t) --active;
-      offsets[t + 1] = offsets[t] + active;
-      for (int64_t k = 0; k < active; ++k) {
-        const int64_t b = order[k], last = p.lengths ? p.lengths[b] - 1 : p.T - 1;
-        if (p.dw_ih[0]) {
-          x.push_back(element(p.input.x, t * p.input.stride_t + b * p.input.stride_b, bytes));
-          for (int64_t d = 0; d < p.D; ++d) {
-            const int64_t before = d == 0 ? t - 1 : t + 1;
-            h[d].push_back(t != (d == 0 ? 0 : last) ? element(p.y, ((before * p.B + b) * p.D + d) * p.H, bytes)
-                           : p.h0                   ? element(p.h0, (d * p.B + b) * p.H, bytes)
-                                                    : zeros);
-          }
-        }
-        if (p.dx) dx.push_back(static_cast<char*>(p.dx) + (t * p.B + b) * p.input.I * bytes);
-      }
-    }
+// The first slot (see Slots) of each t, and their number.
+std::vector<int64_t> slot_offsets(const BackwardParams& p, const std::vector<int64_t>& order) {
+  std::vector<int64_t> offsets(p.T + 1);
+  int64_t active = p.B;
+  for (int64_t t = 0; t < p.T; ++t) {
+    while (p.lengths && active > 0 && p.lengths[order[active - 1]] <= t) --active;
+    offsets[t + 1] = offsets[t] + active;
   }
+  return offsets;
+}
+
+// The rows of a direction's slots of a round, for the products over them.
+struct SlotRows {
+  std::vector<const void*> x, h;
+  std::vector<void*> dx;
 };
 
 // The backward pass of a layer with its input projection, in rounds of some iterations: the recurrence, which leaves dz
@@ -175,7 +180,7 @@ class LayerBackward {
         kernels_(kernels),
         bytes_(kernels.accumulate_bytes(dtype)),
         zeros_(allocate_zeros(p.H * bytes_)),
-        rows_(p, plan.order, bytes_, zeros_.get()) {
+        offsets_(slot_offsets(p, plan.order)) {
     const int64_t lanes = kernels.lanes(dtype), padded = divide_up(p.H, lanes) * lanes;
     for (int64_t d = 0; d < p.D; ++d) {
       rounds_[d] = rounds(d);
@@ -185,6 +190,8 @@ class LayerBackward {
     tiles_ = kernels.column_tiles(p.input.I, p.H);
     for (int64_t k = 0; k < threads; ++k) scratch_.push_back(allocate(kernels.gradient_scratch(dtype, p.H)));
     for (int64_t d = 0; d < p.D; ++d) {
+      rows_[d] = {std::vector<const void*>(capacity_), std::vector<const void*>(capacity_),
+                  std::vector<void*>(capacity_)};
       dz_[d] = allocate(capacity_ * 4 * padded * bytes_);
       if (p.dw_ih[0]) sums_[d] = allocate(tiles_ * kernels.rows * 4 * padded * bytes_);
     }
@@ -196,9 +203,10 @@ class LayerBackward {
     for (int64_t round = 0; round < last; ++round) {
       Range range[2];
       for (int64_t d = 0; d < p_.D; ++d) range[d] = slots(d, rounds_[d][round], rounds_[d][round + 1]);
+      for (int64_t d = 0; d < p_.D; ++d) find_rows(d, range[d], Share(range[d].count, thread, threads));
       plan_.for_each_chain(thread, [&](const Chain& chain, const Member& member) {
         const int64_t d = chain.direction;
-        const Slots to{dz_[d].get(), capacity_, range[d].first, rows_.offsets.data()};
+        const Slots to{dz_[d].get(), capacity_, range[d].first, offsets_.data()};
         kernels_.backward(dtype_, p_, chain, packing_.panels[d], to, steps_at_once, rounds_[d][round],
                           rounds_[d][round + 1], member);
       });
@@ -214,7 +222,7 @@ class LayerBackward {
         const int64_t tiles = divide_up(range[d].count, kernels_.rows);
         const Share share(tiles, thread, threads);
         kernels_.input_gradient(dtype_, dz_[d].get(), capacity_, p_.H, p_.input.I, packing_.panels[d].ih_t,
-                                rows_.dx.data() + range[d].first, share.begin * kernels_.rows,
+                                !*packing_.panels[d].not_finite, rows_[d].dx.data(), share.begin * kernels_.rows,
                                 std::min(share.end * kernels_.rows, range[d].count), scratch);
         plan_.all.wait(threads);  // both directions add to the same dx
       }
@@ -233,16 +241,35 @@ class LayerBackward {
     int64_t first, count;
   };
 
+  // Fills rows_ for this thread's share of a round's slots.
+  void find_rows(int64_t d, const Range& range, const Share& share) {
+    if (share.begin == share.end) return;
+    int64_t slot = range.first + share.begin;
+    int64_t t = std::upper_bound(offsets_.begin(), offsets_.end(), slot) - offsets_.begin() - 1;
+    for (int64_t k = share.begin; k < share.end; ++k, ++slot) {
+      while (slot >= offsets_[t + 1]) ++t;
+      const int64_t b = plan_.order[slot - offsets_[t]], last = p_.lengths ? p_.lengths[b] - 1 : p_.T - 1;
+      const int64_t before = d == 0 ? t - 1 : t + 1;
+      if (p_.dw_ih[0]) {
+        rows_[d].x[k] = element(p_.input.x, t * p_.input.stride_t + b * p_.input.stride_b, bytes_);
+        rows_[d].h[k] = t != (d == 0 ? 0 : last) ? element(p_.y, ((before * p_.B + b) * p_.D + d) * p_.H, bytes_)
+                        : p_.h0                  ? element(p_.h0, (d * p_.B + b) * p_.H, bytes_)
+                                                 : zeros_.get();
+      }
+      if (p_.dx) rows_[d].dx[k] = static_cast<char*>(p_.dx) + (t * p_.B + b) * p_.input.I * bytes_;
+    }
+  }
+
   // The slots of the iterations begin <= s < end of a direction.
   Range slots(int64_t d, int64_t begin, int64_t end) const {
-    const int64_t first = rows_.offsets[d == 0 ? p_.T - end : begin];
-    return {first, rows_.offsets[d == 0 ? p_.T - begin : end] - first};
+    const int64_t first = offsets_[d == 0 ? p_.T - end : begin];
+    return {first, offsets_[d == 0 ? p_.T - begin : end] - first};
   }
 
   // The iterations at which the rounds of a direction begin, and their end. Both directions have as many rounds, with
   // about as many slots in each, though with lengths direction 0 begins with few sequences and direction 1 with all.
   std::vector<int64_t> rounds(int64_t d) const {
-    const int64_t total = rows_.offsets[p_.T], count = std::clamp<int64_t>(total / kSlotsAtOnce, 1, p_.T);
+    const int64_t total = offsets_[p_.T], count = std::clamp<int64_t>(total / kSlotsAtOnce, 1, p_.T);
     std::vector<int64_t> begins = {0};
     for (int64_t round = 1; round < count; ++round) {
       int64_t s = begins.back();
@@ -257,8 +284,8 @@ class LayerBackward {
     return {dz_[d].get(),
             capacity_,
             range.count,
-            rows_.x.data() + range.first,
-            rows_.h[d].data() + range.first,
+            rows_[d].x.data(),
+            rows_[d].h.data(),
             p_.input.I,
             p_.H,
             std::clamp<int64_t>(share.begin - d * tiles_, 0, tiles_),
@@ -274,7 +301,8 @@ class LayerBackward {
   const Kernels& kernels_;
   const int64_t bytes_;
   const Buffer zeros_;
-  const SlotRows rows_;
+  const std::vector<int64_t> offsets_;
+  SlotRows rows_[2];
   std::vector<int64_t> rounds_[2];
   int64_t capacity_ = 1, tiles_;
   Buffer dz_[2], sums_[2];

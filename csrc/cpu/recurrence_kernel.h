@@ -128,8 +128,10 @@ void pack(DType dtype, const void* w, int64_t H, int64_t columns, int64_t block,
   with_storage(dtype, [&]<class S>(S) { pack<S>(w, H, columns, block, panels); });
 }
 
-void pack_transposed(DType dtype, const void* w, int64_t H, int64_t columns, int64_t vector, void* panels) {
-  with_storage(dtype, [&]<class S>(S) { pack_transposed<S>(w, H, columns, vector, panels); });
+bool pack_transposed(DType dtype, const void* w, int64_t H, int64_t columns, int64_t vector, void* panels) {
+  bool finite = true;
+  with_storage(dtype, [&]<class S>(S) { finite = pack_transposed<S>(w, H, columns, vector, panels); });
+  return finite;
 }
 
 int64_t forward_scratch(DType dtype, const ForwardParams& p, int64_t rows, int64_t steps) {
@@ -187,8 +189,8 @@ int64_t gradient_scratch(DType dtype, int64_t H) {
   return bytes;
 }
 
-void input_gradient(DType dtype, const void* dz, int64_t capacity, int64_t H, int64_t I, const void* ih_t,
-                    void* const* dx_rows, int64_t begin, int64_t end, void* scratch) {
+void input_gradient(DType dtype, const void* dz, int64_t capacity, int64_t H, int64_t I, const void* ih_t, bool finite,
+                    void* const* dx_rows, int64_t begin, int64_t end, [[maybe_unused]] void* scratch) {
   FlushDenormals flush;
   [[maybe_unused]] const TileRegisters tiles;
   with_layer_type(dtype, [&]<class S>(S) {
@@ -197,7 +199,7 @@ void input_gradient(DType dtype, const void* dz, int64_t capacity, int64_t H, in
     if constexpr (kSplit<S>)
       input_gradient_split<S>(from, capacity, H, I, panels, dx_rows, begin, end, static_cast<Factor<S>*>(scratch));
     else
-      input_gradient<S>(from, capacity, H, I, panels, dx_rows, begin, end);
+      input_gradient<S>(from, capacity, H, I, panels, finite, dx_rows, begin, end);
   });
 }
 

@@ -16,9 +16,13 @@
 namespace birnn::cpu {
 namespace {
 
-// OpenMP's threads do not survive a fork, and a child that waits for them hangs: it works alone.
-std::atomic<bool> forked{false};
-const int watch_forks = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+// OpenMP's threads do not survive a fork, and a child that waits for them hangs: it works alone, and so must PyTorch's
+// own operations around the kernels.
+std::atomic<bool> forked{false}, threads_started{false};
+const int watch_forks = pthread_atfork(nullptr, nullptr, [] {
+  forked = true;
+  if (threads_started) at::set_num_threads(1);
+});
 
 int64_t max_threads() { return forked || at::in_parallel_region() ? 1 : at::get_num_threads(); }
 
@@ -27,6 +31,7 @@ int64_t parallel(int64_t threads, const std::function<void(int64_t)>& work) {
     work(0);
     return 1;
   }
+  threads_started = true;
   int64_t got = threads;
 #pragma omp parallel num_threads(static_cast<int>(threads))
   {
@@ -96,7 +101,8 @@ struct Layer {
 
   Layer(const Tensor& x, at::TensorList given, bool bias) : per_direction(bias ? 4 : 2) {
     TORCH_CHECK_VALUE(x.dim() == 3, "lstm_layer: x must have shape (T, B, I), got ", x.sizes());
-    TORCH_CHECK_VALUE(x.size(0) > 0, "lstm_layer: x must have at least one time step, got shape ", x.sizes());
+    TORCH_CHECK_VALUE(x.size(0) > 0 && x.size(2) > 0,
+                      "lstm_layer: x must have at least one time step and one feature, got shape ", x.sizes());
     dtype = dtype_of(x, "x");
     TORCH_CHECK_TYPE(dtype == DType::f64 || dtype == DType::f32, "lstm_layer: x must be float64 or float32, got ",
                      x.scalar_type());
@@ -138,6 +144,7 @@ Tensor with_dense_rows(const Tensor& t) { return t.size(-1) <= 1 || t.stride(-1)
 
 FiveTensors lstm_layer(const Tensor& x_, at::TensorList weights, bool bias, const OptionalTensor& h0,
                        const OptionalTensor& c0, const OptionalTensor& lengths, int64_t save) {
+  TORCH_CHECK_VALUE(0 <= save && save <= 2, "lstm_layer: save must be 0, 1 or 2, got ", save);
   const Layer layer(x_, weights, bias);
   const Tensor x = with_dense_rows(x_);
   birnn::Forward call(layer.dtype, {layer.T, layer.B, layer.D, layer.H}, x.options(), h0, c0, lengths, save == 1,

@@ -259,7 +259,7 @@ void pack(const void* w_, int64_t H, int64_t K, int64_t block, void* panels) {
 // w (4H, columns) -> panels [tile of columns][k: gate, block, lane][vector of the tile][lane], of one vector of
 // columns; with pairs as above.
 template <class S>
-void pack_transposed(const void* w_, int64_t H, int64_t columns, int64_t vector, void* panels) {
+bool pack_transposed(const void* w_, int64_t H, int64_t columns, int64_t vector, void* panels) {
   using A = Accumulate<S>;
   constexpr int L = kLanes<A>;
   const int64_t vectors = divide_up(columns, L), padded = round_up(H, L);
@@ -267,10 +267,14 @@ void pack_transposed(const void* w_, int64_t H, int64_t columns, int64_t vector,
   for (; tile + N <= vector; N = tile_vectors(tile, vectors)) tile += N;
   Factor<S>* panel = static_cast<Factor<S>*>(panels) + tile * 4 * padded * L * kPlanes<S>;
   const S* w = static_cast<const S*>(w_) + vector * L;
+  Vec<A> zeros = {};  // 0 times all that was packed
   const auto row = [&](int64_t g, int64_t unit) INLINE_LAMBDA {
-    return unit < H ? load<A>(w + (g * H + unit) * columns, columns - vector * L) : Vec<A>{};
+    const Vec<A> values = unit < H ? load<A>(w + (g * H + unit) * columns, columns - vector * L) : Vec<A>{};
+    zeros += values * 0;
+    return values;
   };
   for (int64_t g = 0; g < 4; ++g)
     for (int64_t unit = 0; unit < padded; unit += 2)
       store_factors<S>(panel, 4 * padded, g * padded + unit, N, vector - tile, row(g, unit), row(g, unit + 1));
+  return all_zero(reinterpret_cast<const A*>(&zeros), L);
 }
