@@ -42,7 +42,7 @@ $(VENV)/peers: $(VENV)/installed
 # The CPU kernels, in a program without PyTorch, under the compiler's sanitizers.
 sanitize:
 	tools/native_test $(CXX) -fsanitize=address,undefined -DBIRNN_EMULATE_AMX=1
-	ROUNDS=10 tools/native_test $(CXX) -fsanitize=thread
+	ROUNDS=10 tools/native_test $(CXX) -fsanitize=thread -DBIRNN_EMULATE_AMX=1
 
 lint: $(VENV)/ready
 	$(BIN)/python -m pip install --quiet pre-commit ruff==0.17.6 clang-format==23.1.5
