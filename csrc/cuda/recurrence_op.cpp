@@ -1,6 +1,7 @@
 // The CUDA implementation of the operators, algorithm `stepwise`: T times one batched GEMM for both directions and one
 // fused cell kernel. Serves every size and type; launches only, so it can be captured into a CUDA graph.
 #include <ATen/TensorOperators.h>
+#include <ATen/cuda/CUDAContextLight.h>
 #include <ATen/ops/_assert_async.h>
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/zeros.h>
@@ -15,10 +16,16 @@
 namespace birnn::cuda {
 namespace {
 
+// The weights as product() takes them: before compute capability 8.0 no bfloat16 product has a float32 result.
+Tensor multiplied(const Tensor& w) {
+  const bool widen = w.scalar_type() == at::kBFloat16 && at::cuda::getCurrentDeviceProperties()->major < 8;
+  return widen ? w.to(at::kFloat) : w;
+}
+
 // out = a b. 16-bit products go to a float32 out unrounded.
 void product(Tensor& out, const Tensor& a, const Tensor& b) {
-  if (out.scalar_type() == a.scalar_type())
-    at::bmm_out(out, a, b);
+  if (out.scalar_type() == b.scalar_type())
+    at::bmm_out(out, a.to(b.scalar_type()), b);
   else
     at::bmm_out(out, a, b, out.scalar_type());
 }
@@ -40,7 +47,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_recurrence(const Tensor&
   c0 ? call.c_n.copy_(*c0) : call.c_n.zero_();
   Tensor c = call.c_n.to(accumulate);
   Tensor gates_h = at::empty({D, B, 4 * H}, accumulate);
-  const Tensor w_hh_t = w_hh.transpose(1, 2);
+  const Tensor w_hh_t = multiplied(w_hh).transpose(1, 2);
 
   CellForward step{call.params};
   step.h = call.h_n.mutable_data_ptr();
@@ -68,6 +75,7 @@ std::tuple<Tensor, Tensor, Tensor> lstm_recurrence_backward(const Tensor& w_hh, 
   const auto stream = c10::cuda::getCurrentCUDAStream();
   const auto accumulate = cells.options();
 
+  const Tensor w = multiplied(w_hh);
   Tensor dh = at::empty({D, B, H}, accumulate);
   Tensor dc = at::zeros({D, B, H}, accumulate);
   if (dc_n) dc.copy_(*dc_n);
@@ -78,7 +86,7 @@ std::tuple<Tensor, Tensor, Tensor> lstm_recurrence_backward(const Tensor& w_hh, 
   step.dz = dz.mutable_data_ptr();
   for (step.s = 0; step.s < T; ++step.s) {
     if (step.s > 0) {
-      product(dh, dz, w_hh);
+      product(dh, dz, w);
       step.dh = dh.const_data_ptr();
     }
     C10_CUDA_CHECK(cell_backward(call.dtype, step, stream));
