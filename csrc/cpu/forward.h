@@ -8,11 +8,11 @@ INLINE int64_t active_rows(const Chain& chain, const int64_t* lengths, int64_t t
   return hint;
 }
 
-// The steps of a chain's sequences at the iterations begin <= s < end, one after the other; at most kMaxSteps.
+// The steps of a chain's sequences at the iterations begin <= s < end, one after the other; at most
+// kMostStepsAtOnce.
 struct Steps {
-  static constexpr int64_t kMaxSteps = 64;
   int64_t begin, end, total = 0;
-  int64_t rows[kMaxSteps], first[kMaxSteps];  // of each iteration: how many, and where they begin
+  int64_t rows[kMostStepsAtOnce], first[kMostStepsAtOnce];  // of each iteration: how many, and where they begin
 
   template <class Params>
   Steps(const Params& p, const Chain& chain, int64_t b, int64_t e, bool forward) : begin(b), end(e) {

@@ -1,6 +1,5 @@
 #include "isa.h"
 
-#include <algorithm>
 #include <cstdlib>
 #include <stdexcept>
 

@@ -12,6 +12,9 @@ namespace birnn::cpu {
 // product.
 constexpr int64_t kMostUnpackedRows = 64;
 
+// Steps that a kernel takes at once, at most.
+constexpr int64_t kMostStepsAtOnce = 64;
+
 // The weights of a direction, packed into panels for the register tiles; made once per call. L: lanes of a
 // vector; blocks: H / L, rounded up; units and columns beyond the end are 0. "Tile": 4 vectors of columns side by side,
 // at the end 2 or 1. Where pairs of bfloat16 are multiplied, two neighbouring k stand side by side in each lane.

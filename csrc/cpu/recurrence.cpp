@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <memory>
-#include <new>
 #include <numeric>
 #include <vector>
 
@@ -14,7 +13,6 @@ namespace {
 
 // Steps that are projected at once: as many as make up this many rows, as the tiles of a single sequence are empty.
 constexpr int64_t kProjectedRows = 64;
-constexpr int64_t kProjectedSteps = 64;  // Steps::kMaxSteps
 
 // Steps of all sequences whose dz is kept until the gradients of the weights and of x have been summed from it: they
 // stay in the L3 cache, and memory does not grow with T. It fixes an order of summation, so it does not depend on
@@ -143,7 +141,7 @@ class Packing {
 int64_t projected_steps(const Plan& plan, const RecurrenceSizes& sizes) {
   int64_t rows = 1;
   for (const Chain& chain : plan.chains) rows = std::max(rows, chain.count);
-  return std::min({divide_up(kProjectedRows, rows), kProjectedSteps, sizes.T});
+  return std::min({divide_up(kProjectedRows, rows), kMostStepsAtOnce, sizes.T});
 }
 
 const void* element(const void* base, int64_t index, int64_t bytes) {
