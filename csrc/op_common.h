@@ -10,6 +10,7 @@
 #include <tuple>
 
 #include "core/recurrence.h"
+#include "cuda/choice.h"
 
 namespace birnn {
 
@@ -19,6 +20,7 @@ using OptionalTensor = std::optional<Tensor>;
 // How often each compiled operator has run in this process; read by birnn_ext.op_calls().
 struct OpCalls {
   std::atomic<int64_t> cpu_forward{0}, cpu_backward{0}, cuda_forward{0}, cuda_backward{0};
+  std::atomic<int64_t> cuda_algorithms[cuda::kAlgorithms] = {};  // forward and backward together
 };
 inline OpCalls op_calls;
 

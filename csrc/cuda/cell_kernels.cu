@@ -1,53 +1,15 @@
 // A thread owns kUnits neighbouring hidden units of one sequence and direction, for all four gates: 16 bytes of every
 // tensor of type S when H allows it, else one unit. Memory-bound: per unit and step 4 gates_x + 4 gates_h in, and
 // y + h + c (+ 4 gates + c saved) out.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
 #include <initializer_list>
 
-#include "../core/lstm_cell.h"
 #include "cell_kernels.h"
+#include "cell_math.cuh"
 
 namespace birnn::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-
-template <class A>
-struct Math;
-
-template <>
-struct Math<float> {
-  using Scalar = float;
-  static __device__ float sigmoid(float x) { return 1.f / (1.f + expf(-x)); }
-  static __device__ float tanh(float x) { return tanhf(x); }
-};
-
-template <>
-struct Math<double> {
-  using Scalar = double;
-  static __device__ double sigmoid(double x) { return 1. / (1. + exp(-x)); }
-  static __device__ double tanh(double x) { return ::tanh(x); }
-};
-
-template <class S>
-struct AccumulateOf {
-  using type = float;
-};
-template <>
-struct AccumulateOf<double> {
-  using type = double;
-};
-template <class S>
-using Accumulate = typename AccumulateOf<S>::type;
-
-__device__ double convert(double x, double) { return x; }
-__device__ float convert(float x, float) { return x; }
-__device__ float convert(__half x, float) { return __half2float(x); }
-__device__ __half convert(float x, __half) { return __float2half(x); }
-__device__ float convert(__nv_bfloat16 x, float) { return __bfloat162float(x); }
-__device__ __nv_bfloat16 convert(float x, __nv_bfloat16) { return __float2bfloat16(x); }
 
 // N neighbouring values, moved in accesses of 16 bytes where they fill them.
 template <class T, int N>

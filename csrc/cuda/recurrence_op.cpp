@@ -1,5 +1,7 @@
-// The CUDA implementation of the operators, algorithm `stepwise`: T times one batched GEMM for both directions and one
-// fused cell kernel. Serves every size and type; launches only, so it can be captured into a CUDA graph.
+// The CUDA implementation of the operators. Algorithm `stepwise`: T times one batched GEMM for both directions and one fused
+// cell kernel; serves every size and type. Algorithm `persistent`: one launch (persistent.h). Both only launch, so they can
+// be captured into a CUDA graph.
+#include <ATen/Context.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/cuda/CUDAContextLight.h>
 #include <ATen/ops/_assert_async.h>
@@ -10,8 +12,16 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
+#include <cstdlib>
+#include <map>
+#include <mutex>
+#include <string>
+#include <vector>
+
 #include "../op_common.h"
 #include "cell_kernels.h"
+#include "choice.h"
+#include "persistent.h"
 
 namespace birnn::cuda {
 namespace {
@@ -30,18 +40,10 @@ void product(Tensor& out, const Tensor& a, const Tensor& b) {
     at::bmm_out(out, a, b, out.scalar_type());
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_recurrence(const Tensor& gates_x, const Tensor& w_hh,
-                                                                   const OptionalTensor& h0, const OptionalTensor& c0,
-                                                                   const OptionalTensor& lengths, bool save) {
-  birnn::Forward call(gates_x, w_hh, h0, c0, lengths, save);
-  const c10::cuda::CUDAGuard guard(gates_x.device());
+void stepwise_forward(birnn::Forward& call, const Tensor& w_hh, const OptionalTensor& h0, const OptionalTensor& c0,
+                      cudaStream_t stream) {
   const auto [T, B, D, H] = static_cast<const RecurrenceSizes&>(call.params);
-  const auto stream = c10::cuda::getCurrentCUDAStream();
-  const auto accumulate = gates_x.options().dtype(accumulate_type(gates_x.scalar_type()));
-
-  if (lengths)  // checked on the device: no wait for it
-    at::_assert_async(((*lengths >= 0) & (*lengths <= T)).all(), "lstm_recurrence: lengths must be between 0 and T");
-
+  const auto accumulate = call.y.options().dtype(accumulate_type(call.y.scalar_type()));
   // h_n is the running state; so is c_n, unless the cell state is kept in a wider type.
   h0 ? call.h_n.copy_(*h0) : call.h_n.zero_();
   c0 ? call.c_n.copy_(*c0) : call.c_n.zero_();
@@ -60,7 +62,189 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_recurrence(const Tensor&
     C10_CUDA_CHECK(cell_forward(call.dtype, step, stream));
   }
   if (!c.is_same(call.c_n)) call.c_n.copy_(c);
+}
+
+void stepwise_backward(birnn::Backward& call, const Tensor& w_hh, const OptionalTensor& lengths,
+                       const OptionalTensor& dh_n, const OptionalTensor& dc_n, cudaStream_t stream) {
+  const auto [T, B, D, H] = static_cast<const RecurrenceSizes&>(call.params);
+  const auto options = call.d_gates_x.options();
+  const auto accumulate = options.dtype(accumulate_type(call.d_gates_x.scalar_type()));
+  const Tensor w = multiplied(w_hh);
+  Tensor dh = at::empty({D, B, H}, accumulate);
+  Tensor dc = at::zeros({D, B, H}, accumulate);
+  if (dc_n) dc.copy_(*dc_n);
+  Tensor dz = at::zeros({D, B, 4 * H}, options);  // sequences that begin later have had no dz yet
+
+  CellBackward step{call.params};
+  step.dc = dc.mutable_data_ptr();
+  step.dz = dz.mutable_data_ptr();
+  for (step.s = 0; step.s < T; ++step.s) {
+    if (step.s > 0) {
+      product(dh, dz, w);
+      step.dh = dh.const_data_ptr();
+    }
+    C10_CUDA_CHECK(cell_backward(call.dtype, step, stream));
+  }
+  if (call.params.dh0) {
+    at::bmm_out(call.dh0, dz, w_hh);
+    // a sequence without steps hands its gradient through
+    if (lengths && dh_n) call.dh0.add_(*dh_n * (*lengths == 0).unsqueeze(-1));
+    call.dc0.copy_(dc);
+  }
+}
+
+// ---- persistent
+
+// How many groups of CTAs the device runs at once; 0 if not even one (of each direction, in grid).
+template <class Plan>
+int64_t resident_groups(DType dtype, const Plan& plan, int64_t D, int multiprocessors) {
+  int count = 0;
+  const cudaError_t error = persistent_resident(dtype, plan, &count);
+  if (error != cudaSuccess) {
+    cudaGetLastError();  // it is this function's answer, not the next launch's
+    return 0;
+  }
+  if (plan.exchange != Exchange::grid) return count;
+  return int64_t(count) * multiprocessors / plan.ctas / D * D;
+}
+
+struct Run {
+  Choice choice;
+  ForwardPlan forward;
+  BackwardPlan backward;
+  int64_t forward_groups, backward_groups;  // resident at once
+};
+
+// Plans an algorithm; not possible where the GPU can't run it.
+Run plan_run(Algorithm algorithm, const Layer& layer, const Gpu& gpu) {
+  Run run{best_of(algorithm, layer, gpu)};
+  if (!run.choice.possible || algorithm == Algorithm::stepwise) return run;
+  const int size = layer.dtype == DType::f32 ? 4 : 2;
+  const Exchange exchange = exchange_of(algorithm);
+  run.forward = forward_plan(size, layer.H, exchange, run.choice.ctas, gpu.shared_memory);
+  run.backward = backward_plan(size, layer.H, exchange, run.choice.ctas);
+  run.forward_groups = resident_groups(layer.dtype, run.forward, layer.D, gpu.multiprocessors);
+  run.backward_groups = resident_groups(layer.dtype, run.backward, layer.D, gpu.multiprocessors);
+  run.choice.possible = run.forward_groups > 0 && run.backward_groups > 0;
+  return run;
+}
+
+// The algorithms that BIRNN_CUDA_ALGO names, with commas between; all if it is not set.
+std::vector<Algorithm> wished_algorithms(const char* wish) {
+  std::vector<Algorithm> all, wished;
+  for (int k = 0; k < kAlgorithms; ++k) all.push_back(Algorithm(k));
+  if (!wish || !*wish) return all;
+  std::string names(wish);
+  for (size_t begin = 0; begin <= names.size();) {
+    const size_t end = std::min(names.find(',', begin), names.size());
+    const std::string name = names.substr(begin, end - begin);
+    int k = 0;
+    while (k < kAlgorithms && name != kAlgorithmNames[k]) ++k;
+    TORCH_CHECK_VALUE(k < kAlgorithms, "BIRNN_CUDA_ALGO must name some of stepwise, persistent-cta, persistent-grid and "
+                                       "persistent-cluster, with commas between; got '", wish, "'");
+    wished.push_back(Algorithm(k));
+    begin = end + 1;
+  }
+  return wished;
+}
+
+// Decides how to run a layer: the best of the algorithms that may and can.
+Run decide(const Layer& layer) {
+  const char* wish = std::getenv("BIRNN_CUDA_ALGO");
+  const auto* device = at::cuda::getCurrentDeviceProperties();
+  using Key = std::tuple<int, DType, int64_t, int64_t, int64_t, std::string>;
+  static std::mutex mutex;
+  static std::map<Key, Run> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (known.size() > 1000) known.clear();
+  const Key key{at::cuda::current_device(), layer.dtype, divide_up(layer.B, kRows), layer.D, layer.H, wish ? wish : ""};
+  const auto found = known.find(key);
+  if (found != known.end()) return found->second;
+
+  const Gpu gpu{device->multiProcessorCount, int(device->sharedMemPerBlockOptin), device->major * 10 + device->minor};
+  Run best{};
+  for (const Algorithm algorithm : wished_algorithms(wish)) {
+    const Run run = plan_run(algorithm, layer, gpu);
+    if (run.choice.possible && (!best.choice.possible || run.choice.us < best.choice.us)) best = run;
+  }
+  TORCH_CHECK(best.choice.possible, "BIRNN_CUDA_ALGO=", wish, " can't run this layer: hidden_size ", layer.H, ", batch ",
+              layer.B, ", ", layer.D, " direction(s), on ", device->name, " (compute capability ", device->major, ".",
+              device->minor, ", ", gpu.multiprocessors, " multiprocessors with ", gpu.shared_memory,
+              " bytes of shared memory for a block). persistent-* run float32, float16 and bfloat16 from compute "
+              "capability 8.0, persistent-cluster from 9.0, as long as the weights fit on the chip");
+  return known[key] = best;
+}
+
+bool aligned(std::initializer_list<const void*> pointers, int64_t bytes_of_row) {
+  if (bytes_of_row % kPiece != 0) return false;
+  for (const void* p : pointers)
+    if (reinterpret_cast<uintptr_t>(p) % kPiece != 0) return false;
+  return true;
+}
+
+bool exact_float32() { return !at::globalContext().allowTF32CuBLAS(); }
+
+// What goes from CTA to CTA through global memory, with the groups' counters before it.
+template <class Params>
+Tensor hand_over(Params& p, int64_t bytes_of_group, const at::TensorOptions& options, cudaStream_t stream) {
+  if (p.plan.exchange != Exchange::grid) return {};
+  const int64_t counters = divide_up(p.groups * int64_t(sizeof(unsigned)), kPiece) * kPiece;
+  Tensor memory = at::empty({counters + p.groups * bytes_of_group}, options.dtype(at::kByte));
+  auto* base = static_cast<char*>(memory.mutable_data_ptr());
+  C10_CUDA_CHECK(cudaMemsetAsync(base, 0, size_t(counters), stream));
+  p.arrivals = reinterpret_cast<unsigned*>(base);
+  p.handed = reinterpret_cast<decltype(p.handed)>(base + counters);
+  return memory;
+}
+
+int groups_of(const RecurrenceSizes& sizes, Exchange exchange, int64_t resident) {
+  const int64_t wanted = sizes.D * divide_up(sizes.B, kRows);
+  return int(exchange == Exchange::grid ? std::min(wanted, resident) : wanted);
+}
+
+void run_forward(birnn::Forward& call, const Run& run, cudaStream_t stream) {
+  const int64_t size = call.y.element_size();
+  PersistentForward p{call.params, run.forward};
+  p.groups = groups_of(p, p.plan.exchange, run.forward_groups);
+  p.wide = aligned({p.gates_x, p.w_hh[0], p.w_hh[1], p.h0, p.y, p.h_n, p.gates, p.cells}, p.H * size);
+  p.exact = exact_float32();
+  const Tensor memory = hand_over(p, 2ll * kRows * p.plan.chunks * kChunk, call.y.options(), stream);
+  C10_CUDA_CHECK(persistent_forward(call.dtype, p, stream));
+}
+
+void run_backward(birnn::Backward& call, const Run& run, cudaStream_t stream) {
+  const int64_t size = call.d_gates_x.element_size();
+  PersistentBackward p{call.params, run.backward};
+  p.groups = groups_of(p, p.plan.exchange, run.backward_groups);
+  p.wide = aligned({p.gates, p.cells, p.dy, p.d_gates_x}, p.H * size) && p.dy_stride_t * size % kPiece == 0 &&
+           p.dy_stride_b * size % kPiece == 0;
+  p.exact = exact_float32();
+  const int64_t bytes = 2ll * p.plan.pairs * p.plan.ctas * kRows * kUnits * sizeof(float);
+  const Tensor memory = hand_over(p, bytes, call.d_gates_x.options(), stream);
+  C10_CUDA_CHECK(persistent_backward(call.dtype, p, stream));
+}
+
+bool is_stepwise(const Run& run, const RecurrenceSizes& sizes) {
+  return run.choice.algorithm == Algorithm::stepwise || sizes.B == 0;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_recurrence(const Tensor& gates_x, const Tensor& w_hh,
+                                                                   const OptionalTensor& h0, const OptionalTensor& c0,
+                                                                   const OptionalTensor& lengths, bool save) {
+  birnn::Forward call(gates_x, w_hh, h0, c0, lengths, save);
+  const c10::cuda::CUDAGuard guard(gates_x.device());
+  const auto [T, B, D, H] = static_cast<const RecurrenceSizes&>(call.params);
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  if (lengths)  // checked on the device: no wait for it
+    at::_assert_async(((*lengths >= 0) & (*lengths <= T)).all(), "lstm_recurrence: lengths must be between 0 and T");
+
+  const Run run = decide({call.dtype, B, D, H});
+  if (is_stepwise(run, call.params))
+    stepwise_forward(call, w_hh, h0, c0, stream);
+  else
+    run_forward(call, run, stream);
   ++op_calls.cuda_forward;
+  ++op_calls.cuda_algorithms[int(run.choice.algorithm)];
   return call.results();
 }
 
@@ -73,31 +257,14 @@ std::tuple<Tensor, Tensor, Tensor> lstm_recurrence_backward(const Tensor& w_hh, 
   const c10::cuda::CUDAGuard guard(gates.device());
   const auto [T, B, D, H] = static_cast<const RecurrenceSizes&>(call.params);
   const auto stream = c10::cuda::getCurrentCUDAStream();
-  const auto accumulate = cells.options();
 
-  const Tensor w = multiplied(w_hh);
-  Tensor dh = at::empty({D, B, H}, accumulate);
-  Tensor dc = at::zeros({D, B, H}, accumulate);
-  if (dc_n) dc.copy_(*dc_n);
-  Tensor dz = at::zeros({D, B, 4 * H}, gates.options());  // sequences that begin later have had no dz yet
-
-  CellBackward step{call.params};
-  step.dc = dc.mutable_data_ptr();
-  step.dz = dz.mutable_data_ptr();
-  for (step.s = 0; step.s < T; ++step.s) {
-    if (step.s > 0) {
-      product(dh, dz, w);
-      step.dh = dh.const_data_ptr();
-    }
-    C10_CUDA_CHECK(cell_backward(call.dtype, step, stream));
-  }
-  if (state_grads) {
-    at::bmm_out(call.dh0, dz, w_hh);
-    // a sequence without steps hands its gradient through
-    if (lengths && dh_n) call.dh0.add_(*dh_n * (*lengths == 0).unsqueeze(-1));
-    call.dc0.copy_(dc);
-  }
+  const Run run = decide({call.dtype, B, D, H});
+  if (is_stepwise(run, call.params))
+    stepwise_backward(call, w_hh, lengths, dh_n, dc_n, stream);
+  else
+    run_backward(call, run, stream);
   ++op_calls.cuda_backward;
+  ++op_calls.cuda_algorithms[int(run.choice.algorithm)];
   return call.results();
 }
 

@@ -1,0 +1,36 @@
+// The kernels of the `persistent` algorithm (persistent_plan.h), free of torch.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "../core/recurrence.h"
+#include "persistent_plan.h"
+
+namespace birnn::cuda {
+
+struct PersistentForward : ForwardParams {
+  ForwardPlan plan;
+  int groups;          // resident at once, a multiple of D; they take the batch in turns
+  bool wide;           // rows and addresses are multiples of 16 bytes
+  bool exact;          // float32: three TF32 products for one of float32 accuracy; else one
+  void* handed;        // grid: S [groups][2][16][chunks * 64 bytes], h on its way
+  unsigned* arrivals;  // grid: [groups], zeros
+};
+
+struct PersistentBackward : BackwardParams {
+  BackwardPlan plan;
+  int groups;
+  bool wide;
+  bool exact;
+  float* handed;       // grid: [groups][2][pairs][P][2][32][4], parts of sums on their way
+  unsigned* arrivals;  // grid: [groups], zeros
+};
+
+// CTAs of the kernel that the current device can hold at once (grid), or clusters (cluster).
+cudaError_t persistent_resident(DType dtype, const ForwardPlan& plan, int* count);
+cudaError_t persistent_resident(DType dtype, const BackwardPlan& plan, int* count);
+
+cudaError_t persistent_forward(DType dtype, const PersistentForward& p, cudaStream_t stream);
+cudaError_t persistent_backward(DType dtype, const PersistentBackward& p, cudaStream_t stream);
+
+}  // namespace birnn::cuda
