@@ -34,8 +34,7 @@ py::dict op_calls() {
   calls["cuda_forward"] = birnn::op_calls.cuda_forward.load();
   calls["cuda_backward"] = birnn::op_calls.cuda_backward.load();
   for (int k = 0; k < birnn::cuda::kAlgorithms; ++k)
-    calls[(std::string("cuda_") + birnn::cuda::kAlgorithmNames[k]).c_str()] =
-        birnn::op_calls.cuda_algorithms[k].load();
+    calls[(std::string("cuda_") + birnn::cuda::kAlgorithmNames[k]).c_str()] = birnn::op_calls.cuda_algorithms[k].load();
   return calls;
 }
 
@@ -46,16 +45,16 @@ void cell_math(const std::string& name, uintptr_t x, uintptr_t y, int64_t n) {
   function(reinterpret_cast<const float*>(x), reinterpret_cast<float*>(y), n);
 }
 
-// What would run a layer on a GPU: (algorithm, CTAs of a group, bytes of shared memory forward and backward, the model's
-// microseconds of a forward step). Of one algorithm if it is named; None if that can't run the layer.
+// What would run a layer on a GPU: (algorithm, CTAs of a group, bytes of shared memory forward and backward, the
+// model's microseconds of a forward step). Of one algorithm if it is named; None if that can't run the layer.
 py::object cuda_choice(const std::string& dtype, int64_t H, int64_t B, int64_t D, int multiprocessors,
                        int shared_memory, int capability, const std::string& algorithm) {
   using namespace birnn;
   const cuda::Layer layer{dtype == "float64"   ? DType::f64
-                     : dtype == "float32" ? DType::f32
-                     : dtype == "float16" ? DType::f16
-                                          : DType::bf16,
-                     B, D, H};
+                          : dtype == "float32" ? DType::f32
+                          : dtype == "float16" ? DType::f16
+                                               : DType::bf16,
+                          B, D, H};
   const cuda::Gpu gpu{multiprocessors, shared_memory, capability};
   cuda::Choice choice = cuda::choose(layer, gpu);
   for (int k = 0; k < cuda::kAlgorithms; ++k)

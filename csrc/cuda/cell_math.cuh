@@ -1,5 +1,5 @@
-// What the CUDA kernels share: the cell's functions, and conversions between the tensors' type and the type in which the
-// kernels compute.
+// What the CUDA kernels share: the cell's functions, and conversions between the tensors' type and the type in which
+// the kernels compute.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -34,23 +34,23 @@ struct Layer {
 
 struct Choice {
   Algorithm algorithm;
-  int ctas;      // P of a group; 0 for stepwise
-  double us;     // what the model below says of a forward step
-  bool possible; // whether this algorithm can run this layer at all
+  int ctas;       // P of a group; 0 for stepwise
+  double us;      // what the model below says of a forward step
+  bool possible;  // whether this algorithm can run this layer at all
 };
 
-// The model: microseconds of a forward step. It has been compared with no GPU; it only ranks the algorithms. Clock ticks
-// are taken as 1/1500 us, and tensor cores as an A100's (8 ticks of a scheduler for an mma of either kind).
+// The model: microseconds of a forward step. It has been compared with no GPU; it only ranks the algorithms. Clock
+// ticks are taken as 1/1500 us, and tensor cores as an A100's (8 ticks of a scheduler for an mma of either kind).
 namespace model {
-constexpr double kTicks = 1500;          // in a microsecond
-constexpr double kMma = 8;               // ticks of one of four schedulers
-constexpr double kBank = 128;            // bytes a tick from shared memory
-constexpr double kCells = 900;           // ticks: the cells of a tile, one warp's
-constexpr double kBarrier = 0.05;        // us: __syncthreads and what it keeps from overlapping
-constexpr double kCluster = 0.8;         // us: stores to distributed shared memory and the cluster's barrier
-constexpr double kGrid = 2.5;            // us: write, fence, count, poll and read back through the L2 cache
-constexpr double kLaunches = 6;          // us: a GEMM and a cell kernel, one after the other
-constexpr double kGemm[2] = {60e6, 8e6}; // multiply-adds in a microsecond: 16 bits, float32
+constexpr double kTicks = 1500;           // in a microsecond
+constexpr double kMma = 8;                // ticks of one of four schedulers
+constexpr double kBank = 128;             // bytes a tick from shared memory
+constexpr double kCells = 900;            // ticks: the cells of a tile, one warp's
+constexpr double kBarrier = 0.05;         // us: __syncthreads and what it keeps from overlapping
+constexpr double kCluster = 0.8;          // us: stores to distributed shared memory and the cluster's barrier
+constexpr double kGrid = 2.5;             // us: write, fence, count, poll and read back through the L2 cache
+constexpr double kLaunches = 6;           // us: a GEMM and a cell kernel, one after the other
+constexpr double kGemm[2] = {60e6, 8e6};  // multiply-adds in a microsecond: 16 bits, float32
 }  // namespace model
 
 inline double persistent_us(const Layer& layer, const Gpu& gpu, Exchange exchange, const ForwardPlan& plan) {

@@ -9,11 +9,12 @@
 
 namespace birnn::cuda {
 
-// ---- Products --------------------------------------------------------------------------------------------------------
-// mma computes D (16 x 8) += A (16 x K) B (K x 8). A is h or dz: a row for each sequence. B is the weights: a column for
-// each gate of a unit. Both are read in pieces of 16 bytes along K: of each row of a chunk (64 bytes), lane 4 g + t holds
-// piece t. The order of k within a sum is free as long as A and B agree on it, so words 2j and 2j + 1 of a piece serve as
-// the operands of the j-th of two mma, for 16-bit types (K = 16) and for TF32 (K = 8) alike.
+// ---- Products
+// -------------------------------------------------------------------------------------------------------- mma computes
+// D (16 x 8) += A (16 x K) B (K x 8). A is h or dz: a row for each sequence. B is the weights: a column for each gate
+// of a unit. Both are read in pieces of 16 bytes along K: of each row of a chunk (64 bytes), lane 4 g + t holds piece
+// t. The order of k within a sum is free as long as A and B agree on it, so words 2j and 2j + 1 of a piece serve as the
+// operands of the j-th of two mma, for 16-bit types (K = 16) and for TF32 (K = 8) alike.
 //
 // Of D, lane 4 g + t holds columns 2t and 2t + 1 of rows g (values 0 and 1) and g + 8 (values 2 and 3). The columns are
 // 8 units of one gate, so a lane has all gates of its units without any exchange.
@@ -58,13 +59,13 @@ inline __device__ Operand<float> operand<float>(uint4 g, uint4 g8) {
 template <class S>
 __device__ void mma(float (&d)[4], const uint4 (&a)[2], int j, uint32_t b0, uint32_t b1);
 
-#define BIRNN_MMA(S, SHAPE)                                                                                         \
-  template <>                                                                                                       \
-  inline __device__ void mma<S>(float(&d)[4], const uint4(&a)[2], int j, uint32_t b0, uint32_t b1) {                \
-    asm("mma.sync.aligned." SHAPE " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"       \
-                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                   \
-                 : "r"(word(a[0], 2 * j)), "r"(word(a[1], 2 * j)), "r"(word(a[0], 2 * j + 1)),                      \
-                   "r"(word(a[1], 2 * j + 1)), "r"(b0), "r"(b1));                                                   \
+#define BIRNN_MMA(S, SHAPE)                                                                                       \
+  template <>                                                                                                     \
+  inline __device__ void mma<S>(float (&d)[4], const uint4(&a)[2], int j, uint32_t b0, uint32_t b1) {             \
+    asm("mma.sync.aligned." SHAPE " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"              \
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                          \
+        : "r"(word(a[0], 2 * j)), "r"(word(a[1], 2 * j)), "r"(word(a[0], 2 * j + 1)), "r"(word(a[1], 2 * j + 1)), \
+          "r"(b0), "r"(b1));                                                                                      \
   }
 BIRNN_MMA(__half, "m16n8k16.row.col.f32.f16.f16.f32")
 BIRNN_MMA(__nv_bfloat16, "m16n8k16.row.col.f32.bf16.bf16.f32")
@@ -79,29 +80,37 @@ __device__ void forget(Ints&... values) {
   (..., [](int& v) { asm volatile("" : "+r"(v)); }(values));
 }
 
-// sums[n] += A weights[n] over one chunk.
+// sums[n] += A weights[n] over one chunk. A float32 chunk is summed on its own, the small products first: tensor cores
+// cut off what does not fit their sum, and over a long one that would add up.
 template <class S, int N>
 __device__ void multiply(float (&sums)[N][4], const Operand<S>& a, const uint4 (&weights)[N], bool exact) {
-#pragma unroll
-  for (int j = 0; j < 2; ++j) {
+  if constexpr (sizeof(S) == 4) {
 #pragma unroll
     for (int n = 0; n < N; ++n) {
-      const uint32_t b0 = word(weights[n], 2 * j), b1 = word(weights[n], 2 * j + 1);
-      if constexpr (sizeof(S) == 4) {
-        const uint32_t h0 = tf32_high(b0), h1 = tf32_high(b1);
+      float part[4] = {};
+#pragma unroll
+      for (int j = 0; j < 2; ++j) {
+        const uint32_t b0 = word(weights[n], 2 * j), b1 = word(weights[n], 2 * j + 1);
+        const uint32_t high0 = tf32_high(b0), high1 = tf32_high(b1);
         if (exact) {
-          mma<S>(sums[n], a.low, j, h0, h1);
-          mma<S>(sums[n], a.rows, j, tf32_low(b0, h0), tf32_low(b1, h1));
+          mma<S>(part, a.low, j, high0, high1);
+          mma<S>(part, a.rows, j, tf32_low(b0, high0), tf32_low(b1, high1));
         }
-        mma<S>(sums[n], a.rows, j, h0, h1);
-      } else {
-        mma<S>(sums[n], a.rows, j, b0, b1);
+        mma<S>(part, a.rows, j, high0, high1);
       }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sums[n][i] += part[i];
     }
+  } else {
+#pragma unroll
+    for (int j = 0; j < 2; ++j)
+#pragma unroll
+      for (int n = 0; n < N; ++n) mma<S>(sums[n], a.rows, j, word(weights[n], 2 * j), word(weights[n], 2 * j + 1));
   }
 }
 
-// ---- Memory ----------------------------------------------------------------------------------------------------------
+// ---- Memory
+// ----------------------------------------------------------------------------------------------------------
 
 template <class E>
 constexpr int kPerPiece = kPiece / int(sizeof(E));  // elements of a 16-byte piece
@@ -114,8 +123,8 @@ inline __device__ void copy_async(void* to, const void* from) {
 }
 inline __device__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-// A plane is 16 rows (sequences) of 16 units of type E in shared memory. Its pieces are swizzled so that neither accesses
-// of whole pieces nor a lane's pairs of units meet in a bank.
+// A plane is 16 rows (sequences) of 16 units of type E in shared memory. Its pieces are swizzled so that neither
+// accesses of whole pieces nor a lane's pairs of units meet in a bank.
 template <class E>
 constexpr int kPlane = kRows * kUnits * int(sizeof(E));
 
@@ -194,22 +203,8 @@ __device__ void fetch_piece(char* to, const E* row, int64_t unit, int64_t H, boo
   for (int e = 0; e < kPerPiece<E> && unit + e < H; ++e) reinterpret_cast<E*>(to)[e] = row[unit + e];
 }
 
-// ---- Groups ----------------------------------------------------------------------------------------------------------
-
-// Where a CTA stands.
-struct Member {
-  int rank;    // in its group
-  int group;   // of p.groups
-  int d;       // direction
-  int turn;    // the group's first batch of 16 sequences, then every `turns`-th
-  int turns;
-};
-
-template <class P>
-__device__ Member member(const P& p) {
-  const int group = int(blockIdx.x) / p.plan.ctas;
-  return {int(blockIdx.x) % p.plan.ctas, group, group % int(p.D), group / int(p.D), p.groups / int(p.D)};
-}
+// ---- Groups
+// ----------------------------------------------------------------------------------------------------------
 
 // What a thread stored before it arrives is seen by all threads of the cluster that have waited.
 inline __device__ void cluster_arrive() {

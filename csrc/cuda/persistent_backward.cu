@@ -1,11 +1,12 @@
 // The backward pass of the algorithm `persistent` (persistent.h): all steps of a layer in one launch.
 //
-// A CTA keeps its units' rows of W_hh, four gates each, as operands of mma whose columns are all units of the layer; a warp
-// has some pairs of column blocks (tiles of 16 units), and of each a chain of chunks: its items, the first in registers, the
-// others in shared memory. In each step
+// A CTA keeps its units' rows of W_hh, four gates each, as operands of mma whose columns are all units of the layer; a
+// warp has some pairs of column blocks (tiles of 16 units), and of each a chain of chunks: its items, the first in
+// registers, the others in shared memory. In each step
 //   1. every warp multiplies the CTA's dz of the step before, which leaves parts of W_hh^T dz for its tiles,
 //   2. the parts go to the CTAs that own the tiles; one barrier (none where there is one CTA only),
-//   3. warp k sums the parts of the CTA's tile k, in the order of their sources, and does the cell backwards; dz takes the
+//   3. warp k sums the parts of the CTA's tile k, in the order of their sources, and does the cell backwards; dz takes
+//   the
 //      place of the gates in shared memory, and whole pieces of it go to global memory,
 //   4. a barrier of the CTA; then the step after next fetches its gates to where the dz before was.
 #include "persistent.cuh"
@@ -21,11 +22,13 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) backward_kernel(const __gri
   constexpr int kGatePlane = dz_plane(sizeof(S));
   constexpr bool kKeepsCells = keeps_cells(sizeof(S));
   const auto& plan = p.plan;
-  const Member me = member(p);
-  const int rank = me.rank, d = me.d;
+  // computed where they are wanted, not kept: registers are for weights
+  const auto rank = [&] { return int(blockIdx.x) % plan.ctas; };
+  const auto group = [&] { return int(blockIdx.x) / plan.ctas; };
+  const int d = group() % int(p.D);
   int lane = threadIdx.x % 32, g = lane / 4, t4 = lane % 4;
   const int warp = threadIdx.x / 32;
-  int unit0 = (rank * plan.tiles + warp) * kUnits;  // of the tile whose cells this warp does
+  int unit0 = (rank() * plan.tiles + warp) * kUnits;  // of the tile whose cells this warp does
   const bool has_tile = warp < plan.tiles;
   const int H = int(p.H), T = int(p.T);
   const int64_t rows_of_step = p.B * p.D;  // of (T, B, D)
@@ -40,7 +43,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) backward_kernel(const __gri
     const int pair = warp * plan.warp_pairs + item / plan.chunks;
     const int k = (item % plan.chunks * 4 + t4) * kPerPiece<S>;  // of 4 * 16 values a tile
     const int tile = k / (4 * kUnits), gate = k / kUnits % 4;
-    const int unit = (rank * plan.tiles + tile) * kUnits + k % kUnits;
+    const int unit = (rank() * plan.tiles + tile) * kUnits + k % kUnits;
 #pragma unroll
     for (int n = 0; n < 2; ++n) {
       const int column = pair * kUnits + n * 8 + g;
@@ -76,7 +79,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) backward_kernel(const __gri
   const auto dy_plane = [&] { return memory + plan.dy + warp * kPlane<S>; };
   int round = 0;  // exchanges so far, the present one included
 
-  for (int b0 = me.turn * kRows; b0 < p.B; b0 += me.turns * kRows) {
+  for (int b0 = group() / int(p.D) * kRows; b0 < p.B; b0 += p.groups / int(p.D) * kRows) {
     const auto length_of = [&](int row) -> int {
       if (b0 + row >= p.B) return 0;
       return p.lengths ? int(p.lengths[b0 + row]) : T;
@@ -91,7 +94,8 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) backward_kernel(const __gri
         for_pieces<S>(lane, [&](int row, int piece) {
           if (b0 + row >= p.B) return;
           const S* from = static_cast<const S*>(p.gates) + (t * rows_of_step + (b0 + row) * p.D + d) * 4 * H + gate * H;
-          fetch_piece(gates + gate * kGatePlane + piece_at<S>(row, piece), from, unit0 + piece * kPerPiece<S>, H, p.wide);
+          fetch_piece(gates + gate * kGatePlane + piece_at<S>(row, piece), from, unit0 + piece * kPerPiece<S>, H,
+                      p.wide);
         });
       if (before >= 0 && before < T)
         for_pieces<float>(lane, [&](int row, int piece) {
@@ -144,7 +148,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) backward_kernel(const __gri
       };
       const auto handed = [&](int pair, int source) {
         return p.handed +
-               (((int64_t(me.group) * 2 + (round & 1)) * plan.pairs + pair) * plan.ctas + source) * (kRows * kUnits) +
+               (((int64_t(group()) * 2 + (round & 1)) * plan.pairs + pair) * plan.ctas + source) * (kRows * kUnits) +
                lane * 4;
       };
 
@@ -172,9 +176,9 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) backward_kernel(const __gri
             const uint4 v = {__float_as_uint(sums[n][0]), __float_as_uint(sums[n][1]), __float_as_uint(sums[n][2]),
                              __float_as_uint(sums[n][3])};
             if (plan.exchange == Exchange::grid)
-              *reinterpret_cast<uint4*>(handed(pair, rank) + n * 128) = v;
+              *reinterpret_cast<uint4*>(handed(pair, rank()) + n * 128) = v;
             else
-              store_remote(received(rank, tile) + n * 128, owner, v);
+              store_remote(received(rank(), tile) + n * 128, owner, v);
             sums[n][0] = sums[n][1] = sums[n][2] = sums[n][3] = 0;
           }
           chunk = 0;
@@ -198,7 +202,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) backward_kernel(const __gri
         if (plan.exchange == Exchange::cluster)
           cluster_arrive(), cluster_wait();
         else if (plan.exchange == Exchange::grid)
-          grid_barrier(p.arrivals + me.group, unsigned(round) * plan.ctas);
+          grid_barrier(p.arrivals + group(), unsigned(round) * plan.ctas);
       }
 
       // ---- 3. cells
@@ -253,7 +257,8 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) backward_kernel(const __gri
           float2 dh_t = {sums[k / 2][half * 2] + dy.x, sums[k / 2][half * 2 + 1] + dy.y};
           const auto state_pair = [&](const void* from) {
             const S* at = static_cast<const S*>(from) + state;
-            return float2{unit0 + unit < H ? convert(at[0], 0.f) : 0.f, unit0 + unit + 1 < H ? convert(at[1], 0.f) : 0.f};
+            return float2{unit0 + unit < H ? convert(at[0], 0.f) : 0.f,
+                          unit0 + unit + 1 < H ? convert(at[1], 0.f) : 0.f};
           };
           if (last && p.dh_n) {
             const float2 more = state_pair(p.dh_n);
@@ -263,8 +268,10 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) backward_kernel(const __gri
           const float2 c = kKeepsCells ? load_pair<float>(cells_of(s - 1) + pair_at<float>(row, unit))
                                        : float2{f.x * c_before.x + i.x * z.x, f.y * c_before.y + i.y * z.y};
           float2 dc = *reinterpret_cast<const float2*>(dc_at(k));
-          const auto x = lstm_cell_backward<Math<float>>(Gates<float>{i.x, f.x, z.x, o.x}, c.x, c_before.x, dh_t.x, dc.x);
-          const auto y = lstm_cell_backward<Math<float>>(Gates<float>{i.y, f.y, z.y, o.y}, c.y, c_before.y, dh_t.y, dc.y);
+          const auto x =
+              lstm_cell_backward<Math<float>>(Gates<float>{i.x, f.x, z.x, o.x}, c.x, c_before.x, dh_t.x, dc.x);
+          const auto y =
+              lstm_cell_backward<Math<float>>(Gates<float>{i.y, f.y, z.y, o.y}, c.y, c_before.y, dh_t.y, dc.y);
           *reinterpret_cast<float2*>(dc_at(k)) = dc;
           store_pair<S>(at, {x.i, y.i});
           store_pair<S>(at + kGatePlane, {x.f, y.f});
@@ -279,8 +286,8 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) backward_kernel(const __gri
             if (b0 + row >= p.B) return;
             const bool there = !p.lengths || t < p.lengths[b0 + row];
             S* const to = static_cast<S*>(p.d_gates_x) + (t * rows_of_step + (b0 + row) * p.D + d) * 4 * H + gate * H;
-            store_piece(to, unit0 + piece * kPerPiece<S>, H, p.wide, gates + gate * kGatePlane + piece_at<S>(row, piece),
-                        there);
+            store_piece(to, unit0 + piece * kPerPiece<S>, H, p.wide,
+                        gates + gate * kGatePlane + piece_at<S>(row, piece), there);
           });
       }
       if (s == T) break;

@@ -1,7 +1,7 @@
 // The forward pass of the algorithm `persistent` (persistent.h): all steps of a layer in one launch.
 //
-// A warp holds the rows of W_hh for the four gates of a tile's 16 units (or, where a tile has several warps, a part of each
-// row) as operands of mma, the first chunks in registers, the others in shared memory. In each step it
+// A warp holds the rows of W_hh for the four gates of a tile's 16 units (or, where a tile has several warps, a part of
+// each row) as operands of mma, the first chunks in registers, the others in shared memory. In each step it
 //   1. multiplies h_{t-1}, which is in shared memory,
 //   2. adds gates_x, which was fetched during the step before, and does the cell on its accumulators,
 //   3. writes the gates over gates_x, and from there, and from c and h, whole pieces to global memory,
@@ -18,11 +18,13 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) forward_kernel(const __grid
   extern __shared__ __align__(128) char memory[];
   constexpr int kStep = kChunk / int(sizeof(S));  // elements of a chunk
   const auto& plan = p.plan;
-  const Member me = member(p);
-  const int rank = me.rank, d = me.d;
+  // computed where they are wanted, not kept: registers are for weights
+  const auto rank = [&] { return int(blockIdx.x) % plan.ctas; };
+  const auto group = [&] { return int(blockIdx.x) / plan.ctas; };
+  const int d = group() % int(p.D);
   int lane = threadIdx.x % 32, g = lane / 4, t4 = lane % 4;
   const int warp = threadIdx.x / 32, tile = warp / plan.splits, split = warp % plan.splits;
-  int unit0 = (rank * plan.tiles + tile) * kUnits;
+  int unit0 = (rank() * plan.tiles + tile) * kUnits;
   const bool leads = split == 0;  // does the tile's cells
   const int H = int(p.H), T = int(p.T);
   const int64_t rows_of_step = p.B * p.D;  // of (T, B, D)
@@ -38,8 +40,8 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) forward_kernel(const __grid
     for (int n = 0; n < 8; ++n) {
       const int gate = n % 4, unit = unit0 + n / 4 * 8 + g;
       const S* row = static_cast<const S*>(p.w_hh[d]) + (int64_t(gate) * H + unit) * H;
-      to[n / 4][gate] = unit < H ? load_piece(row, (first_chunk + chunk) * kStep + t4 * kPerPiece<S>, H, p.wide)
-                                 : uint4{0, 0, 0, 0};
+      to[n / 4][gate] =
+          unit < H ? load_piece(row, (first_chunk + chunk) * kStep + t4 * kPerPiece<S>, H, p.wide) : uint4{0, 0, 0, 0};
     }
   };
 #pragma unroll
@@ -62,7 +64,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) forward_kernel(const __grid
   };
   unsigned arrivals = 0;  // of the whole group, so far
 
-  for (int b0 = me.turn * kRows; b0 < p.B; b0 += me.turns * kRows) {
+  for (int b0 = group() / int(p.D) * kRows; b0 < p.B; b0 += p.groups / int(p.D) * kRows) {
     const auto length = [&](int row) -> int {
       if (b0 + row >= p.B) return 0;
       return int(p.lengths ? p.lengths[b0 + row] : p.T);
@@ -76,8 +78,10 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) forward_kernel(const __grid
       for (int gate = 0; gate < 4; ++gate)
         for_pieces<S>(lane, [&](int row, int piece) {
           if (b0 + row >= p.B) return;
-          const S* from = static_cast<const S*>(p.gates_x) + (t * rows_of_step + (b0 + row) * p.D + d) * 4 * H + gate * H;
-          fetch_piece(stage + gate * kPlane<S> + piece_at<S>(row, piece), from, unit0 + piece * kPerPiece<S>, H, p.wide);
+          const S* from =
+              static_cast<const S*>(p.gates_x) + (t * rows_of_step + (b0 + row) * p.D + d) * 4 * H + gate * H;
+          fetch_piece(stage + gate * kPlane<S> + piece_at<S>(row, piece), from, unit0 + piece * kPerPiece<S>, H,
+                      p.wide);
         });
     };
     // Writes a plane of the stage to the lane's pieces of a tensor; 0 in sequences that have no step t.
@@ -160,7 +164,8 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) forward_kernel(const __grid
         }
         if (plan.splits > 1) {
           const auto part = [&](int k) {
-            return reinterpret_cast<float4*>(memory + plan.sums) + lane + ((tile * (plan.splits - 1) + k) * 2 + block) * 4 * 32;
+            return reinterpret_cast<float4*>(memory + plan.sums) + lane +
+                   ((tile * (plan.splits - 1) + k) * 2 + block) * 4 * 32;
           };
           if (!leads)
 #pragma unroll
@@ -237,9 +242,9 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) forward_kernel(const __grid
           if (plan.exchange == Exchange::cta) {
             *reinterpret_cast<uint4*>(at) = v;
           } else if (plan.exchange == Exchange::cluster) {
-            for (int k = 0; k < plan.ctas; ++k) store_remote(at, (rank + k) % plan.ctas, v);
+            for (int k = 0; k < plan.ctas; ++k) store_remote(at, (rank() + k) % plan.ctas, v);
           } else {
-            const int64_t handed = (int64_t(me.group) * 2 + (s & 1)) * kRows + row;
+            const int64_t handed = (int64_t(group()) * 2 + (s & 1)) * kRows + row;
             *reinterpret_cast<uint4*>(static_cast<char*>(p.handed) + handed * plan.chunks * kChunk + column * kPiece) =
                 v;
           }
@@ -252,11 +257,11 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) forward_kernel(const __grid
       } else if (plan.exchange == Exchange::cluster) {
         cluster_arrive(), cluster_wait();
       } else {
-        grid_barrier(p.arrivals + me.group, arrivals += plan.ctas);
+        grid_barrier(p.arrivals + group(), arrivals += plan.ctas);
         const int pieces = int(divide_up(H, kUnits)) * kUnits / kPerPiece<S>;
         for (int i = threadIdx.x; i < kRows * pieces; i += blockDim.x) {
           const int row = i / pieces, piece = i % pieces;
-          const int64_t handed = (int64_t(me.group) * 2 + (s & 1)) * kRows + row;
+          const int64_t handed = (int64_t(group()) * 2 + (s & 1)) * kRows + row;
           const auto* from = static_cast<const char*>(p.handed) + handed * plan.chunks * kChunk + piece * kPiece;
           // not from the L1 cache, which may hold what stood there before
           *reinterpret_cast<uint4*>(h_piece(h_buffer(0), row, piece)) = __ldcg(reinterpret_cast<const uint4*>(from));

@@ -1,13 +1,13 @@
-// The `persistent` algorithm: one launch runs all T steps of both directions of a layer, with W_hh on the chip. How work is
-// laid onto the GPU, and how much of it fits, is decided here, free of torch and CUDA; docs/cuda.md draws it.
+// The `persistent` algorithm: one launch runs all T steps of both directions of a layer, with W_hh on the chip. How
+// work is laid onto the GPU, and how much of it fits, is decided here, free of torch and CUDA; docs/cuda.md draws it.
 //
-// A group of P thread blocks (CTAs) serves one direction of 16 sequences at a time. Hidden units go in tiles of 16; each
-// CTA owns `tiles` of them, for all four gates. Products run on tensor cores with the 16 sequences as rows.
+// A group of P thread blocks (CTAs) serves one direction of 16 sequences at a time. Hidden units go in tiles of 16;
+// each CTA owns `tiles` of them, for all four gates. Products run on tensor cores with the 16 sequences as rows.
 //
-// Forward: warp (tile, split) multiplies all of h_{t-1} (or its part of the sum) with the tile's rows of W_hh; then h_t goes
-// from each CTA to all of its group. Backward: a CTA multiplies its own dz_t with its own rows of W_hh, which makes a part
-// of the sum for every unit of the layer; each part goes to the CTA that owns the unit. That moves 4 H bytes a sequence and
-// step; handing dz round would move 8 H to 16 H, and to hold it would not leave room for W_hh.
+// Forward: warp (tile, split) multiplies all of h_{t-1} (or its part of the sum) with the tile's rows of W_hh; then h_t
+// goes from each CTA to all of its group. Backward: a CTA multiplies its own dz_t with its own rows of W_hh, which
+// makes a part of the sum for every unit of the layer; each part goes to the CTA that owns the unit. That moves 4 H
+// bytes a sequence and step; handing dz round would move 8 H to 16 H, and to hold it would not leave room for W_hh.
 #pragma once
 
 #include <cstdint>
@@ -22,15 +22,15 @@ enum class Exchange : int {
   cluster,  // P CTAs of a thread-block cluster, through distributed shared memory (compute capability 9.0)
 };
 
-constexpr int kRows = 16;       // sequences of a group
-constexpr int kUnits = 16;      // hidden units of a tile
-constexpr int kChunk = 64;      // bytes of a row that one step of the products' inner loop takes: two mma deep
-constexpr int kMaxWarps = 8;    // 256 threads of up to 255 registers: registers are the larger store
+constexpr int kRows = 16;     // sequences of a group
+constexpr int kUnits = 16;    // hidden units of a tile
+constexpr int kChunk = 64;    // bytes of a row that one step of the products' inner loop takes: two mma deep
+constexpr int kMaxWarps = 8;  // 256 threads of up to 255 registers: registers are the larger store
 constexpr int kMaxCluster = 16;
-constexpr int kPiece = 16;      // bytes of an access
+constexpr int kPiece = 16;  // bytes of an access
 
-// What of W_hh a warp keeps in registers; the rest is in shared memory. Of 255 registers a thread, chunks of the forward
-// pass take 32 each and items of the backward pass 8.
+// What of W_hh a warp keeps in registers; the rest is in shared memory. Of 255 registers a thread, chunks of the
+// forward pass take 32 each and items of the backward pass 8.
 constexpr int kRegisterChunks = 5;
 constexpr int kRegisterItems = 23;
 
@@ -38,8 +38,8 @@ constexpr int kRegisterItems = 23;
 // reads two gates at once.
 BIRNN_INLINE constexpr int dz_plane(int size) { return kRows * kUnits * size + (size == 2 ? 64 : 0); }
 
-// Whether the backward pass keeps c_t in shared memory from the step before. In float32 f c_{t-1} + i g is as exact, and
-// without it H = 128 fits into one CTA of an A100.
+// Whether the backward pass keeps c_t in shared memory from the step before. In float32 f c_{t-1} + i g is as exact,
+// and without it H = 128 fits into one CTA of an A100.
 BIRNN_INLINE constexpr bool keeps_cells(int size) { return size == 2; }
 
 BIRNN_INLINE constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -47,14 +47,14 @@ BIRNN_INLINE constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b -
 // Offsets are bytes in a CTA's shared memory, which begins with weights.
 struct ForwardPlan {
   Exchange exchange;
-  int ctas;         // P
-  int tiles;        // of a CTA
-  int splits;       // warps among which a tile's sums over h are divided
-  int chunks;       // of a row of h
-  int warp_chunks;  // of a warp's part of it
-  int h_stride;     // bytes from row to row of h: 64 modulo 128, so that two rows are in different banks
+  int ctas;          // P
+  int tiles;         // of a CTA
+  int splits;        // warps among which a tile's sums over h are divided
+  int chunks;        // of a row of h
+  int warp_chunks;   // of a warp's part of it
+  int h_stride;      // bytes from row to row of h: 64 modulo 128, so that two rows are in different banks
   int h, h_buffers;  // with one buffer, all wait for all to have read it before it is written
-  int stage;  // per tile: gates, c, h
+  int stage;         // per tile: gates, c, h
   int tile_stage;
   int sums;  // parts of sums, where splits > 1
   int bytes;
@@ -83,8 +83,8 @@ inline int ctas_of(int64_t H, int wanted) {
   return int(divide_up(tiles, divide_up(tiles, wanted)));
 }
 
-// size: bytes of the tensors' type, 2 or 4. ctas: as ctas_of() returns. limit: bytes of shared memory that a CTA may have;
-// the plan fits if it takes no more, and no more than kMaxWarps.
+// size: bytes of the tensors' type, 2 or 4. ctas: as ctas_of() returns. limit: bytes of shared memory that a CTA may
+// have; the plan fits if it takes no more, and no more than kMaxWarps.
 inline ForwardPlan forward_plan(int size, int64_t H, Exchange exchange, int ctas, int limit) {
   ForwardPlan plan{exchange, ctas};
   const int64_t pairs = divide_up(H, kUnits);

@@ -1,6 +1,6 @@
-// The CUDA implementation of the operators. Algorithm `stepwise`: T times one batched GEMM for both directions and one fused
-// cell kernel; serves every size and type. Algorithm `persistent`: one launch (persistent.h). Both only launch, so they can
-// be captured into a CUDA graph.
+// The CUDA implementation of the operators. Algorithm `stepwise`: T times one batched GEMM for both directions and one
+// fused cell kernel; serves every size and type. Algorithm `persistent`: one launch (persistent.h). Both only launch,
+// so they can be captured into a CUDA graph.
 #include <ATen/Context.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/cuda/CUDAContextLight.h>
@@ -140,8 +140,10 @@ std::vector<Algorithm> wished_algorithms(const char* wish) {
     const std::string name = names.substr(begin, end - begin);
     int k = 0;
     while (k < kAlgorithms && name != kAlgorithmNames[k]) ++k;
-    TORCH_CHECK_VALUE(k < kAlgorithms, "BIRNN_CUDA_ALGO must name some of stepwise, persistent-cta, persistent-grid and "
-                                       "persistent-cluster, with commas between; got '", wish, "'");
+    TORCH_CHECK_VALUE(k < kAlgorithms,
+                      "BIRNN_CUDA_ALGO must name some of stepwise, persistent-cta, persistent-grid and "
+                      "persistent-cluster, with commas between; got '",
+                      wish, "'");
     wished.push_back(Algorithm(k));
     begin = end + 1;
   }
@@ -167,9 +169,9 @@ Run decide(const Layer& layer) {
     const Run run = plan_run(algorithm, layer, gpu);
     if (run.choice.possible && (!best.choice.possible || run.choice.us < best.choice.us)) best = run;
   }
-  TORCH_CHECK(best.choice.possible, "BIRNN_CUDA_ALGO=", wish, " can't run this layer: hidden_size ", layer.H, ", batch ",
-              layer.B, ", ", layer.D, " direction(s), on ", device->name, " (compute capability ", device->major, ".",
-              device->minor, ", ", gpu.multiprocessors, " multiprocessors with ", gpu.shared_memory,
+  TORCH_CHECK(best.choice.possible, "BIRNN_CUDA_ALGO=", wish, " can't run this layer: hidden_size ", layer.H,
+              ", batch ", layer.B, ", ", layer.D, " direction(s), on ", device->name, " (compute capability ",
+              device->major, ".", device->minor, ", ", gpu.multiprocessors, " multiprocessors with ", gpu.shared_memory,
               " bytes of shared memory for a block). persistent-* run float32, float16 and bfloat16 from compute "
               "capability 8.0, persistent-cluster from 9.0, as long as the weights fit on the chip");
   return known[key] = best;
