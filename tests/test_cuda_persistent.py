@@ -1,0 +1,352 @@
+"""The CUDA algorithms: which one is chosen, and that each gives the same results.
+
+Calls through `forced` assert which algorithm ran, as the extension counted it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import random
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import TOLERANCE, TutorialBiRNN, assert_near, error
+
+import birnn_ext
+from birnn_ext import _C, reference
+
+PERSISTENT = ["persistent-cta", "persistent-grid", "persistent-cluster"]
+ALGORITHMS = ["stepwise", *PERSISTENT]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+
+forward_op = torch.ops.birnn_ext.lstm_recurrence.default
+backward_op = torch.ops.birnn_ext.lstm_recurrence_backward.default
+
+# ---- the choice: a function of numbers, so it needs no GPU -----------------------------------------------------------
+
+# multiprocessors, bytes of shared memory that a block may have, compute capability
+GPUS = {
+    "T4": (40, 64 << 10, 75),
+    "A100": (108, 163 << 10, 80),
+    "A10": (72, 99 << 10, 86),
+    "RTX 4090": (128, 99 << 10, 89),
+    "L4": (58, 99 << 10, 89),
+    "H100": (132, 227 << 10, 90),
+    "B200": (148, 227 << 10, 100),
+}
+
+
+def choice(gpu: str, dtype: str, hidden: int, batch: int = 16, directions: int = 2, algorithm: str = ""):
+    """(algorithm, CTAs, bytes forward, bytes backward, model's microseconds) or None."""
+    return _C.cuda_choice(dtype, hidden, batch, directions, *GPUS[gpu], algorithm)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("gpu", GPUS)
+def test_choice_fits_the_gpu(gpu, dtype):
+    multiprocessors, shared_memory, capability = GPUS[gpu]
+    for hidden, batch, directions in itertools.product([1, 16, 100, 128, 256, 512, 768, 1024, 2048], [1, 16, 500], [1, 2]):
+        for algorithm in ["", *ALGORITHMS]:
+            found = choice(gpu, dtype, hidden, batch, directions, algorithm)
+            if found is None:
+                assert algorithm in PERSISTENT
+                continue
+            name, ctas, forward, backward, _ = found
+            assert name == algorithm or not algorithm
+            assert max(forward, backward) <= shared_memory
+            if name == "stepwise":
+                continue
+            assert dtype != "float64" and capability >= 80
+            if name == "persistent-cta":
+                assert ctas == 1
+            elif name == "persistent-cluster":
+                assert capability >= 90 and ctas <= 16
+            else:  # a block fills a multiprocessor, and groups of all directions must be resident together
+                assert ctas * directions <= multiprocessors
+
+
+@pytest.mark.parametrize(
+    ("gpu", "algorithm", "dtype", "hidden"),
+    [
+        ("A100", "persistent-cta", "float32", 128),
+        ("A100", "persistent-cta", "bfloat16", 128),
+        ("A100", "persistent-grid", "float16", 1024),
+        ("A100", "persistent-grid", "float32", 640),
+        ("H100", "persistent-cluster", "bfloat16", 768),
+        ("H100", "persistent-cta", "float32", 128),
+        ("L4", "persistent-cta", "bfloat16", 128),
+        ("RTX 4090", "persistent-grid", "bfloat16", 768),
+    ],
+)
+def test_capacity(gpu, algorithm, dtype, hidden):
+    for smaller in {hidden, hidden - 1, hidden // 2, 1}:
+        assert choice(gpu, dtype, smaller, algorithm=algorithm) is not None
+
+
+def test_choice_by_kind_of_gpu():
+    def names(gpu: str, dtype: str, *hidden: int) -> list[str]:
+        return [choice(gpu, dtype, h)[0] for h in hidden]
+
+    assert names("T4", "float16", 64, 256) == ["stepwise", "stepwise"]
+    assert names("A100", "float64", 64) == ["stepwise"]
+    for gpu in ("A100", "A10", "RTX 4090", "L4", "H100", "B200"):
+        assert names(gpu, "bfloat16", 32, 128) == ["persistent-cta", "persistent-cta"]
+    assert names("A100", "bfloat16", 256, 1024, 4096) == ["persistent-grid", "persistent-grid", "stepwise"]
+    assert names("A100", "float32", 64, 640, 2048) == ["persistent-cta", "persistent-grid", "stepwise"]
+    assert names("H100", "bfloat16", 256, 768, 1024) == ["persistent-cluster", "persistent-cluster", "persistent-grid"]
+    assert names("B200", "bfloat16", 768) == ["persistent-cluster"]
+
+
+# ---- the kernels -----------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def forced(algorithm: str) -> Iterator[None]:
+    """Only this algorithm may run, and something must have run by it."""
+    before = birnn_ext.op_calls()
+    saved = os.environ.get("BIRNN_CUDA_ALGO")
+    os.environ["BIRNN_CUDA_ALGO"] = algorithm
+    try:
+        yield
+    finally:
+        if saved is None:
+            del os.environ["BIRNN_CUDA_ALGO"]
+        else:
+            os.environ["BIRNN_CUDA_ALGO"] = saved
+    after = birnn_ext.op_calls()
+    ran = {name for name in ALGORITHMS if after[f"cuda_{name}"] > before[f"cuda_{name}"]}
+    assert ran == {algorithm}
+
+
+@pytest.fixture(params=PERSISTENT)
+def algorithm(request: pytest.FixtureRequest) -> str:
+    if request.param == "persistent-cluster" and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("thread-block clusters need compute capability 9.0")
+    if torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("the persistent kernels need compute capability 8.0")
+    return request.param
+
+
+def random_case(rng: random.Random, dtype: torch.dtype, most: int, steps: int = 12, batch: int = 70):
+    """Arguments of a forward call on CUDA, hidden_size 1 to `most`; lengths contain zeros."""
+    steps, batch, directions = rng.randint(1, steps), rng.randint(1, batch), rng.choice([1, 2])
+    hidden = rng.choice([rng.randint(1, most), rng.randint(1, most) // 8 * 8 or 8])
+
+    def tensor(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, dtype=torch.float64).to("cuda", dtype)
+
+    h0, c0 = (tensor(directions, batch, hidden) if rng.random() < 0.5 else None for _ in range(2))
+    lengths = torch.tensor([rng.randint(0, steps) for _ in range(batch)], device="cuda") if rng.random() < 0.5 else None
+    w_hh = tensor(directions, 4 * hidden, hidden) / hidden**0.5
+    return tensor(steps, batch, directions, 4 * hidden), w_hh, h0, c0, lengths
+
+
+def as_double(args):
+    return [a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
+
+
+def run_both(algorithm: str, args, incoming: int):
+    """Results of forward and backward; which incoming gradients there are depends on `incoming`."""
+    with forced(algorithm):
+        results = forward_op(*args, True)
+        y, h_n, c_n, gates, cells = results
+        generator = torch.Generator().manual_seed(1)
+        dy, dh_n, dc_n = (torch.randn(t.shape, generator=generator).to(t) for t in (y, h_n, c_n))
+        if incoming % 4 == 1:
+            dy = None
+        if incoming % 4 == 3:
+            dh_n = dc_n = None
+        backward_args = (args[1], args[3], args[4], gates, cells, dy, dh_n, dc_n, incoming % 5 != 4)
+        return results, backward_args, backward_op(*backward_args)
+
+
+NAMES = ("y", "h_n", "c_n", "gates", "cells", "d_gates_x", "dh0", "dc0")
+
+
+def errors(algorithm: str, args, incoming: int) -> list[float]:
+    results, backward_args, grads = run_both(algorithm, args, incoming)
+    expected = [
+        *reference.lstm_recurrence(*as_double(args), True),
+        *reference.lstm_recurrence_backward(*as_double(backward_args)),
+    ]
+    return [error(a, e) for a, e in zip((*results, *grads), expected, strict=True)]
+
+
+def compare(algorithm: str, dtype: torch.dtype, seed: int, cases: int, most: int, **sizes: int) -> None:
+    """Random cases against float64; over all of them, no output's error may exceed 1.5 times that of stepwise."""
+    worst = [0.0] * len(NAMES)
+    worst_stepwise = [0.0] * len(NAMES)
+    for case in range(cases):
+        args = random_case(random.Random(1000 * seed + case), dtype, most, **sizes)
+        found = errors(algorithm, args, case)
+        assert all(e <= TOLERANCE[dtype] for e in found), (case, dict(zip(NAMES, found, strict=True)))
+        worst = list(map(max, worst, found))
+        worst_stepwise = list(map(max, worst_stepwise, errors("stepwise", args, case)))
+    for name, mine, theirs in zip(NAMES, worst, worst_stepwise, strict=True):
+        assert mine <= 1.5 * max(theirs, torch.finfo(dtype).eps), f"{name}: {mine:.2e}, stepwise {theirs:.2e}"
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_against_the_reference(algorithm, dtype):
+    compare(algorithm, dtype, 0, cases=10, most=128 if algorithm == "persistent-cta" else 160, steps=6, batch=40)
+
+
+@pytest.mark.cuda
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(1, 5))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_against_the_reference_at_length(algorithm, dtype, seed):
+    compare(algorithm, dtype, seed, cases=12, most=128 if algorithm == "persistent-cta" else 300)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize(("algorithm", "dtype", "hidden"), [
+    ("persistent-cta", torch.float32, 128),
+    ("persistent-grid", torch.bfloat16, 400),
+    ("persistent-cluster", torch.bfloat16, 768),
+    ("persistent-cluster", torch.float32, 256),
+], indirect=["algorithm"])  # fmt: skip
+def test_large_layers(algorithm, dtype, hidden):
+    """Weights beyond the registers, sums split over warps, and (H = 768) one buffer of h where two don't fit."""
+    w_hh = (torch.randn(2, 4 * hidden, hidden) / hidden**0.5).to("cuda", dtype)
+    gates_x = torch.randn(3, 5, 2, 4 * hidden).to("cuda", dtype)
+    h0, c0 = (torch.randn(2, 5, hidden).to("cuda", dtype) for _ in range(2))
+    found = errors(algorithm, (gates_x, w_hh, h0, c0, None), 0)
+    assert all(e <= TOLERANCE[dtype] for e in found), dict(zip(NAMES, found, strict=True))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_saved_state_serves_every_algorithm(algorithm, dtype):
+    """One algorithm's forward pass, another's backward pass."""
+    args = random_case(random.Random(5), dtype, 90, steps=5, batch=20)
+    _, backward_args, grads = run_both(algorithm, args, 0)
+    _, other_args, other_grads = run_both("stepwise", args, 0)
+    with forced("stepwise"):
+        mixed = backward_op(*backward_args)
+    with forced(algorithm):
+        mixed_back = backward_op(*other_args)
+    for a, b, c, d in zip(grads, other_grads, mixed, mixed_back, strict=True):
+        for other in (b, c, d):
+            assert_near(a, other)
+
+
+@pytest.mark.cuda
+def test_bitwise_repeatable(algorithm):
+    args = random_case(random.Random(3), torch.float32, 100, steps=5, batch=40)
+    first = run_both(algorithm, args, 0)
+    second = run_both(algorithm, args, 0)
+    for a, b in zip((*first[0], *first[2]), (*second[0], *second[2]), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.cuda
+def test_without_saving(algorithm):
+    args = random_case(random.Random(4), torch.float32, 100, steps=5, batch=20)
+    with forced(algorithm):
+        saved, not_saved = forward_op(*args, True), forward_op(*args, False)
+    assert all(torch.equal(a, b) for a, b in zip(saved[:3], not_saved[:3], strict=True))
+    assert not_saved[3].numel() == not_saved[4].numel() == 0
+
+
+@pytest.mark.cuda
+def test_misaligned_and_strided_arguments(algorithm):
+    """Views that begin 4 bytes into their storage: accesses of 16 bytes must not be used."""
+    gates_x, w_hh, h0 = (torch.randn(s, device="cuda") for s in ((3, 2, 2, 64), (2, 64, 16), (2, 2, 16)))
+
+    def shifted(t: torch.Tensor) -> torch.Tensor:
+        view = torch.empty(t.numel() + 1, device="cuda")[1:].view(t.shape).copy_(t)
+        assert view.data_ptr() % 16 == 4
+        return view
+
+    with forced(algorithm):
+        plain = forward_op(gates_x, w_hh, h0, h0, None, True)
+        moved = forward_op(shifted(gates_x), shifted(w_hh), shifted(h0), shifted(h0), None, True)
+        assert all(torch.equal(a, b) for a, b in zip(plain, moved, strict=True))
+        y, h_n, c_n, gates, cells = plain
+        grads = backward_op(w_hh, h0, None, gates, cells, y, h_n, c_n, True)
+        moved = backward_op(
+            shifted(w_hh), shifted(h0), None, shifted(gates), shifted(cells), shifted(y), shifted(h_n), c_n, True
+        )
+        assert all(torch.equal(a, b) for a, b in zip(grads, moved, strict=True))
+
+
+@pytest.mark.cuda
+def test_tf32_only_where_pytorch_allows_it(algorithm):
+    args = (torch.randn(2, 16, 1, 4 * 64, device="cuda"), torch.randn(1, 256, 64, device="cuda") / 8)
+    args = (*args, torch.randn(1, 16, 64, device="cuda"), None, None)
+    exact = errors(algorithm, args, 0)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        plain = errors(algorithm, args, 0)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+    assert max(exact) < 1e-5
+    assert 2e-5 < max(plain) < 5e-3
+
+
+@pytest.mark.cuda
+def test_graph_capture(algorithm):
+    args = [a for a in random_case(random.Random(11), torch.float32, 60, steps=4, batch=20)]
+    args[4] = None
+    eager, backward_args, grads = run_both(algorithm, args, 0)
+    with forced(algorithm):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = forward_op(*args, True)
+            captured_grads = backward_op(*backward_args)
+        for t in (*captured, *captured_grads):
+            t.zero_()
+        for _ in range(2):  # counters of the CTAs' exchange must begin anew
+            graph.replay()
+    for a, b in zip((*captured, *captured_grads), (*eager, *grads), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_classifier_trains(algorithm, dtype):
+    """Five steps of the tutorial's training on CUDA follow the CPU's."""
+    losses = {}
+    for device in ("cpu", "cuda"):
+        torch.manual_seed(2)
+        model = birnn_ext.BiRNN(28, 128, 2, 10).to(device, dtype)
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.003)
+        generator = torch.Generator().manual_seed(3)
+        losses[device] = []
+        for _ in range(5):
+            x = torch.rand(20, 28, 28, generator=generator).to(device, dtype)
+            target = torch.randint(10, (20,), generator=generator).to(device)
+            with forced(algorithm) if device == "cuda" else contextlib.nullcontext():
+                loss = torch.nn.functional.cross_entropy(model(x).float(), target)
+                optimizer.zero_grad()
+                loss.backward()
+            optimizer.step()
+            losses[device].append(loss.item())
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-3
+    assert losses["cuda"] == pytest.approx(losses["cpu"], rel=0, abs=tolerance)
+
+
+@pytest.mark.cuda
+def test_wrong_wishes_fail_loudly(monkeypatch):
+    gates_x, w_hh = torch.randn(2, 2, 1, 8, device="cuda"), torch.randn(1, 8, 2, device="cuda")
+    monkeypatch.setenv("BIRNN_CUDA_ALGO", "quick")
+    with pytest.raises(ValueError, match="BIRNN_CUDA_ALGO must name some of stepwise, persistent-cta.* got 'quick'"):
+        forward_op(gates_x, w_hh, None, None, None, False)
+    monkeypatch.setenv("BIRNN_CUDA_ALGO", "persistent-grid")
+    with pytest.raises(RuntimeError, match="BIRNN_CUDA_ALGO=persistent-grid can't run this layer: hidden_size 2"):
+        forward_op(gates_x.double(), w_hh.double(), None, None, None, False)
+    monkeypatch.setenv("BIRNN_CUDA_ALGO", "persistent-cta")
+    with pytest.raises(RuntimeError, match="can't run this layer: hidden_size 200"):
+        forward_op(torch.zeros(2, 2, 1, 800, device="cuda"), torch.zeros(1, 800, 200, device="cuda"), None, None, None, False)
+    monkeypatch.setenv("BIRNN_CUDA_ALGO", "persistent-cta,stepwise")
+    before = birnn_ext.op_calls()["cuda_stepwise"]
+    forward_op(gates_x.double(), w_hh.double(), None, None, None, False)
+    assert birnn_ext.op_calls()["cuda_stepwise"] == before + 1
