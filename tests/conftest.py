@@ -21,6 +21,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=CUDA_MISSING))
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    calls = {name: n for name, n in birnn_ext.op_calls().items() if name.startswith("cuda_") and n}
+    if calls:
+        terminalreporter.write_line(", ".join(f"{name}: {n} calls" for name, n in calls.items()))
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def device(request: pytest.FixtureRequest) -> str:
     """Every test that takes it runs on the CPU and on CUDA."""

@@ -9,6 +9,7 @@ import contextlib
 import itertools
 import os
 import random
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -51,7 +52,9 @@ def choice(gpu: str, dtype: str, hidden: int, batch: int = 16, directions: int =
 @pytest.mark.parametrize("gpu", GPUS)
 def test_choice_fits_the_gpu(gpu, dtype):
     multiprocessors, shared_memory, capability = GPUS[gpu]
-    for hidden, batch, directions in itertools.product([1, 16, 100, 128, 256, 512, 768, 1024, 2048], [1, 16, 500], [1, 2]):
+    for hidden, batch, directions in itertools.product(
+        [1, 16, 100, 128, 256, 512, 768, 1024, 2048], [1, 16, 500], [1, 2]
+    ):
         for algorithm in ["", *ALGORITHMS]:
             found = choice(gpu, dtype, hidden, batch, directions, algorithm)
             if found is None:
@@ -345,8 +348,94 @@ def test_wrong_wishes_fail_loudly(monkeypatch):
         forward_op(gates_x.double(), w_hh.double(), None, None, None, False)
     monkeypatch.setenv("BIRNN_CUDA_ALGO", "persistent-cta")
     with pytest.raises(RuntimeError, match="can't run this layer: hidden_size 200"):
-        forward_op(torch.zeros(2, 2, 1, 800, device="cuda"), torch.zeros(1, 800, 200, device="cuda"), None, None, None, False)
+        forward_op(
+            torch.zeros(2, 2, 1, 800, device="cuda"), torch.zeros(1, 800, 200, device="cuda"), None, None, None, False
+        )
     monkeypatch.setenv("BIRNN_CUDA_ALGO", "persistent-cta,stepwise")
     before = birnn_ext.op_calls()["cuda_stepwise"]
     forward_op(gates_x.double(), w_hh.double(), None, None, None, False)
     assert birnn_ext.op_calls()["cuda_stepwise"] == before + 1
+
+
+# ---- what the tests themselves are worth -----------------------------------------------------------------------------
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.environ.get("CUDA_EMULATOR"), reason="needs a race detector: CUDA_EMULATOR names none")
+@pytest.mark.skipif(birnn_ext.build_info()["cuda"] is None, reason="birnn_ext is built without CUDA")
+def test_a_missing_barrier_would_be_seen(tmp_path):
+    """The kernels in a program of their own: as they are, and without the barrier between steps."""
+    nvcc = shutil.which("nvcc")
+    assert nvcc, "CUDA_EMULATOR is set, but there is no nvcc on the PATH"
+    sources = [
+        ROOT / "tests/native/persistent_test.cu",
+        ROOT / "csrc/cuda/persistent_forward.cu",
+        ROOT / "csrc/cuda/persistent_backward.cu",
+    ]
+    for flags in ([], ["-DBIRNN_WITHOUT_BARRIER"]):
+        program = tmp_path / f"program{len(flags)}"
+        options = ["-std=c++17", "-O3", "-cudart", "shared", f"-I{ROOT / 'csrc'}"]
+        target = ["-gencode", "arch=compute_80,code=compute_80"]
+        subprocess.run([nvcc, *options, *target, *flags, *sources, "-o", program], check=True)
+        for seed in range(1, 4):
+            done = subprocess.run(
+                [
+                    os.environ["CUDA_EMULATOR"],
+                    "--cc",
+                    "80",
+                    "--seed",
+                    str(seed),
+                    "--check",
+                    "race,uninit",
+                    "--",
+                    program,
+                ],
+                capture_output=True,
+                text=True,
+            )
+            if flags:
+                assert done.returncode != 0 and "race" in done.stderr, done.stdout + done.stderr
+            else:
+                assert done.returncode == 0, done.stdout + done.stderr
+
+
+def cuobjdump(*options: str) -> str:
+    """Of the extension, by the CUDA toolkit's tool or Triton's."""
+    tool = shutil.which("cuobjdump")
+    if tool is None:
+        triton = pytest.importorskip("triton", reason="neither the CUDA toolkit's cuobjdump nor Triton's")
+        tool = str(Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump")
+    return subprocess.run([tool, *options, _C.__file__], check=True, capture_output=True, text=True).stdout
+
+
+@pytest.mark.skipif(birnn_ext.build_info()["cuda"] is None, reason="birnn_ext is built without CUDA")
+def test_one_block_always_fits_a_multiprocessor():
+    """Co-residency counts on one block per multiprocessor: what the compiler allotted proves that it fits, unspilled."""
+    usage = re.findall(
+        r"Function \S*persistent_(forward|backward)_cu\S*:\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)",
+        cuobjdump("-res-usage"),
+    )
+    assert len(usage) >= 6 and len(usage) % 6 == 0  # two kernels, three types, each architecture
+    for _, registers, stack, shared, local in usage:
+        allotted = (int(registers) + 7) // 8 * 8  # registers are given out in eights
+        assert 256 * allotted <= 65536
+        assert int(stack) == int(local) == 0
+        assert int(shared) <= 1024  # all else is dynamic, and in the plan
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(birnn_ext.build_info()["cuda"] is None, reason="birnn_ext is built without CUDA")
+def test_products_run_on_tensor_cores():
+    checked = 0
+    for binary in re.split(r"arch = sm_", cuobjdump("-sass"))[1:]:
+        if int(re.match(r"\d+", binary).group()) < 80:  # there the kernels are empty
+            continue
+        for function in re.split(r"\n\s*Function : ", binary)[1:]:
+            name = function.split("\n", 1)[0]
+            if "persistent" in name:
+                kind = "HMMA.1688.F32.TF32" if "kernelIf" in name else "HMMA.16816.F32"
+                assert kind in function, name
+                checked += 1
+    assert checked >= 6

@@ -226,10 +226,6 @@ void run_backward(birnn::Backward& call, const Run& run, cudaStream_t stream) {
   C10_CUDA_CHECK(persistent_backward(call.dtype, p, stream));
 }
 
-bool is_stepwise(const Run& run, const RecurrenceSizes& sizes) {
-  return run.choice.algorithm == Algorithm::stepwise || sizes.B == 0;
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_recurrence(const Tensor& gates_x, const Tensor& w_hh,
                                                                    const OptionalTensor& h0, const OptionalTensor& c0,
                                                                    const OptionalTensor& lengths, bool save) {
@@ -240,8 +236,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_recurrence(const Tensor&
   if (lengths)  // checked on the device: no wait for it
     at::_assert_async(((*lengths >= 0) & (*lengths <= T)).all(), "lstm_recurrence: lengths must be between 0 and T");
 
-  const Run run = decide({call.dtype, B, D, H});
-  if (is_stepwise(run, call.params))
+  const Run run = B > 0 ? decide({call.dtype, B, D, H}) : Run{};
+  if (run.choice.algorithm == Algorithm::stepwise)
     stepwise_forward(call, w_hh, h0, c0, stream);
   else
     run_forward(call, run, stream);
@@ -260,8 +256,8 @@ std::tuple<Tensor, Tensor, Tensor> lstm_recurrence_backward(const Tensor& w_hh, 
   const auto [T, B, D, H] = static_cast<const RecurrenceSizes&>(call.params);
   const auto stream = c10::cuda::getCurrentCUDAStream();
 
-  const Run run = decide({call.dtype, B, D, H});
-  if (is_stepwise(run, call.params))
+  const Run run = B > 0 ? decide({call.dtype, B, D, H}) : Run{};
+  if (run.choice.algorithm == Algorithm::stepwise)
     stepwise_backward(call, w_hh, lengths, dh_n, dc_n, stream);
   else
     run_backward(call, run, stream);
