@@ -296,6 +296,23 @@ def test_tf32_only_where_pytorch_allows_it(algorithm):
 
 
 @pytest.mark.cuda
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_infinite_and_undefined_weights(algorithm, dtype):
+    """An infinite weight saturates its gate (float32: makes NaN), and a NaN stays with the units that it reaches."""
+    gates_x, w_hh, h0 = (torch.randn(s).to("cuda", dtype) for s in ((2, 3, 1, 80), (1, 80, 20), (1, 3, 20)))
+    w_hh[0, 7, 2], w_hh[0, 50, 3], w_hh[0, 41, 19] = float("inf"), -float("inf"), float("nan")
+    args = (gates_x[:1].contiguous(), w_hh, h0, None, None)
+    with forced(algorithm):
+        results = forward_op(*args, True)
+    for a, e in zip(results, reference.lstm_recurrence(*as_double(args), True), strict=True):
+        if dtype == torch.float32:
+            e = e.where(~a.isnan(), float("nan"))
+            assert a.isnan().double().mean() < 0.3
+        tolerance = 10 * TOLERANCE[dtype]
+        torch.testing.assert_close(a.double(), e, equal_nan=True, rtol=tolerance, atol=tolerance, check_dtype=False)
+
+
+@pytest.mark.cuda
 def test_graph_capture(algorithm):
     args = [a for a in random_case(random.Random(11), torch.float32, 60, steps=4, batch=20)]
     args[4] = None

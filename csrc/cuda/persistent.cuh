@@ -32,7 +32,8 @@ struct Operand<float> {
   uint4 low[2];
 };
 
-// Rounded to TF32's 11 bits: half a unit added, the rest cut off (NaN and infinity become NaN).
+// Rounded to TF32's 11 bits: half a unit added, the rest cut off. From infinity there remains no number (to keep it
+// would take as many instructions again as the split itself), so an infinite weight or h0 makes NaN in float32.
 inline __device__ uint32_t tf32_high(uint32_t x) { return (x + 0x1000u) & 0xffffe000u; }
 inline __device__ uint32_t tf32_low(uint32_t x, uint32_t high) {
   return __float_as_uint(__uint_as_float(x) - __uint_as_float(high)) + 0x1000u;  // mma cuts off the rest
@@ -209,14 +210,14 @@ __device__ void fetch_piece(char* to, const E* row, int64_t unit, int64_t H, boo
 // What a thread stored before it arrives is seen by all threads of the cluster that have waited.
 inline __device__ void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
 #else
   __trap();
 #endif
 }
 inline __device__ void cluster_wait() {
 #if __CUDA_ARCH__ >= 900
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 #else
   __trap();
 #endif

@@ -1,6 +1,6 @@
-// One persistent forward and backward pass in a program without PyTorch, so that it can be built in two ways: as it is, and
-// with -DBIRNN_WITHOUT_BARRIER, which drops the barrier between steps. tests/test_cuda_persistent.py checks that a race
-// detector passes the first and reports the second.
+// One persistent forward and backward pass in a program without PyTorch, so that it can be built in two ways: as it is,
+// and with -DBIRNN_WITHOUT_BARRIER, which drops the barrier between steps. tests/test_cuda_persistent.py checks that a
+// race detector passes the first and reports the second.
 #include <cstdio>
 #include <vector>
 
