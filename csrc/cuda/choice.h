@@ -67,8 +67,8 @@ inline double persistent_us(const Layer& layer, const Gpu& gpu, Exchange exchang
   return double(divide_up(ctas, gpu.multiprocessors)) * (ticks / model::kTicks + handing);
 }
 
-// The best way for an algorithm to run a layer.
-inline Choice best_of(Algorithm algorithm, const Layer& layer, const Gpu& gpu) {
+// The best way for an algorithm to run a layer. Clusters of more than 8 are at the device's discretion.
+inline Choice best_of(Algorithm algorithm, const Layer& layer, const Gpu& gpu, int largest_cluster = kMaxCluster) {
   Choice best{algorithm, 0, 0, false};
   if (algorithm == Algorithm::stepwise) {
     const double products = double(layer.D) * double(layer.B) * 4. * double(layer.H) * double(layer.H);
@@ -81,7 +81,7 @@ inline Choice best_of(Algorithm algorithm, const Layer& layer, const Gpu& gpu) {
   if (exchange == Exchange::cluster && gpu.capability < 90) return best;
   // A group's CTAs are resident together; in grid those of both directions, as it takes one of each to go on.
   const int most = exchange == Exchange::cta       ? 1
-                   : exchange == Exchange::cluster ? kMaxCluster
+                   : exchange == Exchange::cluster ? largest_cluster
                                                    : gpu.multiprocessors / int(layer.D);
   for (int ctas = 1; ctas <= most; ++ctas) {
     if (ctas_of(layer.H, ctas) != ctas) continue;

@@ -116,8 +116,8 @@ struct Run {
 };
 
 // Plans an algorithm; not possible where the GPU can't run it.
-Run plan_run(Algorithm algorithm, const Layer& layer, const Gpu& gpu) {
-  Run run{best_of(algorithm, layer, gpu)};
+Run plan_run(Algorithm algorithm, const Layer& layer, const Gpu& gpu, int largest_cluster = kMaxCluster) {
+  Run run{best_of(algorithm, layer, gpu, largest_cluster)};
   if (!run.choice.possible || algorithm == Algorithm::stepwise) return run;
   const int size = layer.dtype == DType::f32 ? 4 : 2;
   const Exchange exchange = exchange_of(algorithm);
@@ -126,6 +126,8 @@ Run plan_run(Algorithm algorithm, const Layer& layer, const Gpu& gpu) {
   run.forward_groups = resident_groups(layer.dtype, run.forward, layer.D, gpu.multiprocessors);
   run.backward_groups = resident_groups(layer.dtype, run.backward, layer.D, gpu.multiprocessors);
   run.choice.possible = run.forward_groups > 0 && run.backward_groups > 0;
+  if (!run.choice.possible && exchange == Exchange::cluster && run.choice.ctas > 8)
+    return plan_run(algorithm, layer, gpu, 8);
   return run;
 }
 
