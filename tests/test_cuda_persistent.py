@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import TOLERANCE, TutorialBiRNN, assert_near, error
+from helpers import TOLERANCE, assert_near, error
 
 import birnn_ext
 from birnn_ext import _C, reference

@@ -35,12 +35,13 @@ struct Layer {
 struct Choice {
   Algorithm algorithm;
   int ctas;       // P of a group; 0 for stepwise
-  double us;      // what the model below says of a forward step
+  double us;      // what the model below says of a step forward and one back
   bool possible;  // whether this algorithm can run this layer at all
 };
 
-// The model: microseconds of a forward step. It has been compared with no GPU; it only ranks the algorithms. Clock
-// ticks are taken as 1/1500 us, and tensor cores as an A100's (8 ticks of a scheduler for an mma of either kind).
+// The model: microseconds of a step forward and a step backward. It has been compared with no GPU; it only ranks the
+// algorithms. Clock ticks are taken as 1/1500 us, and tensor cores as an A100's (8 ticks of a scheduler for an mma of
+// either kind).
 namespace model {
 constexpr double kTicks = 1500;           // in a microsecond
 constexpr double kMma = 8;                // ticks of one of four schedulers
@@ -49,22 +50,37 @@ constexpr double kCells = 900;            // ticks: the cells of a tile, one war
 constexpr double kBarrier = 0.05;         // us: __syncthreads and what it keeps from overlapping
 constexpr double kCluster = 0.8;          // us: stores to distributed shared memory and the cluster's barrier
 constexpr double kGrid = 2.5;             // us: write, fence, count, poll and read back through the L2 cache
+constexpr double kHanded = 64 * kTicks;   // bytes in a us that a CTA sends and receives
 constexpr double kLaunches = 6;           // us: a GEMM and a cell kernel, one after the other
 constexpr double kGemm[2] = {60e6, 8e6};  // multiply-adds in a microsecond: 16 bits, float32
 }  // namespace model
 
-inline double persistent_us(const Layer& layer, const Gpu& gpu, Exchange exchange, const ForwardPlan& plan) {
-  const int size = layer.dtype == DType::f32 ? 4 : 2;
-  const double mma = double(plan.tiles) * 8 * plan.chunks * 2 * (size == 4 ? 3 : 1);
-  const double in_memory = std::max(0, plan.warp_chunks - kRegisterChunks) * 4096. * plan.warps();
-  const double h = 2. * plan.warps() * plan.warp_chunks * kRows * kChunk;
-  const double ticks =
-      std::max(mma * model::kMma / std::min(4, plan.warps()), (in_memory + h) / model::kBank) + model::kCells;
-  const double handing = exchange == Exchange::cta       ? model::kBarrier
-                         : exchange == Exchange::cluster ? model::kCluster
-                                                         : model::kGrid;
-  const int64_t ctas = layer.D * divide_up(layer.B, kRows) * plan.ctas;
-  return double(divide_up(ctas, gpu.multiprocessors)) * (ticks / model::kTicks + handing);
+// mma: instructions of the busiest warp; warps share four schedulers. memory: bytes read from shared memory in a step.
+inline double step_us(double mma, int warps, double memory, double handing) {
+  const double products = mma * double(divide_up(warps, 4)) * model::kMma;
+  return (std::max(products, memory / model::kBank) + model::kCells) / model::kTicks + handing;
+}
+
+// A step forward and a step backward.
+inline double persistent_us(const Layer& layer, const Gpu& gpu, const ForwardPlan& forward,
+                            const BackwardPlan& backward) {
+  const int terms = layer.dtype == DType::f32 ? 3 : 1;
+  const double latency = forward.exchange == Exchange::cta       ? model::kBarrier
+                         : forward.exchange == Exchange::cluster ? model::kCluster
+                                                                 : model::kGrid;
+  const double h = forward.chunks * double(kRows * kChunk);
+  const double weights = std::max(0, forward.warp_chunks - kRegisterChunks) * 4096. * forward.warps();
+  double us = step_us(forward.warp_chunks * 16. * terms, forward.warps(), 2 * forward.tiles * h + weights,
+                      latency + (forward.ctas > 1 ? h / model::kHanded : 0));
+
+  const double items = double(backward.warp_pairs) * backward.chunks;
+  const double more_weights = std::max(0., items - kRegisterItems) * 1024. * backward.warps;
+  const double parts = 1024. * (backward.pairs + double(backward.ctas) * backward.tiles);  // sent and received
+  us += step_us(items * 4. * terms, backward.warps, items * 1024. * backward.warps + more_weights,
+                latency + (backward.ctas > 1 ? parts / model::kHanded : 0));
+
+  const int64_t ctas = layer.D * divide_up(layer.B, kRows) * forward.ctas;
+  return double(divide_up(ctas, gpu.multiprocessors)) * us;
 }
 
 // The best way for an algorithm to run a layer. Clusters of more than 8 are at the device's discretion.
@@ -73,7 +89,7 @@ inline Choice best_of(Algorithm algorithm, const Layer& layer, const Gpu& gpu, i
   if (algorithm == Algorithm::stepwise) {
     const double products = double(layer.D) * double(layer.B) * 4. * double(layer.H) * double(layer.H);
     const double rate = model::kGemm[layer.dtype == DType::f32 || layer.dtype == DType::f64];
-    return {algorithm, 0, model::kLaunches + products / rate * 108 / gpu.multiprocessors, true};
+    return {algorithm, 0, 2 * (model::kLaunches + products / rate * 108 / gpu.multiprocessors), true};
   }
   const Exchange exchange = exchange_of(algorithm);
   const int size = layer.dtype == DType::f32 ? 4 : 2;
@@ -89,7 +105,7 @@ inline Choice best_of(Algorithm algorithm, const Layer& layer, const Gpu& gpu, i
     if (forward.warps() > kMaxWarps || forward.bytes > gpu.shared_memory) continue;
     const BackwardPlan backward = backward_plan(size, layer.H, exchange, ctas);
     if (backward.bytes > gpu.shared_memory) continue;
-    const double us = persistent_us(layer, gpu, exchange, forward);
+    const double us = persistent_us(layer, gpu, forward, backward);
     if (!best.possible || us < best.us) best = {algorithm, ctas, us, true};
   }
   return best;

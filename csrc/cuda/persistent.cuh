@@ -124,6 +124,11 @@ inline __device__ void copy_async(void* to, const void* from) {
 }
 inline __device__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
+// One access, where the compiler would sometimes make four of it.
+inline __device__ void store_global(void* to, uint4 v) {
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+
 // A plane is 16 rows (sequences) of 16 units of type E in shared memory. Its pieces are swizzled so that neither
 // accesses of whole pieces nor a lane's pairs of units meet in a bank.
 template <class E>

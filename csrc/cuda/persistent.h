@@ -14,7 +14,7 @@ struct PersistentForward : ForwardParams {
   bool wide;           // rows and addresses are multiples of 16 bytes
   bool exact;          // float32: three TF32 products for one of float32 accuracy; else one
   void* handed;        // grid: S [groups][2][16][chunks * 64 bytes], h on its way
-  unsigned* arrivals;  // grid: [groups], zeros
+  unsigned* arrivals;  // grid: [groups], zeros, kCounter bytes apart
 };
 
 struct PersistentBackward : BackwardParams {
@@ -23,7 +23,7 @@ struct PersistentBackward : BackwardParams {
   bool wide;
   bool exact;
   float* handed;       // grid: [groups][2][pairs][P][2][32][4], parts of sums on their way
-  unsigned* arrivals;  // grid: [groups], zeros
+  unsigned* arrivals;  // grid: [groups], zeros, kCounter bytes apart
 };
 
 // CTAs of the kernel that the current device can hold at once (grid), or clusters (cluster).

@@ -176,7 +176,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) backward_kernel(const __gri
             const uint4 v = {__float_as_uint(sums[n][0]), __float_as_uint(sums[n][1]), __float_as_uint(sums[n][2]),
                              __float_as_uint(sums[n][3])};
             if (plan.exchange == Exchange::grid)
-              *reinterpret_cast<uint4*>(handed(pair, rank()) + n * 128) = v;
+              store_global(handed(pair, rank()) + n * 128, v);
             else
               store_remote(received(rank(), tile) + n * 128, owner, v);
             sums[n][0] = sums[n][1] = sums[n][2] = sums[n][3] = 0;
@@ -202,7 +202,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) backward_kernel(const __gri
         if (plan.exchange == Exchange::cluster)
           cluster_arrive(), cluster_wait();
         else if (plan.exchange == Exchange::grid)
-          grid_barrier(p.arrivals + group(), unsigned(round) * plan.ctas);
+          grid_barrier(p.arrivals + group() * (kCounter / sizeof(unsigned)), unsigned(round) * plan.ctas);
       }
 
       // ---- 3. cells

@@ -245,8 +245,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) forward_kernel(const __grid
             for (int k = 0; k < plan.ctas; ++k) store_remote(at, (rank() + k) % plan.ctas, v);
           } else {
             const int64_t handed = (int64_t(group()) * 2 + (s & 1)) * kRows + row;
-            *reinterpret_cast<uint4*>(static_cast<char*>(p.handed) + handed * plan.chunks * kChunk + column * kPiece) =
-                v;
+            store_global(static_cast<char*>(p.handed) + handed * plan.chunks * kChunk + column * kPiece, v);
           }
         });
 #if defined(BIRNN_WITHOUT_BARRIER)  // to see that a test would notice
@@ -257,7 +256,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) forward_kernel(const __grid
       } else if (plan.exchange == Exchange::cluster) {
         cluster_arrive(), cluster_wait();
       } else {
-        grid_barrier(p.arrivals + group(), arrivals += plan.ctas);
+        grid_barrier(p.arrivals + group() * (kCounter / sizeof(unsigned)), arrivals += plan.ctas);
         const int pieces = int(divide_up(H, kUnits)) * kUnits / kPerPiece<S>;
         for (int i = threadIdx.x; i < kRows * pieces; i += blockDim.x) {
           const int row = i / pieces, piece = i % pieces;

@@ -27,7 +27,8 @@ constexpr int kUnits = 16;    // hidden units of a tile
 constexpr int kChunk = 64;    // bytes of a row that one step of the products' inner loop takes: two mma deep
 constexpr int kMaxWarps = 8;  // 256 threads of up to 255 registers: registers are the larger store
 constexpr int kMaxCluster = 16;
-constexpr int kPiece = 16;  // bytes of an access
+constexpr int kPiece = 16;     // bytes of an access
+constexpr int kCounter = 128;  // bytes that a group's counter has to itself, as its CTAs poll it
 
 // What of W_hh a warp keeps in registers; the rest is in shared memory. Of 255 registers a thread, chunks of the
 // forward pass take 32 each and items of the backward pass 8.

@@ -192,7 +192,7 @@ bool exact_float32() { return !at::globalContext().allowTF32CuBLAS(); }
 template <class Params>
 Tensor hand_over(Params& p, int64_t bytes_of_group, const at::TensorOptions& options, cudaStream_t stream) {
   if (p.plan.exchange != Exchange::grid) return {};
-  const int64_t counters = divide_up(p.groups * int64_t(sizeof(unsigned)), kPiece) * kPiece;
+  const int64_t counters = p.groups * int64_t(kCounter);
   Tensor memory = at::empty({counters + p.groups * bytes_of_group}, options.dtype(at::kByte));
   auto* base = static_cast<char*>(memory.mutable_data_ptr());
   C10_CUDA_CHECK(cudaMemsetAsync(base, 0, size_t(counters), stream));
