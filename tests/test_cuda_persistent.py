@@ -358,7 +358,7 @@ def test_classifier_trains(algorithm, dtype):
 def test_wrong_wishes_fail_loudly(monkeypatch):
     gates_x, w_hh = torch.randn(2, 2, 1, 8, device="cuda"), torch.randn(1, 8, 2, device="cuda")
     monkeypatch.setenv("BIRNN_CUDA_ALGO", "quick")
-    with pytest.raises(ValueError, match="BIRNN_CUDA_ALGO must name some of stepwise, persistent-cta.* got 'quick'"):
+    with pytest.raises(ValueError, match=r"BIRNN_CUDA_ALGO must name some of stepwise, persistent-cta.* got 'quick'"):
         forward_op(gates_x, w_hh, None, None, None, False)
     monkeypatch.setenv("BIRNN_CUDA_ALGO", "persistent-grid")
     with pytest.raises(RuntimeError, match="BIRNN_CUDA_ALGO=persistent-grid can't run this layer: hidden_size 2"):
