@@ -1,0 +1,68 @@
+"""`accelerate` makes a model's `torch.nn.LSTM` modules ours, whoever wrote the model; `restore` undoes it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from birnn_ext.modules import LSTM
+
+
+@dataclass
+class Acceleration:
+    """What `accelerate` did: names of modules, as in ``model.named_modules()``; "" is the model itself."""
+
+    replaced: list[str] = field(default_factory=list)
+    left: dict[str, str] = field(default_factory=dict)  # name: why
+
+    def __str__(self) -> str:
+        lines = [f"replaced {name or '(the model itself)'}" for name in self.replaced]
+        lines += [f"left {name or '(the model itself)'}: {why}" for name, why in self.left.items()]
+        return "\n".join(lines) or "found no nn.LSTM"
+
+
+def accelerate(model: nn.Module) -> Acceleration:
+    """Turns every `torch.nn.LSTM` in a model into a `birnn_ext.LSTM`, in place.
+
+    The modules stay the same objects, with the same Parameters, buffers, hooks and state_dict keys: only their class
+    changes. So modules that are shared or that other code refers to, optimizers and checkpoints are not disturbed.
+    Subclasses are left alone, as their own code may rely on what nn.LSTM does.
+
+    Args:
+        model: any module, which may itself be an nn.LSTM.
+
+    Returns:
+        Which modules were replaced, and which were left and why; printing it gives a line for each. A module that the
+        model holds under several names is named once.
+    """
+    report = Acceleration()
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.LSTM) or isinstance(module, LSTM):
+            continue
+        if type(module) is not nn.LSTM:
+            report.left[name] = f"its class {type(module).__name__} is a subclass of nn.LSTM"
+        elif module.proj_size != 0:
+            report.left[name] = f"proj_size = {module.proj_size} is not supported"
+        else:
+            module.__class__ = LSTM
+            module.recompute = False
+            module.accelerated = True
+            report.replaced.append(name)
+    return report
+
+
+def restore(model: nn.Module) -> list[str]:
+    """Turns what `accelerate` has turned back into `torch.nn.LSTM`, in place.
+
+    Returns:
+        The names of the modules that were turned back.
+    """
+    names = []
+    for name, module in model.named_modules():
+        if type(module) is LSTM and getattr(module, "accelerated", False):
+            module.__class__ = nn.LSTM
+            del module.recompute, module.accelerated
+            module.flatten_parameters()
+            names.append(name)
+    return names
