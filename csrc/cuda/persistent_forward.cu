@@ -62,7 +62,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) forward_kernel(const __grid
   const auto h_piece = [&](char* buffer, int row, int piece) {
     return buffer + row * plan.h_stride + (piece ^ (row & 2)) * kPiece;
   };
-  unsigned arrivals = 0;  // of the whole group, so far
+  int exchanges = 0;  // so far, over all turns
 
   for (int b0 = group() / int(p.D) * kRows; b0 < p.B; b0 += p.groups / int(p.D) * kRows) {
     const auto length = [&](int row) -> int {
@@ -244,7 +244,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) forward_kernel(const __grid
           } else if (plan.exchange == Exchange::cluster) {
             for (int k = 0; k < plan.ctas; ++k) store_remote(at, (rank() + k) % plan.ctas, v);
           } else {
-            const int64_t handed = (int64_t(group()) * 2 + (s & 1)) * kRows + row;
+            const int64_t handed = (int64_t(group()) * 2 + (exchanges & 1)) * kRows + row;
             store_global(static_cast<char*>(p.handed) + handed * plan.chunks * kChunk + column * kPiece, v);
           }
         });
@@ -256,15 +256,16 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) forward_kernel(const __grid
       } else if (plan.exchange == Exchange::cluster) {
         cluster_arrive(), cluster_wait();
       } else {
-        grid_barrier(p.arrivals + group() * (kCounter / sizeof(unsigned)), arrivals += plan.ctas);
+        grid_barrier(p.arrivals + group() * (kCounter / sizeof(unsigned)), unsigned(exchanges + 1) * plan.ctas);
         const int pieces = int(divide_up(H, kUnits)) * kUnits / kPerPiece<S>;
         for (int i = threadIdx.x; i < kRows * pieces; i += blockDim.x) {
           const int row = i / pieces, piece = i % pieces;
-          const int64_t handed = (int64_t(group()) * 2 + (s & 1)) * kRows + row;
+          const int64_t handed = (int64_t(group()) * 2 + (exchanges & 1)) * kRows + row;
           const auto* from = static_cast<const char*>(p.handed) + handed * plan.chunks * kChunk + piece * kPiece;
           // not from the L1 cache, which may hold what stood there before
           *reinterpret_cast<uint4*>(h_piece(h_buffer(0), row, piece)) = __ldcg(reinterpret_cast<const uint4*>(from));
         }
+        ++exchanges;
         __syncthreads();
       }
     }

@@ -29,8 +29,13 @@ struct LaunchConfig {
   }
 };
 
-inline cudaError_t allow(const void* kernel, Exchange exchange, int ctas, int bytes) {
-  cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+// Always as much as the device has, not as a plan needs: threads that launch the same kernel with other plans share the
+// attribute.
+inline cudaError_t allow(const void* kernel, Exchange exchange, int ctas) {
+  int device = 0, bytes = 0;
+  cudaError_t error = cudaGetDevice(&device);
+  if (error == cudaSuccess) error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+  if (error == cudaSuccess) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
   if (error == cudaSuccess && exchange == Exchange::cluster && ctas > 8)
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   return error;
@@ -39,7 +44,7 @@ inline cudaError_t allow(const void* kernel, Exchange exchange, int ctas, int by
 // CTAs that a multiprocessor can hold at once (cta, grid), or clusters that the device can (cluster).
 inline cudaError_t resident(const void* kernel, Exchange exchange, int ctas, int threads, int bytes, int* count) {
   *count = 0;
-  const cudaError_t error = allow(kernel, exchange, ctas, bytes);
+  const cudaError_t error = allow(kernel, exchange, ctas);
   if (error != cudaSuccess) return error;
   if (exchange == Exchange::cluster) {
     const LaunchConfig launch(exchange, ctas, 1, threads, bytes, nullptr);
@@ -50,7 +55,7 @@ inline cudaError_t resident(const void* kernel, Exchange exchange, int ctas, int
 
 inline cudaError_t launch(const void* kernel, Exchange exchange, int ctas, int groups, int threads, int bytes,
                           const void* params, cudaStream_t stream) {
-  const cudaError_t error = allow(kernel, exchange, ctas, bytes);
+  const cudaError_t error = allow(kernel, exchange, ctas);
   if (error != cudaSuccess) return error;
   const LaunchConfig launch(exchange, ctas, groups, threads, bytes, stream);
   void* args[] = {const_cast<void*>(params)};
