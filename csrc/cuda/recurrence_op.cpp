@@ -186,7 +186,16 @@ bool aligned(std::initializer_list<const void*> pointers, int64_t bytes_of_row) 
   return true;
 }
 
-bool exact_float32() { return !at::globalContext().allowTF32CuBLAS(); }
+// Whether float32 products are to be of float32's accuracy. PyTorch throws where its older and newer switches have both
+// been used and disagree: then accuracy goes first.
+bool exact_float32(DType dtype) {
+  if (dtype != DType::f32) return true;
+  try {
+    return !at::globalContext().allowTF32CuBLAS();
+  } catch (const c10::Error&) {
+    return true;
+  }
+}
 
 // What goes from CTA to CTA through global memory, with the groups' counters before it.
 template <class Params>
@@ -211,7 +220,7 @@ void run_forward(birnn::Forward& call, const Run& run, cudaStream_t stream) {
   PersistentForward p{call.params, run.forward};
   p.groups = groups_of(p, p.plan.exchange, run.forward_groups);
   p.wide = aligned({p.gates_x, p.w_hh[0], p.w_hh[1], p.h0, p.y, p.h_n, p.gates, p.cells}, p.H * size);
-  p.exact = exact_float32();
+  p.exact = exact_float32(call.dtype);
   const Tensor memory = hand_over(p, 2ll * kRows * p.plan.chunks * kChunk, call.y.options(), stream);
   C10_CUDA_CHECK(persistent_forward(call.dtype, p, stream));
 }
@@ -222,7 +231,7 @@ void run_backward(birnn::Backward& call, const Run& run, cudaStream_t stream) {
   p.groups = groups_of(p, p.plan.exchange, run.backward_groups);
   p.wide = aligned({p.gates, p.cells, p.dy, p.d_gates_x}, p.H * size) && p.dy_stride_t * size % kPiece == 0 &&
            p.dy_stride_b * size % kPiece == 0;
-  p.exact = exact_float32();
+  p.exact = exact_float32(call.dtype);
   const int64_t bytes = 2ll * p.plan.pairs * p.plan.ctas * kRows * kUnits * sizeof(float);
   const Tensor memory = hand_over(p, bytes, call.d_gates_x.options(), stream);
   C10_CUDA_CHECK(persistent_backward(call.dtype, p, stream));
