@@ -46,7 +46,8 @@ void cell_math(const std::string& name, uintptr_t x, uintptr_t y, int64_t n) {
 }
 
 // What would run a layer on a GPU: (algorithm, CTAs of a group, bytes of shared memory forward and backward, the
-// model's microseconds of a forward step). Of one algorithm if it is named; None if that can't run the layer.
+// model's microseconds of a step forward and one back). Of one algorithm if it is named; None if that can't run the
+// layer.
 py::object cuda_choice(const std::string& dtype, int64_t H, int64_t B, int64_t D, int multiprocessors,
                        int shared_memory, int capability, const std::string& algorithm) {
   using namespace birnn;

@@ -9,8 +9,9 @@
 
 namespace birnn::cuda {
 
-// ---- Products
-// -------------------------------------------------------------------------------------------------------- mma computes
+// --- products
+
+// mma computes
 // D (16 x 8) += A (16 x K) B (K x 8). A is h or dz: a row for each sequence. B is the weights: a column for each gate
 // of a unit. Both are read in pieces of 16 bytes along K: of each row of a chunk (64 bytes), lane 4 g + t holds piece
 // t. The order of k within a sum is free as long as A and B agree on it, so words 2j and 2j + 1 of a piece serve as the
@@ -110,8 +111,7 @@ __device__ void multiply(float (&sums)[N][4], const Operand<S>& a, const uint4 (
   }
 }
 
-// ---- Memory
-// ----------------------------------------------------------------------------------------------------------
+// --- memory
 
 template <class E>
 constexpr int kPerPiece = kPiece / int(sizeof(E));  // elements of a 16-byte piece
@@ -209,8 +209,7 @@ __device__ void fetch_piece(char* to, const E* row, int64_t unit, int64_t H, boo
   for (int e = 0; e < kPerPiece<E> && unit + e < H; ++e) reinterpret_cast<E*>(to)[e] = row[unit + e];
 }
 
-// ---- Groups
-// ----------------------------------------------------------------------------------------------------------
+// --- groups
 
 // What a thread stored before it arrives is seen by all threads of the cluster that have waited.
 inline __device__ void cluster_arrive() {

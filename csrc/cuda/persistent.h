@@ -10,7 +10,7 @@ namespace birnn::cuda {
 
 struct PersistentForward : ForwardParams {
   ForwardPlan plan;
-  int groups;          // resident at once, a multiple of D; they take the batch in turns
+  int groups;          // a multiple of D; in grid, where all are resident at once, they take the batch in turns
   bool wide;           // rows and addresses are multiples of 16 bytes
   bool exact;          // float32: three TF32 products for one of float32 accuracy; else one
   void* handed;        // grid: S [groups][2][16][chunks * 64 bytes], h on its way
@@ -26,7 +26,7 @@ struct PersistentBackward : BackwardParams {
   unsigned* arrivals;  // grid: [groups], zeros, kCounter bytes apart
 };
 
-// CTAs of the kernel that the current device can hold at once (grid), or clusters (cluster).
+// CTAs of the kernel that a multiprocessor can hold at once (cta, grid), or clusters that the device can (cluster).
 cudaError_t persistent_resident(DType dtype, const ForwardPlan& plan, int* count);
 cudaError_t persistent_resident(DType dtype, const BackwardPlan& plan, int* count);
 

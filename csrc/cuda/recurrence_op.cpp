@@ -186,8 +186,8 @@ bool aligned(std::initializer_list<const void*> pointers, int64_t bytes_of_row) 
   return true;
 }
 
-// Whether float32 products are to be of float32's accuracy. PyTorch throws where its older and newer switches have both
-// been used and disagree: then accuracy goes first.
+// Whether float32 products are to be of float32's accuracy. PyTorch throws where its newer switch says otherwise
+// than the older, which is asked here: then accuracy goes first.
 bool exact_float32(DType dtype) {
   if (dtype != DType::f32) return true;
   try {
