@@ -6,7 +6,8 @@ Before a row is timed, every contestant's output is compared with nn.LSTM's. The
 round, so that a drift of clocks and temperature hits all alike; a figure is the median of the rounds, in milliseconds
 of a call by CUDA events, with all that a user pays for: Python, launches, allocation. FlashRNN takes part where it is
 installed, in one direction and bfloat16, together with the projection that it leaves to PyTorch. An empty cell: this
-algorithm can't run the layer on this GPU.
+contestant can't run the layer here. Rows are printed as they come; what fails says so in its cell, and the exit status
+is 1.
 """
 
 from __future__ import annotations
@@ -69,10 +70,18 @@ class Row:
     mode: str
     shape: Shape
     figures: dict[str, list[float]] = field(default_factory=dict)
+    failures: dict[str, str] = field(default_factory=dict)  # by contestant, in a few words
     chosen: str = ""  # the algorithm that birnn_ext took by itself
 
-    def median(self, contestant: str) -> float:
-        return median(self.figures[contestant])
+    def cell(self, contestant: str) -> str:
+        if contestant in self.failures:
+            return self.failures[contestant]
+        return f"{median(self.figures[contestant]):.4g}" if contestant in self.figures else ""
+
+    def ratio(self) -> str:
+        """nn.LSTM's time over ours."""
+        ours, theirs = (median(self.figures.get(name, [0.0])) for name in (OURS, CUDNN))
+        return f"{theirs / ours:.2f}" if ours > 0 and theirs > 0 else ""
 
 
 @contextmanager
@@ -165,19 +174,27 @@ def algorithms_taken(work: Work) -> str:
     return " + ".join(name for name in ALGORITHMS if after[f"cuda_{name}"] > before[f"cuda_{name}"])
 
 
-def check(works: dict[str, Work], mode: str) -> None:
-    """Compares outputs with nn.LSTM's. Leaves out algorithms that can't run this layer here, and a peer that fails."""
+def in_a_few_words(failure: Exception) -> str:
+    return f"failed: {str(failure).strip().splitlines()[0][:60] if str(failure).strip() else type(failure).__name__}"
+
+
+def check(works: dict[str, Work], mode: str) -> dict[str, str]:
+    """Compares outputs with nn.LSTM's. Takes out those who can't take part; returns the failures among them."""
+    failures = {}
     expected = works[CUDNN]()
     for name, work in list(works.items()):
         try:
             found = error(work(), expected)
-            assert found <= TOLERANCE[mode], f"{name}, {mode}: the output is off by {found:.1e}"
+            if not found <= TOLERANCE[mode]:
+                failures[name] = f"WRONG: off by {found:.1e}"
         except Exception as failure:
-            if name == FLASH:
-                print(f"{FLASH} is left out: {failure}", file=sys.stderr)
-            elif name not in ALGORITHMS or "can't run this layer" not in str(failure):
-                raise
+            if name not in ALGORITHMS or "can't run this layer" not in str(failure):
+                failures[name] = in_a_few_words(failure)
             del works[name]
+            continue
+        if name in failures:
+            del works[name]
+    return failures
 
 
 def milliseconds(work: Work, number: int) -> float:
@@ -207,23 +224,27 @@ def measure(works: dict[str, Work], rounds: int) -> dict[str, list[float]]:
 
 def timed_row(name: str, work: Callable[..., Tensor], mode: str, shape: Shape, rounds: int) -> Row:
     torch.manual_seed(0)
+    row = Row(name, mode, shape)
     with precision(mode) as dtype:
         works = contestants(shape, dtype, work)
-        check(works, mode)
-        row = Row(name, mode, shape, chosen=algorithms_taken(works[OURS]))
+        row.failures = check(works, mode)
+        if OURS in works:
+            row.chosen = algorithms_taken(works[OURS])
         row.figures = measure(works, rounds)
     return row
 
 
-def table(rows: Sequence[Row]) -> str:
-    names = [CUDNN, OURS, *ALGORITHMS, *([FLASH] if any(FLASH in row.figures for row in rows) else [])]
-    lines = [["ms", "dtype", "B,T,I,H,layers,D", *names, "chosen", f"{CUDNN} / {OURS}"]]
-    for row in rows:
-        cells = [f"{row.median(name):.4g}" if name in row.figures else "" for name in names]
-        ours = row.median(OURS)
-        ratio = f"{row.median(CUDNN) / ours:.2f}" if ours > 0 else ""
-        lines.append([row.name, row.mode, ",".join(map(str, row.shape)), *cells, row.chosen, ratio])
-    return markdown(lines)
+def contestants_here() -> list[str]:
+    return [CUDNN, OURS, *ALGORITHMS, *([FLASH] if find_spec("flashrnn") else [])]
+
+
+def heading() -> list[str]:
+    return ["ms", "dtype", "B,T,I,H,layers,D", *contestants_here(), "chosen", f"{CUDNN} / {OURS}"]
+
+
+def line(row: Row) -> list[str]:
+    cells = [row.cell(name) for name in contestants_here()]
+    return [row.name, row.mode, ",".join(map(str, row.shape)), *cells, row.chosen, row.ratio()]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -235,21 +256,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not torch.cuda.is_available():
         sys.exit("cuda_speed: PyTorch finds no CUDA device here")
     rounds = 1 if args.quick else args.rounds
-    rows = []
-    for shape in [TINY] if args.quick else SHAPES:
-        for mode in TOLERANCE:
-            for name, work in ("forward", forward), ("forward + backward", forward_backward):
-                if args.only not in f"{name} {mode} {','.join(map(str, shape))}":
-                    continue
-                rows.append(timed_row(name, work, mode, shape, rounds))
-                print(f"{name}, {mode}, {','.join(map(str, shape))}: done", file=sys.stderr, flush=True)
     cudnn = torch.backends.cudnn.version()
     info = birnn_ext.build_info()
     print(
         f"{torch.cuda.get_device_name()}; torch {torch.__version__}, CUDA {torch.version.cuda}, cuDNN {cudnn}, "
         f"birnn_ext {birnn_ext.__version__} for {info['cuda_architectures']}; medians of {rounds} rounds\n\n"
-        f"{table(rows)}"
+        f"{markdown([heading()])}",
+        flush=True,
     )
+    failed = False
+    for shape in [TINY] if args.quick else SHAPES:
+        for mode in TOLERANCE:
+            for name, work in ("forward", forward), ("forward + backward", forward_backward):
+                if args.only not in f"{name} {mode} {','.join(map(str, shape))}":
+                    continue
+                try:
+                    row = timed_row(name, work, mode, shape, rounds)
+                except Exception as failure:  # such as too little memory: the rows after it may do
+                    row = Row(name, mode, shape, failures=dict.fromkeys([CUDNN], in_a_few_words(failure)))
+                failed = failed or bool(row.failures)
+                print(f"| {' | '.join(line(row))} |", flush=True)
+    if failed:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

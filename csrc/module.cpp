@@ -4,6 +4,10 @@
 #include <pybind11/stl.h>
 #include <torch/version.h>
 
+#include <map>
+#include <string>
+#include <vector>
+
 #include "cpu/isa.h"
 #include "op_common.h"
 
@@ -45,30 +49,35 @@ void cell_math(const std::string& name, uintptr_t x, uintptr_t y, int64_t n) {
   function(reinterpret_cast<const float*>(x), reinterpret_cast<float*>(y), n);
 }
 
-// What would run a layer on a GPU: (algorithm, CTAs of a group, bytes of shared memory forward and backward, the
-// model's microseconds of a step forward and one back). Of one algorithm if it is named; None if that can't run the
-// layer.
+// What would run a layer on a GPU, as a dictionary; of one algorithm if it is named, and None if that can't run it.
+// forward and backward are bytes of shared memory; reads, bytes that a block reads from it in a step; us and exchange
+// microseconds by the model, of a step forward and one back, and of an exchange.
 py::object cuda_choice(const std::string& dtype, int64_t H, int64_t B, int64_t D, int multiprocessors,
                        int shared_memory, int capability, const std::string& algorithm) {
   using namespace birnn;
-  const cuda::Layer layer{dtype == "float64"   ? DType::f64
-                          : dtype == "float32" ? DType::f32
-                          : dtype == "float16" ? DType::f16
-                                               : DType::bf16,
-                          B, D, H};
-  const cuda::Gpu gpu{multiprocessors, shared_memory, capability};
-  cuda::Choice choice = cuda::choose(layer, gpu);
-  for (int k = 0; k < cuda::kAlgorithms; ++k)
-    if (algorithm == cuda::kAlgorithmNames[k]) choice = cuda::best_of(cuda::Algorithm(k), layer, gpu);
+  static const std::map<std::string, DType> dtypes = {
+      {"float64", DType::f64}, {"float32", DType::f32}, {"float16", DType::f16}, {"bfloat16", DType::bf16}};
+  const auto type = dtypes.find(dtype);
+  if (type == dtypes.end()) throw py::value_error("dtype must be float64, float32, float16 or bfloat16, got " + dtype);
+  if (H < 1 || B < 1 || D < 1 || D > 2 || multiprocessors < 1)
+    throw py::value_error("H, B and multiprocessors must be positive, and D 1 or 2");
+  const auto wished = cuda::algorithm_named(algorithm);
+  if (!wished && !algorithm.empty()) throw py::value_error("unknown algorithm " + algorithm);
+
+  const cuda::Choice choice =
+      cuda::choose({type->second, 1, B, D, H}, {multiprocessors, shared_memory, capability},
+                   wished ? std::vector{*wished} : cuda::all_algorithms());
   if (!choice.possible) return py::none();
-  int forward = 0, backward = 0;
+  using namespace py::literals;
+  py::dict result("algorithm"_a = cuda::kAlgorithmNames[int(choice.algorithm)], "us"_a = choice.us);
   if (choice.algorithm != cuda::Algorithm::stepwise) {
-    const int size = layer.dtype == DType::f32 ? 4 : 2;
-    const auto exchange = cuda::exchange_of(choice.algorithm);
-    forward = cuda::forward_plan(size, H, exchange, choice.ctas, shared_memory).bytes;
-    backward = cuda::backward_plan(size, H, exchange, choice.ctas).bytes;
+    result["ctas"] = choice.forward.ctas;
+    result["forward"] = choice.forward.bytes;
+    result["backward"] = choice.backward.bytes;
+    result["reads"] = py::make_tuple(cuda::memory_of(choice.forward), cuda::memory_of(choice.backward));
+    result["exchange"] = cuda::latency_of(choice.forward.exchange);
   }
-  return py::make_tuple(cuda::kAlgorithmNames[int(choice.algorithm)], choice.ctas, forward, backward, choice.us);
+  return result;
 }
 
 }  // namespace

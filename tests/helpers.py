@@ -25,6 +25,10 @@ def error(actual: Tensor, expected: Tensor) -> float:
     return float((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
 
 
+def as_double(args: Iterable[object]) -> list:
+    return [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
+
+
 def assert_near(actual: Tensor, expected: Tensor, what: str = "", dtype: torch.dtype | None = None) -> None:
     tolerance = TOLERANCE[dtype or expected.dtype]
     found = error(actual, expected)

@@ -13,11 +13,12 @@ import re
 import shutil
 import subprocess
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import TOLERANCE, assert_near, error
+from helpers import TOLERANCE, as_double, assert_near, error
 
 import birnn_ext
 from birnn_ext import _C, reference
@@ -44,7 +45,7 @@ GPUS = {
 
 
 def choice(gpu: str, dtype: str, hidden: int, batch: int = 16, directions: int = 2, algorithm: str = ""):
-    """(algorithm, CTAs, bytes forward, bytes backward, model's microseconds) or None."""
+    """What would run the layer there, as the extension describes it, or None."""
     return _C.cuda_choice(dtype, hidden, batch, directions, *GPUS[gpu], algorithm)
 
 
@@ -60,11 +61,12 @@ def test_choice_fits_the_gpu(gpu, dtype):
             if found is None:
                 assert algorithm in PERSISTENT
                 continue
-            name, ctas, forward, backward, _ = found
+            name = found["algorithm"]
             assert name == algorithm or not algorithm
-            assert max(forward, backward) <= shared_memory
             if name == "stepwise":
                 continue
+            ctas = found["ctas"]
+            assert max(found["forward"], found["backward"]) <= shared_memory
             assert dtype != "float64" and capability >= 80
             if name == "persistent-cta":
                 assert ctas == 1
@@ -94,7 +96,7 @@ def test_capacity(gpu, algorithm, dtype, hidden):
 
 def test_choice_by_kind_of_gpu():
     def names(gpu: str, dtype: str, *hidden: int) -> list[str]:
-        return [choice(gpu, dtype, h)[0] for h in hidden]
+        return [choice(gpu, dtype, h)["algorithm"] for h in hidden]
 
     assert names("T4", "float16", 64, 256) == ["stepwise", "stepwise"]
     assert names("A100", "float64", 64) == ["stepwise"]
@@ -104,6 +106,29 @@ def test_choice_by_kind_of_gpu():
     assert names("A100", "float32", 64, 640, 2048) == ["persistent-cta", "persistent-grid", "stepwise"]
     assert names("H100", "bfloat16", 256, 768, 1024) == ["persistent-cluster", "persistent-cluster", "persistent-grid"]
     assert names("B200", "bfloat16", 768) == ["persistent-cluster"]
+
+
+def test_choice_depends_on_the_batch_by_groups_only():
+    """It is kept for the next batch of as many groups of 16 sequences, so it must be theirs, too."""
+    for algorithm in ALGORITHMS:
+        for batch in (1, 49):
+            first, *others = (choice("H100", "bfloat16", 128, b, algorithm=algorithm) for b in range(batch, batch + 16))
+            assert first is not None and all(other == first for other in others)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("bfloat16", 0, 1, 2), "H, B and multiprocessors must be positive"),
+        (("bfloat16", 8, 1, 3), "D 1 or 2"),
+        (("int8", 8, 1, 2), "dtype must be float64, float32, float16 or bfloat16, got int8"),
+        (("bfloat16", 8, 1, 2, "quick"), "unknown algorithm quick"),
+    ],
+)
+def test_choice_of_nonsense(arguments, message):
+    numbers, algorithm = arguments[:4], "".join(arguments[4:])
+    with pytest.raises(ValueError, match=message):
+        _C.cuda_choice(*numbers, *GPUS["A100"], algorithm)
 
 
 # ---- the kernels -----------------------------------------------------------------------------------------------------
@@ -148,10 +173,6 @@ def random_case(rng: random.Random, dtype: torch.dtype, most: int, steps: int = 
     lengths = torch.tensor([rng.randint(0, steps) for _ in range(batch)], device="cuda") if rng.random() < 0.5 else None
     w_hh = tensor(directions, 4 * hidden, hidden) / hidden**0.5
     return tensor(steps, batch, directions, 4 * hidden), w_hh, h0, c0, lengths
-
-
-def as_double(args):
-    return [a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
 
 
 def run_both(algorithm: str, args, incoming: int):
@@ -293,18 +314,54 @@ def test_misaligned_and_strided_arguments(algorithm):
         assert all(torch.equal(a, b) for a, b in zip(grads, moved, strict=True))
 
 
+def legacy_switch() -> None:
+    torch.backends.cuda.matmul.allow_tf32 = True
+
+
+def matmul_precision() -> None:
+    torch.set_float32_matmul_precision("high")
+
+
+def newer_switch() -> None:
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+
+
+def newer_switch_for_all() -> None:
+    torch.backends.fp32_precision = "tf32"
+
+
+def newer_switch_for_all_but_products() -> None:
+    torch.backends.fp32_precision = "tf32"
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+
+
+@pytest.fixture
+def precision_of_torch() -> Iterator[None]:
+    saved = torch.backends.fp32_precision, torch.backends.cuda.matmul.fp32_precision
+    yield
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.fp32_precision, torch.backends.cuda.matmul.fp32_precision = saved
+
+
 @pytest.mark.cuda
-def test_tf32_only_where_pytorch_allows_it(algorithm):
+@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="this torch has no fp32_precision")
+@pytest.mark.parametrize(
+    ("switch", "exact"),
+    [
+        (lambda: None, True),
+        (legacy_switch, False),
+        (matmul_precision, False),
+        (newer_switch, False),
+        (newer_switch_for_all, False),
+        (newer_switch_for_all_but_products, True),
+    ],
+)
+def test_tf32_only_where_pytorch_allows_it(algorithm, switch, exact, precision_of_torch):
     args = (torch.randn(2, 16, 1, 4 * 64, device="cuda"), torch.randn(1, 256, 64, device="cuda") / 8)
     args = (*args, torch.randn(1, 16, 64, device="cuda"), None, None)
-    exact = errors(algorithm, args, 0)
-    torch.backends.cuda.matmul.allow_tf32 = True
-    try:
-        plain = errors(algorithm, args, 0)
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = False
-    assert max(exact) < 1e-5
-    assert 2e-5 < max(plain) < 5e-3
+    switch()
+    found = max(errors(algorithm, args, 0))
+    assert found < 1e-5 if exact else 2e-5 < found < 5e-3
 
 
 @pytest.mark.cuda
@@ -322,6 +379,89 @@ def test_infinite_and_undefined_weights(algorithm, dtype):
             assert a.isnan().double().mean() < 0.3
         tolerance = 10 * TOLERANCE[dtype]
         torch.testing.assert_close(a.double(), e, equal_nan=True, rtol=tolerance, atol=tolerance, check_dtype=False)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_infinite_states(algorithm, dtype):
+    """Hidden units beyond H (20 is no multiple of 16) have weights of 0, and infinity times 0 must not reach others."""
+    gates_x, w_hh, h0 = (torch.randn(s).to("cuda", dtype) for s in ((3, 3, 1, 80), (1, 80, 20), (1, 3, 20)))
+    h0[0, 1, 4] = float("inf")
+    args = (gates_x, w_hh, h0, None, None)
+    with forced(algorithm):
+        results = forward_op(*args, True)
+    for a, e in zip(results, reference.lstm_recurrence(*as_double(args), True), strict=True):
+        assert e.isfinite().all()
+        torch.testing.assert_close(a.double(), e, rtol=0.1, atol=0.1, check_dtype=False)
+
+    dy = torch.zeros(3, 3, 1, 20, dtype=dtype, device="cuda")
+    dy[2, 1, 0, 4] = float("inf")
+    backward_args = (w_hh, None, None, *results[3:], dy, None, None, True)
+    with forced(algorithm):
+        grads = backward_op(*backward_args)
+    for a, e in zip(grads, reference.lstm_recurrence_backward(*as_double(backward_args)), strict=True):
+        sequences = [0, 2]  # the others do not see it
+        dim = 1
+        a, e = (t.index_select(dim, torch.tensor(sequences, device="cuda")) for t in (a.double(), e.double()))
+        assert a.isfinite().all()
+        torch.testing.assert_close(a, e, rtol=0.1, atol=0.1)
+    assert not grads[0][0, 1].isfinite().any(), "an infinite gradient must be seen by a GradScaler"
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, 0xFFFFFFFF, 0x7FC00000], ids=hex)
+@pytest.mark.parametrize("where", ["gates_x", "w_hh", "h0", "c0"])
+def test_a_nan_stays_one_whatever_its_bits(algorithm, where, bits):
+    """GPUs make 0x7fffffff, to which rounding to TF32 by an integer addition would give a sign and nothing else."""
+    nan = torch.tensor([bits - (1 << 32) if bits >> 31 else bits], dtype=torch.int32).view(torch.float32).cuda()
+    shapes = {"gates_x": (3, 3, 1, 80), "w_hh": (1, 80, 20), "h0": (1, 3, 20), "c0": (1, 3, 20)}
+    args = {name: torch.randn(shape, device="cuda") for name, shape in shapes.items()}
+    results = forward_op(*args.values(), None, True)
+    args[where].view(-1)[33] = nan
+    call = (*args.values(), None)
+    with forced(algorithm):
+        undefined = forward_op(*call, True)
+    for a, e in zip(undefined, reference.lstm_recurrence(*as_double(call), True), strict=True):
+        assert e.isnan().any() and torch.equal(a.isnan(), e.isnan())
+
+    dy = torch.randn(3, 3, 1, 20, device="cuda")
+    dy[2, 1, 0, 4] = nan
+    backward_args = (args["w_hh"], args["c0"], None, *results[3:], dy, None, None, True)
+    with forced(algorithm):
+        grads = backward_op(*backward_args)
+    for a, e in zip(grads, reference.lstm_recurrence_backward(*as_double(backward_args)), strict=True):
+        assert e.isnan().any() and torch.equal(a.isnan(), e.isnan())
+
+
+@pytest.mark.cuda
+def test_threads_with_layers_of_their_own(algorithm):
+    """Plans of other sizes in other threads share the kernel's attributes."""
+    cases = [random_case(random.Random(20 + k), torch.float32, 30 * k + 8, steps=3, batch=20) for k in range(4)]
+    expected = [run_both(algorithm, args, 0) for args in cases]
+
+    def run(k: int):
+        results = forward_op(*cases[k], True)
+        return *results, *backward_op(*expected[k][1])
+
+    with forced(algorithm), ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(run, [*range(4), *range(4)]))
+    for k, tensors in enumerate(found):
+        results, _, grads = expected[k % 4]
+        assert all(torch.equal(a, e) for a, e in zip(tensors, (*results, *grads), strict=True))
+
+
+@pytest.mark.cuda
+def test_runs_on_the_current_stream(algorithm):
+    args = random_case(random.Random(12), torch.float32, 60, steps=4, batch=20)
+    results, backward_args, grads = run_both(algorithm, args, 0)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream), forced(algorithm):
+        found = *forward_op(*args, True), *backward_op(*backward_args)
+        done = torch.cuda.Event()
+        done.record()
+    done.synchronize()
+    assert all(torch.equal(a, e) for a, e in zip(found, (*results, *grads), strict=True))
 
 
 @pytest.mark.cuda
@@ -380,7 +520,9 @@ def test_wrong_wishes_fail_loudly(monkeypatch):
         forward_op(
             torch.zeros(2, 2, 1, 800, device="cuda"), torch.zeros(1, 800, 200, device="cuda"), None, None, None, False
         )
-    monkeypatch.setenv("BIRNN_CUDA_ALGO", "persistent-cta,stepwise")
+    with pytest.raises(RuntimeError, match="BIRNN_CUDA_ALGO=persistent-cta,stepwise falls back to it"):
+        forward_op(gates_x.double(), w_hh.double(), None, None, None, False)
+    monkeypatch.setenv("BIRNN_CUDA_ALGO", "persistent-cta, stepwise")
     before = birnn_ext.op_calls()["cuda_stepwise"]
     forward_op(gates_x.double(), w_hh.double(), None, None, None, False)
     assert birnn_ext.op_calls()["cuda_stepwise"] == before + 1
@@ -391,11 +533,12 @@ def test_wrong_wishes_fail_loudly(monkeypatch):
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not os.environ.get("CUDA_EMULATOR"), reason="needs a race detector: CUDA_EMULATOR names none")
-@pytest.mark.skipif(birnn_ext.build_info()["cuda"] is None, reason="birnn_ext is built without CUDA")
-def test_a_missing_barrier_would_be_seen(tmp_path):
-    """The kernels in a program of their own: as they are, and without the barrier between steps."""
+emulated_only = pytest.mark.skipif(not os.environ.get("CUDA_EMULATOR"), reason="CUDA_EMULATOR names no emulator")
+built_for_cuda = pytest.mark.skipif(birnn_ext.build_info()["cuda"] is None, reason="birnn_ext is built without CUDA")
+
+
+def native(folder: Path, ptx: int, *flags: str) -> Path:
+    """The kernels in a program of their own, of PTX for one compute capability."""
     nvcc = shutil.which("nvcc")
     assert nvcc, "CUDA_EMULATOR is set, but there is no nvcc on the PATH"
     sources = [
@@ -403,31 +546,56 @@ def test_a_missing_barrier_would_be_seen(tmp_path):
         ROOT / "csrc/cuda/persistent_forward.cu",
         ROOT / "csrc/cuda/persistent_backward.cu",
     ]
-    for flags in ([], ["-DBIRNN_WITHOUT_BARRIER"]):
-        program = tmp_path / f"program{len(flags)}"
-        options = ["-std=c++17", "-O3", "-cudart", "shared", f"-I{ROOT / 'csrc'}"]
-        target = ["-gencode", "arch=compute_80,code=compute_80"]
-        subprocess.run([nvcc, *options, *target, *flags, *sources, "-o", program], check=True)
-        for seed in range(1, 4):
-            done = subprocess.run(
-                [
-                    os.environ["CUDA_EMULATOR"],
-                    "--cc",
-                    "80",
-                    "--seed",
-                    str(seed),
-                    "--check",
-                    "race,uninit",
-                    "--",
-                    program,
-                ],
-                capture_output=True,
-                text=True,
-            )
-            if flags:
-                assert done.returncode != 0 and "race" in done.stderr, done.stdout + done.stderr
-            else:
-                assert done.returncode == 0, done.stdout + done.stderr
+    program = folder / "program"
+    target = ["-gencode", f"arch=compute_{ptx},code=compute_{ptx}"]
+    options = ["-std=c++17", "-O3", "-cudart", "shared", f"-I{ROOT / 'csrc'}"]
+    subprocess.run([nvcc, *options, *target, *flags, *sources, "-o", program], check=True)
+    return program
+
+
+def emulated(capability: int, seed: int, *command: str | Path) -> subprocess.CompletedProcess[str]:
+    options = ["--cc", str(capability), "--seed", str(seed), "--check", "race,uninit"]
+    return subprocess.run([os.environ["CUDA_EMULATOR"], *options, "--", *command], capture_output=True, text=True)
+
+
+@pytest.mark.slow
+@emulated_only
+@built_for_cuda
+def test_a_missing_barrier_would_be_seen(tmp_path):
+    """The kernels as they are, and without the barrier between steps."""
+    right = native(tmp_path, 80).rename(tmp_path / "right")
+    wrong = native(tmp_path, 80, "-DBIRNN_WITHOUT_BARRIER")
+    for seed in range(1, 4):
+        done = emulated(80, seed, right, "steps")
+        assert done.returncode == 0, done.stdout + done.stderr
+        done = emulated(80, seed, wrong, "steps")
+        assert done.returncode != 0 and "race" in done.stderr, done.stdout + done.stderr
+
+
+@pytest.mark.slow
+@emulated_only
+@built_for_cuda
+def test_turns_give_the_same_as_all_groups_at_once(tmp_path):
+    """Where not all of grid's groups are resident, they take the batch in turns, with the same slots to hand h over."""
+    program = native(tmp_path, 80)
+    for seed in range(1, 4):
+        done = emulated(80, seed, program, "turns")
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.stdout.count("the same") == 24  # T 1 to 4, three dtypes, two ways to make turns
+
+
+@pytest.mark.slow
+@emulated_only
+@built_for_cuda
+@pytest.mark.parametrize(("ptx", "capability", "cta", "cluster"), [
+    (75, 80, False, False), (80, 80, True, False), (80, 90, True, False), (90, 90, True, True),
+])  # fmt: skip
+def test_kernels_built_for_less_are_not_run(tmp_path, ptx, capability, cta, cluster):
+    """A GPU runs PTX for an older one, too; but there the kernels lack what they need."""
+    done = emulated(capability, 1, native(tmp_path, ptx), "resident")
+    assert done.returncode == 0, done.stdout + done.stderr
+    counts = dict(line.split() for line in done.stdout.splitlines())
+    assert (int(counts["cta"]) > 0, int(counts["cluster"]) > 0) == (cta, cluster)
 
 
 def cuobjdump(*options: str) -> str:
@@ -439,7 +607,7 @@ def cuobjdump(*options: str) -> str:
     return subprocess.run([tool, *options, _C.__file__], check=True, capture_output=True, text=True).stdout
 
 
-@pytest.mark.skipif(birnn_ext.build_info()["cuda"] is None, reason="birnn_ext is built without CUDA")
+@built_for_cuda
 def test_one_block_always_fits_a_multiprocessor():
     """Co-residency counts on one block per multiprocessor: what the compiler allotted proves that it fits, unspilled."""
     usage = re.findall(
@@ -455,7 +623,7 @@ def test_one_block_always_fits_a_multiprocessor():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(birnn_ext.build_info()["cuda"] is None, reason="birnn_ext is built without CUDA")
+@built_for_cuda
 def test_products_run_on_tensor_cores():
     checked = 0
     for binary in re.split(r"arch = sm_", cuobjdump("-sass"))[1:]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import all_near, assert_near
+from helpers import all_near, as_double, assert_near
 
 import birnn_ext
 from birnn_ext import reference
@@ -36,10 +36,6 @@ def random_case(rng: random.Random, dtype: torch.dtype, device: str):
     lengths = torch.tensor([rng.randint(0, steps) for _ in range(batch)], device=device) if rng.random() < 0.5 else None
     w_hh = tensor(directions, 4 * hidden, hidden) / hidden**0.5
     return tensor(steps, batch, directions, 4 * hidden), w_hh, h0, c0, lengths
-
-
-def as_double(args):
-    return [a.double() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
 
 
 @pytest.mark.parametrize("case", range(24))

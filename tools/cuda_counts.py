@@ -7,6 +7,7 @@ after them belong to. EMULATOR stands for the command that runs a program so, co
 
     EMULATOR python tools/cuda_counts.py --stats counts.jsonl --dtype bfloat16 --T 64 --H 768
     python tools/cuda_counts.py --table counts.jsonl
+    python tools/cuda_counts.py --model counts.jsonl
 
 Each pass runs twice, over T steps and over half as many. What the second half adds is that of the time loop alone.
 
@@ -22,7 +23,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 SECTOR = 32  # bytes: global memory is counted in sectors
@@ -51,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
     case = {
         **{name: getattr(args, name) for name in ("dtype", "algorithm", "T", "B", "D", "H")},
         "capability": f"{gpu.major}.{gpu.minor}",
-        "ctas": choice[1],
+        **{name: choice[name] for name in ("ctas", "reads", "exchange")},
     }
     options = {"device": "cuda", "dtype": getattr(torch, args.dtype)}
     w_hh = torch.randn(args.D, 4 * args.H, args.H).div(args.H**0.5).to(**options)
@@ -135,10 +136,10 @@ def polls(case: dict, direction: str, launches: Sequence[dict]) -> int:
 class Count:
     """What a pass did: bytes of global memory, instructions, mma among them, extra turns at shared memory's banks."""
 
-    moved: int
-    instructions: int
-    mma: int
-    conflicts: int
+    moved: float
+    instructions: float
+    mma: float
+    conflicts: float
 
     @classmethod
     def of(cls, case: dict, direction: str, launches: Sequence[dict]) -> Count:
@@ -168,15 +169,22 @@ COLUMNS = [
 ]
 
 
-def table(path: Path) -> str:
-    lines = [[name for name, _ in COLUMNS], [rule for _, rule in COLUMNS]]
+def whole_passes(path: Path) -> Iterator[tuple[dict, str, list[dict], Count, Count]]:
+    """(case, direction, launches, their count, the count of one step of the time loop) of each pass of all steps."""
     half: dict[str, Count] = {}  # by direction
     for case, direction, steps, launches in passes(path):
         count = Count.of(case, direction, launches)
         if steps < case["T"]:
             half[direction] = count
             continue
-        before, added = half[direction], steps - steps // 2
+        added = steps - steps // 2
+        step = Count(*((a - b) / added for a, b in zip(astuple(count), astuple(half[direction]), strict=True)))
+        yield case, direction, launches, count, step
+
+
+def table(path: Path) -> str:
+    lines = [[name for name, _ in COLUMNS], [rule for _, rule in COLUMNS]]
+    for case, direction, launches, count, step in whole_passes(path):
         least, handed = least_bytes(case, direction), handed_bytes(case, direction)
         lines.append(
             [
@@ -189,12 +197,61 @@ def table(path: Path) -> str:
                 f"{count.moved / least:.2f}",
                 f"{handed / 1e6:.2f}" if handed else "",
                 str(sum(launch["blocks"] * launch["threads"] // 32 for launch in launches)),
-                f"{(count.instructions - before.instructions) / added:.0f}",
-                f"{(count.mma - before.mma) / added:.0f}",
-                str(count.conflicts),
-                f"{(count.conflicts - before.conflicts) / added:g}",
+                f"{step.instructions:.0f}",
+                f"{step.mma:.0f}",
+                f"{count.conflicts:.0f}",
+                f"{step.conflicts:g}",
             ]
         )
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+# --- a model of a step's time -----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Gpu:
+    name: str
+    clock: float  # ticks in a microsecond
+    mma: float  # ticks of a scheduler for one, from the dense peak in 16 bits
+
+
+GPUS = {8: Gpu("A100", 1410, 8), 9: Gpu("H100", 1755, 4)}  # by the major number of the compute capability
+CELLS = 900  # ticks: a warp's cells, a guess
+BANKS = 128  # bytes a tick from shared memory
+SCHEDULERS = 4
+
+
+def model(path: Path) -> str:
+    """Ticks of the busiest of a multiprocessor's schedulers, or of its shared memory, from what was counted."""
+    lines = [
+        [
+            "GPU, algorithm, dtype, H",
+            "pass",
+            "tensor cores",
+            "shared memory",
+            "instructions",
+            "at least, us",
+            "at most, us",
+        ],
+        ["---", "---", *["---:"] * 5],
+    ]
+    lines[0] += ["tensor cores", "shared memory", "instructions", "at least, us", "at most, us"]
+    for case, direction, launches, _, step in whole_passes(path):
+        gpu = GPUS[int(case["capability"].split(".")[0])]
+        schedulers = sum(launch["blocks"] for launch in launches) * SCHEDULERS
+        products = step.mma / schedulers * gpu.mma
+        memory = case["reads"][0 if direction == "forward" else 1] / BANKS
+        instructions = step.instructions / schedulers
+        least, most = (
+            (ticks + CELLS) / gpu.clock + case["exchange"]
+            for ticks in (max(products, memory), max(products, memory, instructions))
+        )
+        what = (
+            f"{gpu.name} {case['algorithm'].removeprefix('persistent-')} ({case['ctas']}), {case['dtype']} {case['H']}"
+        )
+        figures = [f"{ticks:.0f}" for ticks in (products, memory, instructions)]
+        lines.append([what, direction, *figures, f"{least:.1f}", f"{most:.1f}"])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -203,6 +260,7 @@ def main() -> None:
     action = parser.add_mutually_exclusive_group(required=True)
     action.add_argument("--stats", type=Path, metavar="FILE", help="run a layer; the device counts to this file")
     action.add_argument("--table", type=Path, metavar="FILE", help="print the table of all layers in this file")
+    action.add_argument("--model", type=Path, metavar="FILE", help="print what a step of them would take, by a model")
     parser.add_argument("--algorithm", choices=PERSISTENT, default="persistent-cta")
     parser.add_argument("--dtype", choices=SIZES, default="float32")
     parser.add_argument("--T", type=int, default=28, help="steps, an even number")
@@ -214,6 +272,8 @@ def main() -> None:
         parser.error("--T must be even, and 4 at least")
     if args.table:
         print(table(args.table))
+    elif args.model:
+        print(model(args.model))
     else:
         run(args)
 

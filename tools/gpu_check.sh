@@ -65,7 +65,7 @@ if ! torch_sees_a_gpu; then
   exit 1
 fi
 
-# ---- tests: each algorithm wherever it can run, and stepwise elsewhere; test_cuda_persistent.py does that by itself
+# ---- tests: of each algorithm and stepwise the better one, as the model says; test_cuda_persistent.py forces each
 tests=(tests/test_*.py --ignore tests/test_cuda_persistent.py)
 if [ "$quick" = 1 ]; then
   tests=(tests/test_recurrence.py)
@@ -123,6 +123,6 @@ echo "|---|---|---:|"
 printf '%s\n' "${results[@]}"
 if [ -s "$logs/benchmark.log" ]; then
   echo
-  grep -v ': done$' "$logs/benchmark.log" || true
+  cat "$logs/benchmark.log"
 fi
 exit "$failed"

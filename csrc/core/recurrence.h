@@ -10,11 +10,18 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 namespace birnn {
 
 // f32_high: float32 of which products keep 16 bits, PyTorch's matmul precision "high" (CPU with AMX).
 enum class DType : int { f64, f32, f16, bf16, f32_high };
+
+// Bytes of an element.
+constexpr int size_of(DType type) { return type == DType::f64 ? 8 : type == DType::f16 || type == DType::bf16 ? 2 : 4; }
+
+template <class S>
+using Accumulate = std::conditional_t<std::is_same_v<S, double>, double, float>;
 
 struct RecurrenceSizes {
   int64_t T, B, D, H;

@@ -40,17 +40,6 @@ constexpr int kRows = BIRNN_ISA_ROWS;
 
 #include "simd.h"
 
-template <class S>
-struct AccumulateOf {
-  using type = float;
-};
-template <>
-struct AccumulateOf<double> {
-  using type = double;
-};
-template <class S>
-using Accumulate = typename AccumulateOf<S>::type;
-
 // Sequences in which gradients vanish fill the backward pass with denormals, on which arithmetic is 10-100 times
 // slower.
 class FlushDenormals {

@@ -6,6 +6,7 @@
 #include <cuda_fp16.h>
 
 #include "../core/lstm_cell.h"
+#include "../core/recurrence.h"
 
 namespace birnn::cuda {
 
@@ -25,17 +26,6 @@ struct Math<double> {
   static __device__ double sigmoid(double x) { return 1. / (1. + exp(-x)); }
   static __device__ double tanh(double x) { return ::tanh(x); }
 };
-
-template <class S>
-struct AccumulateOf {
-  using type = float;
-};
-template <>
-struct AccumulateOf<double> {
-  using type = double;
-};
-template <class S>
-using Accumulate = typename AccumulateOf<S>::type;
 
 inline __device__ double convert(double x, double) { return x; }
 inline __device__ float convert(float x, float) { return x; }

@@ -3,7 +3,9 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <initializer_list>
+#include <optional>
+#include <string>
+#include <vector>
 
 #include "../core/recurrence.h"
 #include "persistent_plan.h"
@@ -14,6 +16,16 @@ enum class Algorithm : int { stepwise, persistent_cta, persistent_grid, persiste
 constexpr int kAlgorithms = 4;
 constexpr const char* kAlgorithmNames[kAlgorithms] = {"stepwise", "persistent-cta", "persistent-grid",
                                                       "persistent-cluster"};
+
+inline std::vector<Algorithm> all_algorithms() {
+  return {Algorithm::stepwise, Algorithm::persistent_cta, Algorithm::persistent_grid, Algorithm::persistent_cluster};
+}
+
+inline std::optional<Algorithm> algorithm_named(const std::string& name) {
+  for (int k = 0; k < kAlgorithms; ++k)
+    if (name == kAlgorithmNames[k]) return Algorithm(k);
+  return std::nullopt;
+}
 
 inline Exchange exchange_of(Algorithm persistent) {
   return persistent == Algorithm::persistent_cta    ? Exchange::cta
@@ -29,14 +41,15 @@ struct Gpu {
 
 struct Layer {
   DType dtype;
-  int64_t B, D, H;
+  int64_t T, B, D, H;
 };
 
 struct Choice {
   Algorithm algorithm;
-  int ctas;       // P of a group; 0 for stepwise
-  double us;      // what the model below says of a step forward and one back
-  bool possible;  // whether this algorithm can run this layer at all
+  bool possible;          // whether this algorithm can run this layer at all
+  double us;              // what the model below says of a step forward and one back
+  ForwardPlan forward;    // persistent
+  BackwardPlan backward;  //
 };
 
 // The model: microseconds of a step forward and a step backward. It has been compared with no GPU; it only ranks the
@@ -61,64 +74,89 @@ inline double step_us(double mma, int warps, double memory, double handing) {
   return (std::max(products, memory / model::kBank) + model::kCells) / model::kTicks + handing;
 }
 
+// Bytes that a CTA reads from shared memory for the products of a step: h or dz, which each warp reads for itself, and
+// the weights that are not in registers.
+inline double memory_of(const ForwardPlan& plan) {
+  const double h = plan.chunks * double(kRows * kChunk);
+  return 2 * plan.tiles * h + std::max(0, plan.warp_chunks - kRegisterChunks) * 4096. * plan.warps();
+}
+inline double memory_of(const BackwardPlan& plan) {
+  const double items = double(plan.warp_pairs) * plan.chunks;
+  return (items + std::max(0., items - kRegisterItems)) * 1024. * plan.warps;
+}
+
+inline double latency_of(Exchange exchange) {
+  return exchange == Exchange::cta ? model::kBarrier : exchange == Exchange::cluster ? model::kCluster : model::kGrid;
+}
+
+// Groups of CTAs that run at once, a CTA to a multiprocessor.
+inline int64_t groups_at_once(const Layer& layer, const Gpu& gpu, const ForwardPlan& plan) {
+  const int64_t groups = gpu.multiprocessors / plan.ctas;
+  return std::max<int64_t>(plan.exchange == Exchange::grid ? groups / layer.D * layer.D : groups, 1);
+}
+
 // A step forward and a step backward.
 inline double persistent_us(const Layer& layer, const Gpu& gpu, const ForwardPlan& forward,
                             const BackwardPlan& backward) {
   const int terms = layer.dtype == DType::f32 ? 3 : 1;
-  const double latency = forward.exchange == Exchange::cta       ? model::kBarrier
-                         : forward.exchange == Exchange::cluster ? model::kCluster
-                                                                 : model::kGrid;
+  const double latency = latency_of(forward.exchange);
   const double h = forward.chunks * double(kRows * kChunk);
-  const double weights = std::max(0, forward.warp_chunks - kRegisterChunks) * 4096. * forward.warps();
-  double us = step_us(forward.warp_chunks * 16. * terms, forward.warps(), 2 * forward.tiles * h + weights,
-                      latency + (forward.ctas > 1 ? h / model::kHanded : 0));
-
-  const double items = double(backward.warp_pairs) * backward.chunks;
-  const double more_weights = std::max(0., items - kRegisterItems) * 1024. * backward.warps;
   const double parts = 1024. * (backward.pairs + double(backward.ctas) * backward.tiles);  // sent and received
-  us += step_us(items * 4. * terms, backward.warps, items * 1024. * backward.warps + more_weights,
+  double us = step_us(forward.warp_chunks * 16. * terms, forward.warps(), memory_of(forward),
+                      latency + (forward.ctas > 1 ? h / model::kHanded : 0));
+  us += step_us(backward.warp_pairs * 4. * backward.chunks * terms, backward.warps, memory_of(backward),
                 latency + (backward.ctas > 1 ? parts / model::kHanded : 0));
 
-  const int64_t ctas = layer.D * divide_up(layer.B, kRows) * forward.ctas;
-  return double(divide_up(ctas, gpu.multiprocessors)) * us;
+  const int64_t groups = layer.D * divide_up(layer.B, kRows);
+  return double(divide_up(groups, groups_at_once(layer, gpu, forward))) * us;
 }
 
-// The best way for an algorithm to run a layer. Clusters of more than 8 are at the device's discretion.
-inline Choice best_of(Algorithm algorithm, const Layer& layer, const Gpu& gpu, int largest_cluster = kMaxCluster) {
-  Choice best{algorithm, 0, 0, false};
+// Whatever the model says.
+struct AnyPlan {
+  bool operator()(const Choice&) const { return true; }
+};
+
+// The best way for an algorithm to run a layer, of those that `fits` lets pass.
+template <class Fits = AnyPlan>
+Choice best_of(Algorithm algorithm, const Layer& layer, const Gpu& gpu, Fits fits = {}) {
+  Choice best{algorithm};
   if (algorithm == Algorithm::stepwise) {
-    const double products = double(layer.D) * double(layer.B) * 4. * double(layer.H) * double(layer.H);
+    // the choice depends on the batch only as far as the number of groups does
+    const double products = double(layer.D) * double(divide_up(layer.B, kRows) * kRows) * 4. * layer.H * layer.H;
     const double rate = model::kGemm[layer.dtype == DType::f32 || layer.dtype == DType::f64];
-    return {algorithm, 0, 2 * (model::kLaunches + products / rate * 108 / gpu.multiprocessors), true};
+    best.possible = true;
+    best.us = 2 * (model::kLaunches + products / rate * 108 / gpu.multiprocessors);
+    return best;
   }
   const Exchange exchange = exchange_of(algorithm);
-  const int size = layer.dtype == DType::f32 ? 4 : 2;
-  if (layer.dtype == DType::f64 || gpu.capability < 80 || layer.B > (1ll << 30) || layer.H > 1 << 15) return best;
+  if (layer.dtype == DType::f64 || gpu.capability < 80 || layer.T > kMostSteps || layer.B > kMostSequences ||
+      layer.H > kMostUnits)
+    return best;
   if (exchange == Exchange::cluster && gpu.capability < 90) return best;
   // A group's CTAs are resident together; in grid those of both directions, as it takes one of each to go on.
   const int most = exchange == Exchange::cta       ? 1
-                   : exchange == Exchange::cluster ? largest_cluster
+                   : exchange == Exchange::cluster ? kMaxCluster
                                                    : gpu.multiprocessors / int(layer.D);
   for (int ctas = 1; ctas <= most; ++ctas) {
     if (ctas_of(layer.H, ctas) != ctas) continue;
-    const ForwardPlan forward = forward_plan(size, layer.H, exchange, ctas, gpu.shared_memory);
-    if (forward.warps() > kMaxWarps || forward.bytes > gpu.shared_memory) continue;
-    const BackwardPlan backward = backward_plan(size, layer.H, exchange, ctas);
-    if (backward.bytes > gpu.shared_memory) continue;
-    const double us = persistent_us(layer, gpu, forward, backward);
-    if (!best.possible || us < best.us) best = {algorithm, ctas, us, true};
+    const int size = size_of(layer.dtype);
+    Choice choice{algorithm, true};
+    choice.forward = forward_plan(size, layer.H, exchange, ctas, gpu.shared_memory);
+    choice.backward = backward_plan(size, layer.H, exchange, ctas);
+    if (choice.forward.warps() > kMaxWarps || choice.forward.bytes > gpu.shared_memory) continue;
+    if (choice.backward.bytes > gpu.shared_memory) continue;
+    choice.us = persistent_us(layer, gpu, choice.forward, choice.backward);
+    if ((!best.possible || choice.us < best.us) && fits(choice)) best = choice;
   }
   return best;
 }
 
-// The best of the given algorithms; not possible if none of them is.
-inline Choice choose(const Layer& layer, const Gpu& gpu,
-                     std::initializer_list<Algorithm> among = {Algorithm::stepwise, Algorithm::persistent_cta,
-                                                               Algorithm::persistent_grid,
-                                                               Algorithm::persistent_cluster}) {
-  Choice best{Algorithm::stepwise, 0, 0, false};
+// The best of several algorithms; not possible if none of them is.
+template <class Fits = AnyPlan>
+Choice choose(const Layer& layer, const Gpu& gpu, const std::vector<Algorithm>& among, Fits fits = {}) {
+  Choice best{};
   for (const Algorithm algorithm : among) {
-    const Choice choice = best_of(algorithm, layer, gpu);
+    const Choice choice = best_of(algorithm, layer, gpu, fits);
     if (choice.possible && (!best.possible || choice.us < best.us)) best = choice;
   }
   return best;

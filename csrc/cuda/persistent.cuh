@@ -33,11 +33,29 @@ struct Operand<float> {
   uint4 low[2];
 };
 
-// Rounded to TF32's 11 bits: half a unit added, the rest cut off. From infinity there remains no number (to keep it
-// would take as many instructions again as the split itself), so an infinite weight or h0 makes NaN in float32.
+// Rounded to TF32's 11 bits: half a unit added, the rest cut off. Infinity less infinity leaves no number for the low
+// part (to keep it would take as many instructions again as the split itself), so an infinite weight or h0 mostly makes
+// NaN in float32. A NaN must be the one of quiet(), as others could turn into zeros here.
 inline __device__ uint32_t tf32_high(uint32_t x) { return (x + 0x1000u) & 0xffffe000u; }
 inline __device__ uint32_t tf32_low(uint32_t x, uint32_t high) {
   return __float_as_uint(__uint_as_float(x) - __uint_as_float(high)) + 0x1000u;  // mma cuts off the rest
+}
+
+inline __device__ float quiet(float x) { return x == x ? x : __int_as_float(0x7fc00000); }
+
+// Elements as products take them.
+template <class S>
+__device__ uint4 factor(uint4 v) {
+  return v;
+}
+template <>
+inline __device__ uint4 factor<float>(uint4 v) {
+  const auto word = [](uint32_t x) { return __float_as_uint(quiet(__uint_as_float(x))); };
+  return {word(v.x), word(v.y), word(v.z), word(v.w)};
+}
+template <class S>
+__device__ float factor(float x) {
+  return sizeof(S) == 4 ? quiet(x) : x;
 }
 
 inline __device__ uint32_t word(const uint4& v, int k) { return k == 0 ? v.x : k == 1 ? v.y : k == 2 ? v.z : v.w; }
@@ -64,7 +82,7 @@ __device__ void mma(float (&d)[4], const uint4 (&a)[2], int j, uint32_t b0, uint
 #define BIRNN_MMA(S, SHAPE)                                                                                       \
   template <>                                                                                                     \
   inline __device__ void mma<S>(float (&d)[4], const uint4(&a)[2], int j, uint32_t b0, uint32_t b1) {             \
-    asm("mma.sync.aligned." SHAPE " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"              \
+    asm volatile("mma.sync.aligned." SHAPE " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"              \
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                          \
         : "r"(word(a[0], 2 * j)), "r"(word(a[1], 2 * j)), "r"(word(a[0], 2 * j + 1)), "r"(word(a[1], 2 * j + 1)), \
           "r"(b0), "r"(b1));                                                                                      \

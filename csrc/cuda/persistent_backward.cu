@@ -6,8 +6,7 @@
 //   1. every warp multiplies the CTA's dz of the step before, which leaves parts of W_hh^T dz for its tiles,
 //   2. the parts go to the CTAs that own the tiles; one barrier (none where there is one CTA only),
 //   3. warp k sums the parts of the CTA's tile k, in the order of their sources, and does the cell backwards; dz takes
-//   the
-//      place of the gates in shared memory, and whole pieces of it go to global memory,
+//      the place of the gates in shared memory, and whole pieces of it go to global memory,
 //   4. a barrier of the CTA; then the step after next fetches its gates to where the dz before was.
 #include "persistent.cuh"
 #include "persistent_launch.h"
@@ -55,7 +54,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) backward_kernel(const __gri
 #pragma unroll
       for (int e = 0; e < kPerPiece<S>; ++e)
         values[e] = unit + e < H && column < H ? from[int64_t(e) * H] : convert(0.f, S());
-      to[n] = piece;
+      to[n] = factor<S>(piece);
     }
   };
 #pragma unroll
@@ -268,15 +267,18 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) backward_kernel(const __gri
           const float2 c = kKeepsCells ? load_pair<float>(cells_of(s - 1) + pair_at<float>(row, unit))
                                        : float2{f.x * c_before.x + i.x * z.x, f.y * c_before.y + i.y * z.y};
           float2 dc = *reinterpret_cast<const float2*>(dc_at(k));
-          const auto x =
+          auto x =
               lstm_cell_backward<Math<float>>(Gates<float>{i.x, f.x, z.x, o.x}, c.x, c_before.x, dh_t.x, dc.x);
-          const auto y =
+          auto y =
               lstm_cell_backward<Math<float>>(Gates<float>{i.y, f.y, z.y, o.y}, c.y, c_before.y, dh_t.y, dc.y);
           *reinterpret_cast<float2*>(dc_at(k)) = dc;
-          store_pair<S>(at, {x.i, y.i});
-          store_pair<S>(at + kGatePlane, {x.f, y.f});
-          store_pair<S>(at + 2 * kGatePlane, {x.g, y.g});
-          store_pair<S>(at + 3 * kGatePlane, {x.o, y.o});
+          // padding stays 0, or an infinite sum would make NaN of it
+          if (unit0 + unit >= H) x = {0, 0, 0, 0};
+          if (unit0 + unit + 1 >= H) y = {0, 0, 0, 0};
+          store_pair<S>(at, {factor<S>(x.i), factor<S>(y.i)});
+          store_pair<S>(at + kGatePlane, {factor<S>(x.f), factor<S>(y.f)});
+          store_pair<S>(at + 2 * kGatePlane, {factor<S>(x.g), factor<S>(y.g)});
+          store_pair<S>(at + 3 * kGatePlane, {factor<S>(x.o), factor<S>(y.o)});
         }
         __syncwarp();
         forget(lane);
@@ -301,6 +303,8 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) backward_kernel(const __gri
     if (has_tile && p.dc0)
       for_state([&](int64_t at, int k, int u) { static_cast<S*>(p.dc0)[at] = convert(dc_at(k)[u], S()); });
   }
+#else
+  __trap();  // persistent_resident() says so
 #endif
 }
 

@@ -41,7 +41,8 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) forward_kernel(const __grid
       const int gate = n % 4, unit = unit0 + n / 4 * 8 + g;
       const S* row = static_cast<const S*>(p.w_hh[d]) + (int64_t(gate) * H + unit) * H;
       to[n / 4][gate] =
-          unit < H ? load_piece(row, (first_chunk + chunk) * kStep + t4 * kPerPiece<S>, H, p.wide) : uint4{0, 0, 0, 0};
+          unit < H ? factor<S>(load_piece(row, (first_chunk + chunk) * kStep + t4 * kPerPiece<S>, H, p.wide))
+                   : uint4{0, 0, 0, 0};
     }
   };
 #pragma unroll
@@ -105,7 +106,8 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) forward_kernel(const __grid
         const int row = i / (plan.chunks * (kChunk / kPiece)), piece = i % (plan.chunks * (kChunk / kPiece));
         if (b0 + row >= p.B) continue;
         const S* from = static_cast<const S*>(p.h0) + (d * p.B + b0 + row) * H;
-        *reinterpret_cast<uint4*>(h_piece(h_buffer(0), row, piece)) = load_piece(from, piece * kPerPiece<S>, H, p.wide);
+        *reinterpret_cast<uint4*>(h_piece(h_buffer(0), row, piece)) =
+            factor<S>(load_piece(from, piece * kPerPiece<S>, H, p.wide));
       }
     if (leads) {
 #pragma unroll
@@ -204,11 +206,11 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) forward_kernel(const __grid
           const auto sum = [&](int gate, int u) { return sums[gate][half * 2 + u]; };
           Gates<float> x{z_x[0].x + sum(0, 0), z_x[1].x + sum(1, 0), z_x[2].x + sum(2, 0), z_x[3].x + sum(3, 0)};
           Gates<float> y{z_x[0].y + sum(0, 1), z_x[1].y + sum(1, 1), z_x[2].y + sum(2, 1), z_x[3].y + sum(3, 1)};
-          h_t.x = lstm_cell_forward<Math<float>>(x, c.x);
-          h_t.y = lstm_cell_forward<Math<float>>(y, c.y);
-          // padding stays 0, or it would be the next step's gates_x
-          if (unit0 + unit >= H) x = {0, 0, 0, 0};
-          if (unit0 + unit + 1 >= H) y = {0, 0, 0, 0};
+          h_t.x = factor<S>(lstm_cell_forward<Math<float>>(x, c.x));
+          h_t.y = factor<S>(lstm_cell_forward<Math<float>>(y, c.y));
+          // padding stays 0: gates would be the next step's gates_x, and an infinite h makes NaN of it
+          if (unit0 + unit >= H) x = {0, 0, 0, 0}, c.x = h_t.x = 0;
+          if (unit0 + unit + 1 >= H) y = {0, 0, 0, 0}, c.y = h_t.y = 0;
           store_pair<S>(z, {x.i, y.i});
           store_pair<S>(z + kPlane<S>, {x.f, y.f});
           store_pair<S>(z + 2 * kPlane<S>, {x.g, y.g});
@@ -288,6 +290,8 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) forward_kernel(const __grid
       }
     }
   }
+#else
+  __trap();  // persistent_resident() says so
 #endif
 }
 

@@ -1,8 +1,6 @@
 // How the persistent kernels are launched: as CTAs on their own, all resident together, or in clusters.
 #pragma once
 
-#include <initializer_list>
-
 #include "persistent.h"
 
 namespace birnn::cuda {
@@ -41,10 +39,14 @@ inline cudaError_t allow(const void* kernel, Exchange exchange, int ctas) {
   return error;
 }
 
-// CTAs that a multiprocessor can hold at once (cta, grid), or clusters that the device can (cluster).
+// CTAs that a multiprocessor can hold at once (cta, grid), or clusters that the device can (cluster). None if the kernel
+// was compiled for less than it takes, and is empty: a GPU may run PTX for an older one.
 inline cudaError_t resident(const void* kernel, Exchange exchange, int ctas, int threads, int bytes, int* count) {
   *count = 0;
-  const cudaError_t error = allow(kernel, exchange, ctas);
+  cudaFuncAttributes compiled = {};
+  cudaError_t error = cudaFuncGetAttributes(&compiled, kernel);
+  if (error != cudaSuccess || compiled.ptxVersion < (exchange == Exchange::cluster ? 90 : 80)) return error;
+  error = allow(kernel, exchange, ctas);
   if (error != cudaSuccess) return error;
   if (exchange == Exchange::cluster) {
     const LaunchConfig launch(exchange, ctas, 1, threads, bytes, nullptr);
@@ -55,8 +57,6 @@ inline cudaError_t resident(const void* kernel, Exchange exchange, int ctas, int
 
 inline cudaError_t launch(const void* kernel, Exchange exchange, int ctas, int groups, int threads, int bytes,
                           const void* params, cudaStream_t stream) {
-  const cudaError_t error = allow(kernel, exchange, ctas);
-  if (error != cudaSuccess) return error;
   const LaunchConfig launch(exchange, ctas, groups, threads, bytes, stream);
   void* args[] = {const_cast<void*>(params)};
   return cudaLaunchKernelExC(&launch.config, kernel, args);

@@ -30,6 +30,9 @@ constexpr int kMaxCluster = 16;
 constexpr int kPiece = 16;     // bytes of an access
 constexpr int kCounter = 128;  // bytes that a group's counter has to itself, as its CTAs poll it
 
+// Kernels count steps, sequences and units in int.
+constexpr int64_t kMostSteps = (1ll << 31) - 2, kMostSequences = 1 << 30, kMostUnits = 1 << 15;
+
 // What of W_hh a warp keeps in registers; the rest is in shared memory. Of 255 registers a thread, chunks of the
 // forward pass take 32 each and items of the backward pass 8.
 constexpr int kRegisterChunks = 5;

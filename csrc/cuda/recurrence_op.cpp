@@ -11,11 +11,17 @@
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
+#include <torch/version.h>
 
+#include <algorithm>
 #include <cstdlib>
+#include <initializer_list>
 #include <map>
 #include <mutex>
+#include <optional>
+#include <sstream>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "../op_common.h"
@@ -110,44 +116,23 @@ int64_t resident_groups(DType dtype, const Plan& plan, int64_t D, int multiproce
 
 struct Run {
   Choice choice;
-  ForwardPlan forward;
-  BackwardPlan backward;
   int64_t forward_groups, backward_groups;  // resident at once
 };
 
-// Plans an algorithm; not possible where the GPU can't run it.
-Run plan_run(Algorithm algorithm, const Layer& layer, const Gpu& gpu, int largest_cluster = kMaxCluster) {
-  Run run{best_of(algorithm, layer, gpu, largest_cluster)};
-  if (!run.choice.possible || algorithm == Algorithm::stepwise) return run;
-  const int size = layer.dtype == DType::f32 ? 4 : 2;
-  const Exchange exchange = exchange_of(algorithm);
-  run.forward = forward_plan(size, layer.H, exchange, run.choice.ctas, gpu.shared_memory);
-  run.backward = backward_plan(size, layer.H, exchange, run.choice.ctas);
-  run.forward_groups = resident_groups(layer.dtype, run.forward, layer.D, gpu.multiprocessors);
-  run.backward_groups = resident_groups(layer.dtype, run.backward, layer.D, gpu.multiprocessors);
-  run.choice.possible = run.forward_groups > 0 && run.backward_groups > 0;
-  if (!run.choice.possible && exchange == Exchange::cluster && run.choice.ctas > 8)
-    return plan_run(algorithm, layer, gpu, 8);
-  return run;
-}
-
 // The algorithms that BIRNN_CUDA_ALGO names, with commas between; all if it is not set.
 std::vector<Algorithm> wished_algorithms(const char* wish) {
-  std::vector<Algorithm> all, wished;
-  for (int k = 0; k < kAlgorithms; ++k) all.push_back(Algorithm(k));
-  if (!wish || !*wish) return all;
-  std::string names(wish);
-  for (size_t begin = 0; begin <= names.size();) {
-    const size_t end = std::min(names.find(',', begin), names.size());
-    const std::string name = names.substr(begin, end - begin);
-    int k = 0;
-    while (k < kAlgorithms && name != kAlgorithmNames[k]) ++k;
-    TORCH_CHECK_VALUE(k < kAlgorithms,
+  if (!wish || !*wish) return all_algorithms();
+  std::vector<Algorithm> wished;
+  std::istringstream names(wish);
+  for (std::string name; std::getline(names, name, ',');) {
+    name.erase(0, name.find_first_not_of(' '));
+    name.erase(name.find_last_not_of(' ') + 1);
+    const std::optional<Algorithm> algorithm = algorithm_named(name);
+    TORCH_CHECK_VALUE(algorithm,
                       "BIRNN_CUDA_ALGO must name some of stepwise, persistent-cta, persistent-grid and "
                       "persistent-cluster, with commas between; got '",
                       wish, "'");
-    wished.push_back(Algorithm(k));
-    begin = end + 1;
+    wished.push_back(*algorithm);
   }
   return wished;
 }
@@ -156,27 +141,34 @@ std::vector<Algorithm> wished_algorithms(const char* wish) {
 Run decide(const Layer& layer) {
   const char* wish = std::getenv("BIRNN_CUDA_ALGO");
   const auto* device = at::cuda::getCurrentDeviceProperties();
-  using Key = std::tuple<int, DType, int64_t, int64_t, int64_t, std::string>;
+  using Key = std::tuple<int, DType, bool, int64_t, int64_t, int64_t, std::string>;
+  const Key key{at::cuda::current_device(), layer.dtype, layer.T > kMostSteps, divide_up(layer.B, kRows), layer.D,
+                layer.H, wish ? wish : ""};
   static std::mutex mutex;
   static std::map<Key, Run> known;
   const std::lock_guard<std::mutex> lock(mutex);
   if (known.size() > 1000) known.clear();
-  const Key key{at::cuda::current_device(), layer.dtype, divide_up(layer.B, kRows), layer.D, layer.H, wish ? wish : ""};
   const auto found = known.find(key);
   if (found != known.end()) return found->second;
 
   const Gpu gpu{device->multiProcessorCount, int(device->sharedMemPerBlockOptin), device->major * 10 + device->minor};
-  Run best{};
-  for (const Algorithm algorithm : wished_algorithms(wish)) {
-    const Run run = plan_run(algorithm, layer, gpu);
-    if (run.choice.possible && (!best.choice.possible || run.choice.us < best.choice.us)) best = run;
-  }
-  TORCH_CHECK(best.choice.possible, "BIRNN_CUDA_ALGO=", wish, " can't run this layer: hidden_size ", layer.H,
-              ", batch ", layer.B, ", ", layer.D, " direction(s), on ", device->name, " (compute capability ",
-              device->major, ".", device->minor, ", ", gpu.multiprocessors, " multiprocessors with ", gpu.shared_memory,
+  const auto resident = [&](const auto& plan) {
+    return resident_groups(layer.dtype, plan, layer.D, gpu.multiprocessors);
+  };
+  Run run{choose(layer, gpu, wished_algorithms(wish),
+                 [&](const Choice& choice) { return resident(choice.forward) > 0 && resident(choice.backward) > 0; })};
+  TORCH_CHECK(run.choice.possible, "BIRNN_CUDA_ALGO=", wish, " can't run this layer: hidden_size ", layer.H, ", batch ",
+              layer.B, ", ", layer.D, " direction(s), on ", device->name, " (compute capability ", device->major, ".",
+              device->minor, ", ", gpu.multiprocessors, " multiprocessors with ", gpu.shared_memory,
               " bytes of shared memory for a block). persistent-* run float32, float16 and bfloat16 from compute "
-              "capability 8.0, persistent-cluster from 9.0, as long as the weights fit on the chip");
-  return known[key] = best;
+              "capability 8.0, persistent-cluster from 9.0, built for it, as long as the weights fit on the chip. "
+              "stepwise runs every layer: BIRNN_CUDA_ALGO=",
+              wish, ",stepwise falls back to it");
+  if (run.choice.algorithm != Algorithm::stepwise) {
+    run.forward_groups = resident(run.choice.forward);
+    run.backward_groups = resident(run.choice.backward);
+  }
+  return known[key] = run;
 }
 
 bool aligned(std::initializer_list<const void*> pointers, int64_t bytes_of_row) {
@@ -186,15 +178,14 @@ bool aligned(std::initializer_list<const void*> pointers, int64_t bytes_of_row) 
   return true;
 }
 
-// Whether float32 products are to be of float32's accuracy. PyTorch throws where its newer switch says otherwise
-// than the older, which is asked here: then accuracy goes first.
-bool exact_float32(DType dtype) {
-  if (dtype != DType::f32) return true;
-  try {
-    return !at::globalContext().allowTF32CuBLAS();
-  } catch (const c10::Error&) {
-    return true;
-  }
+// Whether float32 products are to be of float32's accuracy, or PyTorch's switches allow TF32.
+bool exact_float32() {
+#if TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 10
+  const auto precision = at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL);
+  return precision != at::Float32Precision::TF32;
+#else
+  return !at::globalContext().allowTF32CuBLAS();
+#endif
 }
 
 // What goes from CTA to CTA through global memory, with the groups' counters before it.
@@ -217,21 +208,21 @@ int groups_of(const RecurrenceSizes& sizes, Exchange exchange, int64_t resident)
 
 void run_forward(birnn::Forward& call, const Run& run, cudaStream_t stream) {
   const int64_t size = call.y.element_size();
-  PersistentForward p{call.params, run.forward};
+  PersistentForward p{call.params, run.choice.forward};
   p.groups = groups_of(p, p.plan.exchange, run.forward_groups);
   p.wide = aligned({p.gates_x, p.w_hh[0], p.w_hh[1], p.h0, p.y, p.h_n, p.gates, p.cells}, p.H * size);
-  p.exact = exact_float32(call.dtype);
+  p.exact = exact_float32();
   const Tensor memory = hand_over(p, 2ll * kRows * p.plan.chunks * kChunk, call.y.options(), stream);
   C10_CUDA_CHECK(persistent_forward(call.dtype, p, stream));
 }
 
 void run_backward(birnn::Backward& call, const Run& run, cudaStream_t stream) {
   const int64_t size = call.d_gates_x.element_size();
-  PersistentBackward p{call.params, run.backward};
+  PersistentBackward p{call.params, run.choice.backward};
   p.groups = groups_of(p, p.plan.exchange, run.backward_groups);
   p.wide = aligned({p.gates, p.cells, p.dy, p.d_gates_x}, p.H * size) && p.dy_stride_t * size % kPiece == 0 &&
            p.dy_stride_b * size % kPiece == 0;
-  p.exact = exact_float32(call.dtype);
+  p.exact = exact_float32();
   const int64_t bytes = 2ll * p.plan.pairs * p.plan.ctas * kRows * kUnits * sizeof(float);
   const Tensor memory = hand_over(p, bytes, call.d_gates_x.options(), stream);
   C10_CUDA_CHECK(persistent_backward(call.dtype, p, stream));
@@ -247,7 +238,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_recurrence(const Tensor&
   if (lengths)  // checked on the device: no wait for it
     at::_assert_async(((*lengths >= 0) & (*lengths <= T)).all(), "lstm_recurrence: lengths must be between 0 and T");
 
-  const Run run = B > 0 ? decide({call.dtype, B, D, H}) : Run{};
+  const Run run = B > 0 ? decide({call.dtype, T, B, D, H}) : Run{};
   if (run.choice.algorithm == Algorithm::stepwise)
     stepwise_forward(call, w_hh, h0, c0, stream);
   else
@@ -267,7 +258,7 @@ std::tuple<Tensor, Tensor, Tensor> lstm_recurrence_backward(const Tensor& w_hh, 
   const auto [T, B, D, H] = static_cast<const RecurrenceSizes&>(call.params);
   const auto stream = c10::cuda::getCurrentCUDAStream();
 
-  const Run run = B > 0 ? decide({call.dtype, B, D, H}) : Run{};
+  const Run run = B > 0 ? decide({call.dtype, T, B, D, H}) : Run{};
   if (run.choice.algorithm == Algorithm::stepwise)
     stepwise_backward(call, w_hh, lengths, dh_n, dc_n, stream);
   else
