@@ -64,9 +64,8 @@ py::object cuda_choice(const std::string& dtype, int64_t H, int64_t B, int64_t D
   const auto wished = cuda::algorithm_named(algorithm);
   if (!wished && !algorithm.empty()) throw py::value_error("unknown algorithm " + algorithm);
 
-  const cuda::Choice choice =
-      cuda::choose({type->second, 1, B, D, H}, {multiprocessors, shared_memory, capability},
-                   wished ? std::vector{*wished} : cuda::all_algorithms());
+  const cuda::Choice choice = cuda::choose({type->second, 1, B, D, H}, {multiprocessors, shared_memory, capability},
+                                           wished ? std::vector{*wished} : cuda::all_algorithms());
   if (!choice.possible) return py::none();
   using namespace py::literals;
   py::dict result("algorithm"_a = cuda::kAlgorithmNames[int(choice.algorithm)], "us"_a = choice.us);

@@ -224,25 +224,14 @@ SCHEDULERS = 4
 
 def model(path: Path) -> str:
     """Ticks of the busiest of a multiprocessor's schedulers, or of its shared memory, from what was counted."""
-    lines = [
-        [
-            "GPU, algorithm, dtype, H",
-            "pass",
-            "tensor cores",
-            "shared memory",
-            "instructions",
-            "at least, us",
-            "at most, us",
-        ],
-        ["---", "---", *["---:"] * 5],
-    ]
-    lines[0] += ["tensor cores", "shared memory", "instructions", "at least, us", "at most, us"]
+    columns = ["tensor cores", "shared memory", "instructions", "at least, us", "at most, us"]
+    lines = [["GPU, algorithm, dtype, H", "pass", *columns], ["---", "---", *["---:"] * len(columns)]]
     for case, direction, launches, _, step in whole_passes(path):
         gpu = GPUS[int(case["capability"].split(".")[0])]
-        schedulers = sum(launch["blocks"] for launch in launches) * SCHEDULERS
-        products = step.mma / schedulers * gpu.mma
+        warps = launches[0]["threads"] // 32
+        busiest = math.ceil(warps / SCHEDULERS) / warps / sum(launch["blocks"] for launch in launches)
+        products, instructions = step.mma * busiest * gpu.mma, step.instructions * busiest
         memory = case["reads"][0 if direction == "forward" else 1] / BANKS
-        instructions = step.instructions / schedulers
         least, most = (
             (ticks + CELLS) / gpu.clock + case["exchange"]
             for ticks in (max(products, memory), max(products, memory, instructions))

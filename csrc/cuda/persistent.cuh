@@ -79,13 +79,13 @@ inline __device__ Operand<float> operand<float>(uint4 g, uint4 g8) {
 template <class S>
 __device__ void mma(float (&d)[4], const uint4 (&a)[2], int j, uint32_t b0, uint32_t b1);
 
-#define BIRNN_MMA(S, SHAPE)                                                                                       \
-  template <>                                                                                                     \
-  inline __device__ void mma<S>(float (&d)[4], const uint4(&a)[2], int j, uint32_t b0, uint32_t b1) {             \
-    asm volatile("mma.sync.aligned." SHAPE " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"              \
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                          \
-        : "r"(word(a[0], 2 * j)), "r"(word(a[1], 2 * j)), "r"(word(a[0], 2 * j + 1)), "r"(word(a[1], 2 * j + 1)), \
-          "r"(b0), "r"(b1));                                                                                      \
+#define BIRNN_MMA(S, SHAPE)                                                                                   \
+  template <>                                                                                                 \
+  inline __device__ void mma<S>(float (&d)[4], const uint4(&a)[2], int j, uint32_t b0, uint32_t b1) {         \
+    asm volatile("mma.sync.aligned." SHAPE " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
+                 : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                             \
+                 : "r"(word(a[0], 2 * j)), "r"(word(a[1], 2 * j)), "r"(word(a[0], 2 * j + 1)),                \
+                   "r"(word(a[1], 2 * j + 1)), "r"(b0), "r"(b1));                                             \
   }
 BIRNN_MMA(__half, "m16n8k16.row.col.f32.f16.f16.f32")
 BIRNN_MMA(__nv_bfloat16, "m16n8k16.row.col.f32.bf16.bf16.f32")

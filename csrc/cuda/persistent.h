@@ -26,8 +26,8 @@ struct PersistentBackward : BackwardParams {
   unsigned* arrivals;  // grid: [groups], zeros, kCounter bytes apart
 };
 
-// CTAs of the kernel that a multiprocessor can hold at once (cta, grid), or clusters that the device can (cluster). Must
-// have been asked on this device before a launch, as it also allows the kernel what the plan takes.
+// CTAs of the kernel that a multiprocessor can hold at once (cta, grid), or clusters that the device can (cluster).
+// Must have been asked on this device before a launch, as it also allows the kernel what the plan takes.
 cudaError_t persistent_resident(DType dtype, const ForwardPlan& plan, int* count);
 cudaError_t persistent_resident(DType dtype, const BackwardPlan& plan, int* count);
 

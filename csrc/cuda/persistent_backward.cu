@@ -267,10 +267,8 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) backward_kernel(const __gri
           const float2 c = kKeepsCells ? load_pair<float>(cells_of(s - 1) + pair_at<float>(row, unit))
                                        : float2{f.x * c_before.x + i.x * z.x, f.y * c_before.y + i.y * z.y};
           float2 dc = *reinterpret_cast<const float2*>(dc_at(k));
-          auto x =
-              lstm_cell_backward<Math<float>>(Gates<float>{i.x, f.x, z.x, o.x}, c.x, c_before.x, dh_t.x, dc.x);
-          auto y =
-              lstm_cell_backward<Math<float>>(Gates<float>{i.y, f.y, z.y, o.y}, c.y, c_before.y, dh_t.y, dc.y);
+          auto x = lstm_cell_backward<Math<float>>(Gates<float>{i.x, f.x, z.x, o.x}, c.x, c_before.x, dh_t.x, dc.x);
+          auto y = lstm_cell_backward<Math<float>>(Gates<float>{i.y, f.y, z.y, o.y}, c.y, c_before.y, dh_t.y, dc.y);
           *reinterpret_cast<float2*>(dc_at(k)) = dc;
           // padding stays 0, or an infinite sum would make NaN of it
           if (unit0 + unit >= H) x = {0, 0, 0, 0};

@@ -40,9 +40,9 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) forward_kernel(const __grid
     for (int n = 0; n < 8; ++n) {
       const int gate = n % 4, unit = unit0 + n / 4 * 8 + g;
       const S* row = static_cast<const S*>(p.w_hh[d]) + (int64_t(gate) * H + unit) * H;
-      to[n / 4][gate] =
-          unit < H ? factor<S>(load_piece(row, (first_chunk + chunk) * kStep + t4 * kPerPiece<S>, H, p.wide))
-                   : uint4{0, 0, 0, 0};
+      to[n / 4][gate] = unit < H
+                            ? factor<S>(load_piece(row, (first_chunk + chunk) * kStep + t4 * kPerPiece<S>, H, p.wide))
+                            : uint4{0, 0, 0, 0};
     }
   };
 #pragma unroll

@@ -142,8 +142,13 @@ Run decide(const Layer& layer) {
   const char* wish = std::getenv("BIRNN_CUDA_ALGO");
   const auto* device = at::cuda::getCurrentDeviceProperties();
   using Key = std::tuple<int, DType, bool, int64_t, int64_t, int64_t, std::string>;
-  const Key key{at::cuda::current_device(), layer.dtype, layer.T > kMostSteps, divide_up(layer.B, kRows), layer.D,
-                layer.H, wish ? wish : ""};
+  const Key key{at::cuda::current_device(),
+                layer.dtype,
+                layer.T > kMostSteps,
+                divide_up(layer.B, kRows),
+                layer.D,
+                layer.H,
+                wish ? wish : ""};
   static std::mutex mutex;
   static std::map<Key, Run> known;
   const std::lock_guard<std::mutex> lock(mutex);
