@@ -1,0 +1,99 @@
+"""Sizes at which indices of 32 bits, launch limits and caches that grow give way; and long use."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import assert_near, gradients, twins
+from measuring import memory
+
+from birnn_ext import BiRNN
+from birnn_ext.ops import lstm_recurrence
+
+
+def same_as_nn_lstm(x: torch.Tensor, hidden: int, bidirectional: bool = True) -> None:
+    """Values, and gradients of all there is, in x's dtype and on its device; nn.LSTM's on the CPU in float64."""
+    ours, theirs = twins(x.shape[2], hidden, bidirectional=bidirectional, dtype=x.dtype)
+    ours.to(x.device)
+    theirs.double()
+    x, x_there = x.requires_grad_(), x.detach().cpu().double().requires_grad_()
+    y, state = ours(x)
+    y_there, state_there = theirs(x_there)
+    found, expected = [y, *state], [y_there, *state_there]
+    found, expected = [*found, *gradients(ours, found, [x])], [*expected, *gradients(theirs, expected, [x_there])]
+    for k, (a, e) in enumerate(zip(found, expected, strict=True)):
+        assert_near(a.cpu(), e, f"result {k}", dtype=x.dtype)
+
+
+@pytest.mark.slow
+def test_size_limits_70000_steps(device):
+    same_as_nn_lstm(
+        torch.randn(70_000, 1, 2, dtype=torch.float64 if device == "cpu" else torch.float32, device=device), 3
+    )
+
+
+@pytest.mark.slow
+def test_size_limits_70000_sequences_of_one_unit(device):
+    same_as_nn_lstm(torch.randn(2, 70_000, 1, device=device), 1)
+
+
+def test_size_limits_10240_sequences(device):
+    same_as_nn_lstm(torch.randn(2, 10_240, 3, device=device), 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [1, 3])
+def test_size_limits_4096_units(batch):
+    same_as_nn_lstm(torch.randn(2, batch, 8), 4096, bidirectional=False)
+
+
+@pytest.mark.slow
+def test_size_limits_more_than_2_31_elements():
+    """What comes last in memory is what the same sequences give alone."""
+    steps, batch, directions, hidden = 1 << 14, (1 << 10) + 8, 2, 16
+    gates_x = torch.zeros(steps, batch, directions, 4 * hidden, dtype=torch.bfloat16)
+    assert gates_x.numel() > 1 << 31
+    few = torch.randn(steps, 5, directions, 4 * hidden, dtype=torch.bfloat16)
+    gates_x[:, -5:] = few
+    w_hh = torch.randn(directions, 4 * hidden, hidden, dtype=torch.bfloat16) / 4
+    y, h_n, c_n = lstm_recurrence(gates_x, w_hh)
+    y_alone, h_n_alone, c_n_alone = lstm_recurrence(few, w_hh)
+    assert torch.equal(y[:, -5:], y_alone)
+    assert torch.equal(h_n[:, -5:], h_n_alone) and torch.equal(c_n[:, -5:], c_n_alone)
+    assert not y[:, :-5].any()
+
+
+@pytest.mark.slow
+def test_no_cache_grows_in_20000_steps_of_training():
+    """Batches of every size up to 16; memory, threads and open files are looked at after a tenth, and at the end."""
+    model = BiRNN(28, 16, 2, 10)
+    optimizer = torch.optim.Adam(model.parameters())
+    generator = torch.Generator().manual_seed(1)
+    digits = torch.rand(16, 28, 28, generator=generator)
+    labels = torch.randint(10, (16,), generator=generator)
+
+    def train(steps: int) -> float:
+        for step in range(steps):
+            batch = 1 + step % 16
+            loss = torch.nn.functional.cross_entropy(model(digits[:batch]), labels[:batch])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        return loss.item()
+
+    def in_use() -> tuple[int, int, int]:
+        return (
+            len(list(Path("/proc/self/task").iterdir())),
+            len(list(Path("/proc/self/fd").iterdir())),
+            threading.active_count(),
+        )
+
+    train(2_000)
+    before, things = memory("VmRSS"), in_use()
+    loss = train(18_000)
+    assert loss < 0.1, "it did not learn, so it did not train"
+    assert in_use() == things
+    assert memory("VmRSS") < 1.01 * before
