@@ -521,8 +521,15 @@ def test_tangent_of_the_output_gradient_alone(dtype, device, reference_operators
         found = torch.autograd.grad(y, wanted, forward_ad.make_dual(u, v), retain_graph=True)
         tangents = [forward_ad.unpack_dual(g).tangent for g in found]
     all_near(tangents, expected)
-    _, tangents = jvp(lambda u: torch.autograd.grad(y, wanted, u, retain_graph=True), (u,), (v,))
-    all_near(tangents, expected)
+
+    def pull(u: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(y, wanted, u, retain_graph=True)
+
+    if device == "cpu" and dtype == torch.float64:  # the layer is one operator
+        with pytest.raises(NotImplementedError, match="can't follow a graph that was made outside of them"):
+            jvp(pull, (u,), (v,))
+    else:
+        all_near(jvp(pull, (u,), (v,))[1], expected)
 
 
 @pytest.mark.parametrize("create_graph", [False, True])
