@@ -127,8 +127,8 @@ def _needs_reference(*tensors: Tensor | None) -> str | None:
         _within_torch_func() or any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
     ):
         return "has no forward-mode derivative"
-    # torch.compile can't trace a Function's vmap rule (an internal error of torch 2.14), not even where a graph break has
-    # left the outer frames to Python.
+    # torch.compile can't trace a Function's vmap rule (an internal error of torch 2.14), not even where a graph break
+    # has left the outer frames to Python.
     if _within_torch_func() and (
         torch.compiler.is_compiling() or torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None
     ):
