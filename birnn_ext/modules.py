@@ -213,7 +213,7 @@ class LSTM(nn.LSTM):
             x = y
         if last and self.bidirectional:
             return x, None
-        if not last and x.requires_grad:
+        if not last and (x.requires_grad or torch._C._are_functorch_transforms_active()):
             x = x.clone()  # the layer keeps its y for the backward pass, and users may change theirs in place
         return x, (torch.cat(h_ns), torch.cat(c_ns))
 

@@ -8,11 +8,13 @@ kernel. The input projection before the recurrence and the weight gradients afte
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._C._functorch import TransformType
 from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
@@ -51,10 +53,12 @@ def lstm_recurrence(
         TypeError: a dtype does not fit.
     """
     floating = [t for t in (gates_x, w_hh, h0, c0) if t is not None]
-    transform = _transform(*floating)
-    if transform:
-        _count_reference("lstm_recurrence", "reference_forward", f"has no {transform}")
+    why = _needs_reference(*floating)
+    if why:
+        _count_reference("lstm_recurrence", "reference_forward", why)
         return reference.lstm_recurrence(gates_x, w_hh, h0, c0, lengths, False)[:3]
+    if _within_torch_func():
+        return _Recurrence.apply(gates_x, w_hh, h0, c0, lengths, torch.is_grad_enabled())[:3]
     save = torch.is_grad_enabled() and any(t.requires_grad for t in floating)
     return torch.ops.birnn_ext.lstm_recurrence(gates_x, w_hh, h0, c0, lengths, save)[:3]
 
@@ -81,7 +85,8 @@ def lstm_layer(
         h0, c0: (D, B, H), the initial states; None stands for zeros.
         lengths: (B,) int64 as for `lstm_recurrence`.
         recompute: keep only the cell states for the backward pass (beside x and y), a fifth, and compute the gates
-            anew there; where the layer is not one operator, keep x alone and run the layer again.
+            anew there; where the layer is not one operator, keep x alone and run the layer again. Within torch.func's
+            transforms, which allow neither, this has no effect.
 
     Returns:
         y (T, B, D, H), h_n and c_n (D, B, H).
@@ -92,7 +97,7 @@ def lstm_layer(
     if _is_one_operator(x, weights, h0, c0):
         save = (2 if recompute else 1) if torch.is_grad_enabled() else 0
         return torch.ops.birnn_ext.lstm_layer(x, weights, bias, h0, c0, lengths, save)[:3]
-    if recompute and torch.is_grad_enabled():
+    if recompute and torch.is_grad_enabled() and not _within_torch_func():
         return checkpoint(lstm_layer, x, weights, bias, h0, c0, lengths, use_reentrant=False, preserve_rng_state=False)
     if lengths is not None:  # whatever lies beyond a sequence's end must not reach the weights' gradients
         beyond = torch.arange(x.shape[0], device=x.device).unsqueeze(1) >= lengths
@@ -107,18 +112,31 @@ def lstm_layer(
 def _is_one_operator(x: Tensor, weights: list[Tensor], h0: Tensor | None, c0: Tensor | None) -> bool:
     if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
         return False
-    return _transform(x, *weights, h0, c0) is None
+    return not _within_torch_func() and _needs_reference(x, *weights, h0, c0) is None
 
 
-def _transform(*tensors: Tensor | None) -> str | None:
-    """What is being done that PyTorch's custom operators can't do, if anything: then the reference serves."""
-    if torch._C._are_functorch_transforms_active():
-        return "rule for torch.func's transforms"
+def _within_torch_func() -> bool:
+    """Whether a transform such as vmap or grad is at work: they know no autograd formulas of operators."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def _needs_reference(*tensors: Tensor | None) -> str | None:
+    """What is being done that only plain PyTorch can follow, if anything: then the reference serves."""
     # PyTorch would drop tangents without a word.
-    if forward_ad._current_level >= 0 and any(
-        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    if forward_ad._current_level >= 0 and (
+        _within_torch_func() or any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
     ):
-        return "forward-mode derivative"
+        return "has no forward-mode derivative"
+    # torch.compile can't trace a Function's vmap rule (an internal error of torch 2.14), not even where a graph break
+    # has left the outer frames to Python.
+    if _within_torch_func() and (
+        torch.compiler.is_compiling() or torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None
+    ):
+        return "has no rule for torch.func's transforms under torch.compile"
+    if _within_torch_func() and TransformType.Functionalize in [
+        level.key() for level in torch._C._functorch.get_interpreter_stack()
+    ]:
+        return "has no rule for torch.func.functionalize"
     return None
 
 
@@ -257,12 +275,22 @@ def _forward_grad(ctx: Any, dy, dh_n, dc_n, d_gates, d_cells) -> tuple:
     state_grads = needs_h0 or needs_c0
     args = (w_hh, c0, lengths, gates, cells, dy, dh_n, dc_n, state_grads)
     if d_gates is None and d_cells is None:
-        dz, dh0, dc0 = torch.ops.birnn_ext.lstm_recurrence_backward(*args)
+        dz, dh0, dc0 = _recurrence_backward(*args)
     else:  # double backward
         dz, dh0, dc0 = reference.lstm_recurrence_backward(*args, d_gates, d_cells)
     with torch.autocast(dz.device.type, enabled=False):  # types are settled
         d_w_hh = _weight_grad(dz, y, h0, lengths) if needs_w else None
     return dz, d_w_hh, dh0 if needs_h0 else None, dc0 if needs_c0 else None, None, None
+
+
+def _recurrence_backward(*args: Any) -> Tensors3:
+    why = _needs_reference(*args[:-1])
+    if why:
+        _count_reference("lstm_recurrence_backward", "reference_backward", why)
+        return reference.lstm_recurrence_backward(*args)
+    if _within_torch_func():
+        return _RecurrenceBackward.apply(*args)
+    return torch.ops.birnn_ext.lstm_recurrence_backward(*args)
 
 
 def _save_backward(ctx: Any, inputs: tuple, output: Tensors3) -> None:
@@ -288,3 +316,89 @@ def _backward_grad(ctx: Any, *cotangents: Tensor) -> tuple:
 
 torch.library.register_autograd("birnn_ext::lstm_recurrence", _forward_grad, setup_context=_save_forward)
 torch.library.register_autograd("birnn_ext::lstm_recurrence_backward", _backward_grad, setup_context=_save_backward)
+
+
+# --- torch.func -------------------------------------------------------------------------------------------------------
+
+
+def _vmap_rule(call: Callable[..., tuple[Tensor, ...]], w_hh_at: int, lengths_at: int) -> Callable[..., tuple]:
+    """The rule of torch.func.vmap for one of the two operators: samples become sequences of one larger batch.
+
+    Every tensor has its batch of sequences in dimension 1, but for w_hh, which has none, and lengths, where it is 0.
+    Samples with weights of their own, as in an ensemble, can't share a batch: they take a call each.
+
+    Args:
+        call: the operator, or the Function that stands for it.
+        w_hh_at, lengths_at: their places among the operator's arguments.
+    """
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple]:
+        samples = info.batch_size
+        if in_dims[w_hh_at] is not None:
+            results = [
+                call(*(arg if dim is None else arg.select(dim, k) for arg, dim in zip(args, in_dims, strict=True)))
+                for k in range(samples)
+            ]
+            outputs = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
+            return outputs, (0,) * len(outputs)
+
+        batch = 0
+
+        def fold(place: int, arg: Any, dim: int | None) -> Any:
+            nonlocal batch
+            if place == w_hh_at or not isinstance(arg, Tensor):
+                return arg
+            at = 0 if place == lengths_at else 1
+            if dim is None:
+                arg = arg.unsqueeze(at).expand(*arg.shape[:at], samples, *arg.shape[at:])
+            else:
+                arg = arg.movedim(dim, at)
+            batch = arg.shape[at + 1]
+            return arg.flatten(at, at + 1)
+
+        folded = [fold(place, *arg_and_dim) for place, arg_and_dim in enumerate(zip(args, in_dims, strict=True))]
+        # An output of dimension 1 is one that was not asked for, and is empty.
+        outputs = tuple(out if out.dim() == 1 else out.unflatten(1, (samples, batch)) for out in call(*folded))
+        return outputs, tuple(None if out.dim() == 1 else 1 for out in outputs)
+
+    return rule
+
+
+class _Recurrence(torch.autograd.Function):
+    """The operator lstm_recurrence with its autograd formula in the form that torch.func's transforms know."""
+
+    @staticmethod
+    def forward(*args: Any) -> Tensors5:
+        return torch.ops.birnn_ext.lstm_recurrence(*args)
+
+    setup_context = staticmethod(_save_forward)
+    backward = staticmethod(_forward_grad)
+
+    @staticmethod
+    def vmap(*args: Any) -> tuple:
+        return _vmap_rule(_Recurrence.apply, w_hh_at=1, lengths_at=4)(*args)
+
+
+class _RecurrenceBackward(torch.autograd.Function):
+    """As `_Recurrence`, for lstm_recurrence_backward."""
+
+    @staticmethod
+    def forward(*args: Any) -> Tensors3:
+        return torch.ops.birnn_ext.lstm_recurrence_backward(*args)
+
+    setup_context = staticmethod(_save_backward)
+    backward = staticmethod(_backward_grad)
+
+    @staticmethod
+    def vmap(*args: Any) -> tuple:
+        return _vmap_rule(_RecurrenceBackward.apply, w_hh_at=0, lengths_at=2)(*args)
+
+
+# For graphs of autograd that were made outside of torch.func: is_grads_batched, jacobian(vectorize=True).
+torch.library.register_vmap(
+    "birnn_ext::lstm_recurrence", _vmap_rule(torch.ops.birnn_ext.lstm_recurrence, w_hh_at=1, lengths_at=4)
+)
+torch.library.register_vmap(
+    "birnn_ext::lstm_recurrence_backward",
+    _vmap_rule(torch.ops.birnn_ext.lstm_recurrence_backward, w_hh_at=0, lengths_at=2),
+)

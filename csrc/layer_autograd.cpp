@@ -92,7 +92,7 @@ struct LayerFunction : torch::autograd::Function<LayerFunction> {
     // One entry per argument of forward: x, h0, c0, lengths, bias, recompute, then the weights.
     variable_list result(6 + weights.size());
     if (!grads[0].defined() && !grads[1].defined() && !grads[2].defined()) return result;
-    if (at::GradMode::is_enabled() || batched(grads)) {
+    if (transformed(grads) || at::GradMode::is_enabled()) {
       differentiable_backward(saved[0], weights, bias, h0, c0, lengths, grads, result);
       return result;
     }
@@ -111,14 +111,22 @@ struct LayerFunction : torch::autograd::Function<LayerFunction> {
     return result;
   }
 
-  // Whether there is a batch of gradients, as for autograd.grad(..., is_grads_batched=True).
-  static bool batched(const variable_list& grads) {
-    for (const Tensor& grad : grads)
-      if (grad.defined() && grad.unsafeGetTensorImpl()->key_set().has(c10::DispatchKey::Batched)) return true;
-    return false;
+  // Whether gradients are more than their values, which kernels would not see: a batch of them, as with
+  // autograd.grad(..., is_grads_batched=True) or torch.func.vmap, or values with tangents.
+  static bool transformed(const variable_list& grads) {
+    constexpr c10::DispatchKeySet batched({c10::DispatchKey::Batched, c10::DispatchKey::FuncTorchBatched});
+    bool found = false;
+    for (const Tensor& grad : grads) {
+      if (!grad.defined()) continue;
+      TORCH_CHECK_NOT_IMPLEMENTED(!grad.key_set().has(c10::DispatchKey::FuncTorchGradWrapper),
+                                  "birnn_ext::lstm_layer: torch.func's grad, vjp and jvp can't follow a graph that was "
+                                  "made outside of them; call the LSTM within the function that they transform");
+      found |= grad.key_set().has_any(batched) || grad._fw_grad(/*level=*/0).defined();
+    }
+    return found;
   }
 
-  // With create_graph, or a batch of gradients: by autograd, from the composite. Aliases keep the paths apart where one
+  // With create_graph, or gradients as above: by autograd, from the composite. Aliases keep the paths apart where one
   // input depends on another.
   static void differentiable_backward(const Tensor& x, const std::vector<Tensor>& weights, bool bias,
                                       const OptionalTensor& h0, const OptionalTensor& c0, const OptionalTensor& lengths,

@@ -256,13 +256,6 @@ def test_copies(tmp_path):
     assert ours.flatten_parameters() is None
 
 
-def test_backward_in_eval_mode(device):
-    ours = LSTM(4, 6, bidirectional=True, device=device).eval()
-    x = torch.randn(3, 2, 4, device=device, requires_grad=True)
-    ours(x)[0].sum().backward()
-    assert x.grad.abs().sum() > 0
-
-
 def test_no_grad_saves_nothing_and_gives_the_same():
     ours = LSTM(4, 6, bidirectional=True)
     x = torch.randn(3, 2, 4)
@@ -272,60 +265,10 @@ def test_no_grad_saves_nothing_and_gives_the_same():
     assert torch.equal(y, ours(x)[0])
 
 
-def test_double_backward(device):
-    """A gradient penalty, which nn.LSTM on cuDNN refuses."""
-    ours, theirs = twins(3, 5, bidirectional=True, dtype=torch.float64)
-    ours = ours.to(device)
-    results = []
-    for module in (ours, theirs):
-        x = torch.arange(24, dtype=torch.float64).view(4, 2, 3).cos().to(module.weight_ih_l0.device).requires_grad_()
-        (grad,) = torch.autograd.grad(module(x)[0].square().sum(), x, create_graph=True)
-        (grad.norm() - 1).square().backward()
-        results.append([x.grad.cpu(), *(p.grad.cpu() for p in module.parameters())])
-    all_near(*results)
-
-
-@pytest.mark.filterwarnings("ignore:birnn_ext..lstm_recurrence has no :UserWarning")
-@pytest.mark.parametrize("ragged", [True, False], ids=["ragged", "full"])
-def test_forward_mode(ragged, device, reference_operators):
-    ours, theirs = twins(3, 5, bidirectional=True, dtype=torch.float64)
-    ours = ours.to(device)
-    x, v = torch.randn(2, 4, 2, 3, dtype=torch.float64)
-    lengths = torch.tensor([4, 4 - ragged])
-
-    def run(x):
-        return ours(x.to(device), lengths=lengths.to(device))[0].cpu()
-
-    y, tangent = torch.func.jvp(run, (x,), (v,))
-    # nn.LSTM: its derivative is linear in v, so two reverse passes give the forward one
-    padded = x.clone().requires_grad_()
-    expected, _ = pad_packed_sequence(theirs(pack_padded_sequence(padded, lengths))[0])
-    u = torch.zeros_like(expected, requires_grad=True)
-    (pulled,) = torch.autograd.grad(expected, padded, u, create_graph=True)
-    (pushed,) = torch.autograd.grad(pulled, u, v)
-    all_near([y, tangent], [expected, pushed])
-
-
 def test_output_may_be_changed_in_place(device):
     ours, theirs = twins(3, 5, 2, bidirectional=True, batch_first=True, device=device)
     x = torch.randn(4, 2, 3, device=device, requires_grad=True)
     all_near(*(torch.autograd.grad(m(x)[0].mul_(2).relu_().sum(), [x, *m.parameters()]) for m in (ours, theirs)))
-
-
-@pytest.mark.filterwarnings("ignore:birnn_ext..lstm_recurrence has no rule for torch.func:UserWarning")
-def test_torch_func(device, reference_operators):
-    """Gradients of functions, and per-sample gradients, equal to a loop."""
-    ours = LSTM(3, 5, bidirectional=True, device=device, dtype=torch.float64)
-    parameters = {name: p.detach() for name, p in ours.named_parameters()}
-    x = torch.randn(4, 6, 3, device=device, dtype=torch.float64)
-
-    def loss(parameters, sample):
-        return torch.func.functional_call(ours, parameters, (sample,))[0].square().sum()
-
-    per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
-    for k in range(4):
-        expected = torch.autograd.grad(ours(x[k])[0].square().sum(), ours.parameters())
-        all_near([per_sample[name][k] for name, _ in ours.named_parameters()], expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
