@@ -394,7 +394,7 @@ class _RecurrenceBackward(torch.autograd.Function):
         return _vmap_rule(_RecurrenceBackward.apply, w_hh_at=0, lengths_at=2)(*args)
 
 
-# For graphs of autograd that were made outside of torch.func: is_grads_batched, jacobian(vectorize=True).
+# For vmap over the operators themselves, called directly.
 torch.library.register_vmap(
     "birnn_ext::lstm_recurrence", _vmap_rule(torch.ops.birnn_ext.lstm_recurrence, w_hh_at=1, lengths_at=4)
 )
