@@ -192,6 +192,7 @@ class LSTM(nn.LSTM):
         """Works on the padded batch in packed (sorted) order; hx and all results but a packed one are in the user's."""
         x, lengths = pad_packed_sequence(PackedSequence(packed.data, packed.batch_sizes))
         if hx is not None:
+            self._check_sizes(x, hx)  # before it is put into order: that may hide a wrong size
             hx = self.permute_hidden(hx, packed.sorted_indices)
         y, states = self._run(x, hx, lengths.to(x.device, non_blocking=True), output == "last")
         if states is not None:

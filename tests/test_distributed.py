@@ -72,7 +72,9 @@ def test_interrupted_together_and_resumed_alone(tmp_path):
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     rest, _ = process.communicate(timeout=60)
-    (steps,) = re.findall(r"Interrupted after (\d+) steps. To go on: torchrun --nproc-per-node 2 -m birnn_ext.mnist ", rest)
+    (steps,) = re.findall(
+        r"Interrupted after (\d+) steps. To go on: torchrun --nproc-per-node 2 -m birnn_ext.mnist ", rest
+    )
     again = subprocess.run(
         [sys.executable, *arguments, "--resume", "--max-steps", str(int(steps) + 3)],
         capture_output=True,

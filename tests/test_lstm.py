@@ -148,7 +148,9 @@ def test_autocast_leaves_float64_alone(device):
     with torch.autocast(device, torch.bfloat16):
         y = ours(x)[0]
         assert y.dtype == torch.float64
-        with pytest.raises(ValueError, match=r"input dtype \(torch\.float32\) does not match weight dtype \(torch\.float64\)"):
+        with pytest.raises(
+            ValueError, match=r"input dtype \(torch\.float32\) does not match weight dtype \(torch\.float64\)"
+        ):
             ours(x.float())
         with pytest.raises(ValueError, match=r"input dtype \(torch\.int64\)"):
             LSTM(5, 6, device=device)(x.long())

@@ -194,9 +194,7 @@ def test_device_moves_and_parity_of_devices(number):
         assert all(p.device.type == device for p in ours.parameters())
 
         def moved(nested, device=device):
-            return tuple(
-                t.detach().to(device).requires_grad_() if isinstance(t, Tensor) else moved(t) for t in nested
-            )
+            return tuple(t.detach().to(device).requires_grad_() if isinstance(t, Tensor) else moved(t) for t in nested)
 
         results.append([t.cpu() for t in outputs_and_gradients(ours, moved(case.forward_input.args))])
     for k in (1, 2, 3):
@@ -206,9 +204,7 @@ def test_device_moves_and_parity_of_devices(number):
 @each_mode
 @each_dtype
 def test_errors(dtype, training, device):
-    for case in INFO.module_error_inputs_func(
-        INFO, device=device, dtype=dtype, requires_grad=False, training=training
-    ):
+    for case in INFO.module_error_inputs_func(INFO, device=device, dtype=dtype, requires_grad=False, training=training):
         wrong = case.module_error_input
         if case.error_on is ModuleErrorEnum.CONSTRUCTION_ERROR:
             with pytest.raises(case.error_type, match=case.error_regex):
