@@ -9,12 +9,15 @@ import signal
 import subprocess
 import sys
 import time
+from threading import Event
 
 import pytest
 import torch
 from helpers import all_near
 
+from birnn_ext.mnist.data import load_mnist
 from birnn_ext.mnist.processes import Processes
+from birnn_ext.mnist.training import Hyperparameters, Training
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 TRAIN = ["-m", "birnn_ext.mnist", "train", "--data-source", "sample", "--device", "cpu", "--hidden-size", "8"]
@@ -30,31 +33,32 @@ def test_shares_make_up_the_batch():
 
 def test_two_processes_come_to_the_model_of_one(tmp_path):
     """Steps of 4,999 digits and of 1: shares of 2,500 and 2,499, then of 1 and none."""
-    arguments = [*TRAIN, "--batch-size", "4999", "--num-epochs", "3", "--learning-rate", "0.01"]
-    done = [
-        subprocess.run(
-            [sys.executable, *launcher, *arguments, "--out", tmp_path / name],
-            capture_output=True,
-            text=True,
-            env=ENVIRONMENT,
-        )
-        for name, launcher in (("one", []), ("two", TORCHRUN))
-    ]
-    for run in done:
-        assert run.returncode == 0, run.stderr
-    one, two = (re.sub(r"\d+\.\d{4}|one|two", "", run.stdout) for run in done)
-    assert two == one  # the first process alone prints
-    assert done[1].stderr.count("Epoch 1/3: 100%") == done[0].stderr.count("Epoch 1/3: 100%") == 1
-    assert sorted(p.name for p in (tmp_path / "two").iterdir()) == sorted(p.name for p in (tmp_path / "one").iterdir())
+    hp = Hyperparameters(hidden_size=8, batch_size=4999, num_epochs=3, learning_rate=0.01)
+    arguments = ["--batch-size", "4999", "--num-epochs", "3", "--learning-rate", "0.01", "--out", tmp_path]
+    run = subprocess.run(
+        [sys.executable, *TORCHRUN, *TRAIN, *arguments], capture_output=True, text=True, env=ENVIRONMENT
+    )
+    assert run.returncode == 0, run.stderr
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["processes"] == 2
 
-    metrics = [json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two")]
-    assert [m["processes"] for m in metrics] == [1, 2]
-    assert len(metrics[0]["loss"]) == 6
-    assert metrics[1]["loss"] == pytest.approx(metrics[0]["loss"], rel=1e-5)
-    assert metrics[1]["accuracy"] == metrics[0]["accuracy"]
-    models = [torch.load(tmp_path / name / "model.ckpt", weights_only=True) for name in ("one", "two")]
-    assert list(models[0]) == list(models[1])
-    all_near(models[1].values(), models[0].values())
+    lines: list[str] = []
+    one = Training(hp, load_mnist(tmp_path, "sample", lines.append), torch.device("cpu"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    one.run(None, Event(), lines.append)
+    torch.set_num_threads(threads)
+    assert len(one.progress.losses) == 6
+    assert metrics["loss"] == pytest.approx(one.progress.losses, rel=1e-5)
+    assert metrics["epoch_accuracy"] == one.progress.accuracies
+    model = torch.load(tmp_path / "model.ckpt", weights_only=True)
+    assert list(model) == list(one.model.state_dict())
+    all_near(model.values(), one.model.state_dict().values())
+
+    # the first process alone prints, and what one prints
+    assert run.stdout.splitlines()[: len(lines)] == lines
+    assert run.stdout.count("Test Accuracy") == run.stdout.count("Saved model.ckpt") == 1
+    assert run.stderr.count("Epoch 1/3:   0%") == 1
 
 
 @pytest.mark.slow
