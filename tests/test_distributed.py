@@ -13,7 +13,9 @@ from threading import Event
 
 import pytest
 import torch
-from helpers import all_near
+from helpers import all_near, twins
+from torch import nn
+from torch.distributed.fsdp import fully_shard
 
 from birnn_ext.mnist.data import load_mnist
 from birnn_ext.mnist.processes import Processes
@@ -59,6 +61,29 @@ def test_two_processes_come_to_the_model_of_one(tmp_path):
     assert run.stdout.splitlines()[: len(lines)] == lines
     assert run.stdout.count("Test Accuracy") == run.stdout.count("Saved model.ckpt") == 1
     assert run.stderr.count("Epoch 1/2:   0%") == 1
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    """A process group of this process alone."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("wrap", [nn.parallel.DistributedDataParallel, fully_shard])
+def test_wrappers_that_replace_parameters(wrap, one_process):
+    """Nothing is flattened, so what shards the weights may do as it likes."""
+    ours, theirs = twins(3, 8, 2, batch_first=True, bidirectional=True)
+    x = torch.randn(4, 5, 3)
+    model = wrap(ours)
+    y, _ = model(x)
+    expected, _ = theirs(x)
+    all_near([y], [expected])
+    y.square().sum().backward()
+    expected.square().sum().backward()
+    grads = [p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for p in model.parameters()]
+    all_near(grads, [p.grad for p in theirs.parameters()])
 
 
 @pytest.mark.slow

@@ -95,7 +95,9 @@ class NoDeviceRead(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         inputs = [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         outputs = torch.utils._pytree.tree_leaves(result)
-        on_device = any(t.is_cuda for t in inputs)
+        # packing has its lengths and batch sizes on the CPU
+        packing = func.overloadpacket in (torch.ops.aten._pack_padded_sequence, torch.ops.aten._pad_packed_sequence)
+        on_device = any(t.is_cuda for t in inputs) and not packing
         assert not (on_device and any(not isinstance(o, Tensor) or not o.is_cuda for o in outputs if o is not None)), (
             f"{func} reads from the device"
         )
