@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -86,8 +86,40 @@ class LSTM(nn.LSTM):
         )
         self.recompute = recompute
 
+    # What nn.LSTM does to keep its flattened weights, which we don't have.
+
     def flatten_parameters(self) -> None:
         """Does nothing: there is no flattened copy of the weights. Kept for code that calls it on an nn.LSTM."""
+
+    def _init_flat_weights(self) -> None:
+        pass
+
+    def _update_flat_weights(self) -> None:
+        pass
+
+    @property
+    def _flat_weights(self) -> list[Tensor | None]:
+        """The weights as they are now, for code of nn.LSTM's and of others that reads them here."""
+        return [getattr(self, name, None) for name in self._flat_weights_names]
+
+    @_flat_weights.setter
+    def _flat_weights(self, weights: list[Tensor | None]) -> None:
+        pass
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._drop_flat_weights()
+
+    def _drop_flat_weights(self) -> None:
+        """Of what was an nn.LSTM."""
+        vars(self).pop("_flat_weights", None)
+        self._flat_weight_refs = []  # tensors with weak references can't be swapped
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise NotImplementedError(
+            "birnn_ext.LSTM can't be compiled by torch.jit.script; use torch.compile or torch.export, or script a "
+            "model of torch.nn.LSTM, which has the same state_dict (birnn_ext.restore undoes birnn_ext.accelerate)"
+        )
 
     def forward(
         self,
@@ -160,8 +192,9 @@ class LSTM(nn.LSTM):
         """Works on the padded batch in packed (sorted) order; hx and all results but a packed one are in the user's."""
         x, lengths = pad_packed_sequence(PackedSequence(packed.data, packed.batch_sizes))
         if hx is not None:
+            self._check_sizes(x, hx)  # before it is put into order: that may hide a wrong size
             hx = self.permute_hidden(hx, packed.sorted_indices)
-        y, states = self._run(x, hx, lengths.to(x.device), output == "last")
+        y, states = self._run(x, hx, lengths.to(x.device, non_blocking=True), output == "last")
         if states is not None:
             states = self.permute_hidden(states, packed.unsorted_indices)
         if output == "last":
@@ -225,7 +258,10 @@ class LSTM(nn.LSTM):
             )
         autocasts = _autocast_dtype(x) is not None and _autocast_dtype(weight) is not None
         if x.dtype != weight.dtype and not autocasts:
-            raise ValueError(f"LSTM: input and weights must have the same dtype, got {x.dtype} and {weight.dtype}")
+            raise ValueError(
+                f"LSTM: RNN input dtype ({x.dtype}) does not match weight dtype ({weight.dtype}). "
+                f"Convert input: input.to({weight.dtype}), or convert model: model.to({x.dtype})"
+            )
         if x.device != weight.device:
             raise ValueError(f"LSTM: input must be on the weights' device {weight.device}, got {x.device}")
         if hx is None:

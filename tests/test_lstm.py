@@ -148,9 +148,11 @@ def test_autocast_leaves_float64_alone(device):
     with torch.autocast(device, torch.bfloat16):
         y = ours(x)[0]
         assert y.dtype == torch.float64
-        with pytest.raises(ValueError, match=r"same dtype, got torch\.float32 and torch.float64"):
+        with pytest.raises(
+            ValueError, match=r"input dtype \(torch\.float32\) does not match weight dtype \(torch\.float64\)"
+        ):
             ours(x.float())
-        with pytest.raises(ValueError, match=r"same dtype, got torch\.int64"):
+        with pytest.raises(ValueError, match=r"input dtype \(torch\.int64\)"):
             LSTM(5, 6, device=device)(x.long())
     all_near([y], [theirs(x)[0]])
 
@@ -474,8 +476,8 @@ ERRORS = [
     (lambda m: m(torch.randn(4, 2, 5)), RuntimeError, "input.size.-1. must be equal to input_size. Expected 3, got 5"),
     (lambda m: m(torch.randn(3)), ValueError, "Expected input to be 2D or 3D, got 1D"),
     (lambda m: m(torch.randn(0, 2, 3)), RuntimeError, "Expected sequence length to be larger than 0"),
-    (lambda m: m(torch.randn(4, 2, 3, dtype=torch.float64)), ValueError, "same dtype, got torch.float64 and torch.float32"),
-    (lambda m: m(torch.ones(4, 2, 3, dtype=torch.int64)), ValueError, "same dtype, got torch.int64 and"),
+    (lambda m: m(torch.randn(4, 2, 3, dtype=torch.float64)), ValueError, r"input dtype .torch.float64. does not match weight dtype .torch.float32.. Convert input: input.to.torch.float32."),
+    (lambda m: m(torch.ones(4, 2, 3, dtype=torch.int64)), ValueError, r"input dtype .torch.int64. does not match"),
     (lambda m: m(torch.randn(4, 2, 3, device="meta")), ValueError, "weights' device cpu, got meta"),
     (lambda m: m(torch.randn(4, 2, 3), (torch.randn(1, 2, 6), torch.randn(1, 2, 5))), RuntimeError, r"hidden\[0\] size \(1, 2, 5\), got \[1, 2, 6\]"),
     (lambda m: m(torch.randn(4, 2, 3), (torch.randn(1, 2, 5), torch.randn(2, 2, 5))), RuntimeError, r"hidden\[1\] size \(1, 2, 5\), got \[2, 2, 5\]"),
