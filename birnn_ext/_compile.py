@@ -1,8 +1,8 @@
 """Lets torch.compile trace `birnn_ext.LSTM`.
 
-Dynamo breaks the graph at any instance of nn.LSTM, unless `torch._dynamo.config.allow_rnn` is set: nn.LSTM's own forward
-would be unrolled step by step. Ours is a few operators whatever the number of steps, so that setting is on while Dynamo
-looks at one of ours, and only then: nn.LSTM is treated as before.
+Dynamo breaks the graph at any instance of nn.LSTM, unless `torch._dynamo.config.allow_rnn` is set: it would unroll
+nn.LSTM step by step. Ours is a few operators whatever the number of steps, so that setting is on while Dynamo looks at
+one of ours, and only then: nn.LSTM is treated as before.
 """
 
 from __future__ import annotations

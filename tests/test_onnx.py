@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from collections import Counter
 
 import pytest
@@ -51,11 +52,21 @@ def test_export_of_the_classifier_freezes_neither_batch_nor_time(tmp_path):
         assert_near(y, model(x))
 
 
-@pytest.mark.parametrize("lengths", [False, True], ids=["padded", "lengths"])
-@pytest.mark.parametrize("with_state", [False, True], ids=["no_hx", "hx"])
+CASES = [  # bidirectional, batch_first, bias, output, with_state, lengths
+    (True, True, True, "all", True, True),
+    (True, False, False, "last", False, True),
+    (False, False, True, "all", False, False),
+]
+MORE = [
+    case
+    for case in itertools.product((True, False), (True, False), (True,), ("all", "last"), (True, False), (True, False))
+    if case not in CASES
+]
+
+
 @pytest.mark.parametrize(
-    ("bidirectional", "batch_first", "bias", "output"),
-    [(True, True, True, "all"), (False, False, False, "all"), (True, False, False, "last"), (False, True, True, "last")],
+    ("bidirectional", "batch_first", "bias", "output", "with_state", "lengths"),
+    [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE)],
 )
 def test_export_of_an_lstm_freezes_neither_batch_nor_time(
     bidirectional, batch_first, bias, output, with_state, lengths, tmp_path
