@@ -146,7 +146,7 @@ def test_the_classifier_of_the_tutorial_compiles_within_30_seconds():
     torch._dynamo.reset()
     counters.clear()
     compiled = torch.compile(model, fullgraph=True, dynamic=True)
-    x = torch.randn(100, 28, 28)
+    x = torch.randn(100, 28, 28, requires_grad=True)
     with fresh_cache(), torch._inductor.config.patch(compile_threads=1):  # no processes that outlive the measurement
         start = sum(os.times()[:4])  # of all threads and child processes: no less than the time on an idle machine
         compiled(x).sum().backward()
