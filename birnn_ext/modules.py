@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any, Literal, NoReturn
 
 import torch
@@ -10,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from birnn_ext._compile import let_dynamo_trace
 from birnn_ext.ops import lstm_layer
 
 State = tuple[Tensor, Tensor]
@@ -22,13 +22,6 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device) if x.is_floating_point() and x.dtype != torch.float64 else None
-
-
-@functools.cache
-def _weight_names(layer: int, directions: range, bias: bool) -> list[str]:
-    """Of one layer, as `lstm_layer` orders them."""
-    kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh") if bias else ("weight_ih", "weight_hh")
-    return [f"{kind}_l{layer}{'_reverse' if d else ''}" for d in directions for kind in kinds]
 
 
 class LSTM(nn.LSTM):
@@ -277,7 +270,8 @@ class LSTM(nn.LSTM):
 
     def _layer(self, layer: int, directions: range, x: Tensor, h0: Tensor | None, c0: Tensor | None, lengths):
         """One layer's given directions: x (T, B, .) -> y (T, B, D, H), h_n, c_n (D, B, H)."""
-        names = _weight_names(layer, directions, self.bias)
+        per_layer = 2 if self.bidirectional else 1
+        names = [name for d in directions for name in self._all_weights[layer * per_layer + d]]
         weights = [getattr(self, name) for name in names]
         first = self.weight_ih_l0
         dtype, device = first.dtype, first.device
@@ -312,6 +306,9 @@ class LSTM(nn.LSTM):
             )
             outputs.append(y[0, :, 0])
         return torch.cat(outputs, -1), h_n, c_n
+
+
+let_dynamo_trace(LSTM)
 
 
 class BiRNN(nn.Module):

@@ -417,31 +417,42 @@ def test_infinite_states(algorithm, dtype):
     assert not grads[0][0, 1].isfinite().any(), "an infinite gradient must be seen by a GradScaler"
 
 
+def nan_of(bits: int) -> torch.Tensor:
+    return torch.tensor([bits - (1 << 32) if bits >> 31 else bits], dtype=torch.int32).view(torch.float32).cuda()
+
+
+NANS = pytest.mark.parametrize("bits", [0x7FFFFFFF, 0xFFFFFFFF, 0x7FC00000], ids=hex)
+
+
 @pytest.mark.cuda
-@pytest.mark.parametrize("bits", [0x7FFFFFFF, 0xFFFFFFFF, 0x7FC00000], ids=hex)
+@NANS
 @pytest.mark.parametrize("where", ["gates_x", "w_hh", "h0", "c0"])
 def test_a_nan_stays_one_whatever_its_bits(algorithm, where, bits):
     """GPUs make 0x7fffffff, to which rounding to TF32 by an integer addition would give a sign and nothing else."""
-    nan = torch.tensor([bits - (1 << 32) if bits >> 31 else bits], dtype=torch.int32).view(torch.float32).cuda()
     shapes = {"gates_x": (4, 3, 2, 80), "w_hh": (2, 80, 20), "h0": (2, 3, 20), "c0": (2, 3, 20)}
     args = {name: torch.randn(shape, device="cuda") for name, shape in shapes.items()}
-    # the reverse direction of the first sequence holds its state at first
-    lengths = torch.tensor([2, 4, 3], device="cuda")
-    results = forward_op(*args.values(), lengths, True)
     for d in range(2):
-        (args[where][0, 0, d] if where == "gates_x" else args[where][d].view(-1))[13] = nan
-    call = (*args.values(), lengths)
+        (args[where][0, 0, d] if where == "gates_x" else args[where][d].view(-1))[13] = nan_of(bits)
+    # the reverse direction of the first sequence holds its state at first
+    call = (*args.values(), torch.tensor([2, 4, 3], device="cuda"))
     with forced(algorithm):
-        undefined = forward_op(*call, True)
-    for a, e in zip(undefined, reference.lstm_recurrence(*as_double(call), True), strict=True):
+        results = forward_op(*call, True)
+    for a, e in zip(results, reference.lstm_recurrence(*as_double(call), True), strict=True):
         assert e.isnan().any() and torch.equal(a.isnan(), e.isnan())
 
-    dy = torch.randn(4, 3, 2, 20, device="cuda")
-    dy[1, 0, :, 4] = nan
-    backward_args = (args["w_hh"], args["c0"], lengths, *results[3:], dy, None, None, True)
+
+@pytest.mark.cuda
+@NANS
+@pytest.mark.parametrize("where", ["w_hh", "dy", "dh_n", "dc_n"])
+def test_a_nan_stays_one_in_gradients(algorithm, where, bits):
+    w_hh, state = torch.randn(2, 80, 20, device="cuda"), torch.randn(2, 3, 20, device="cuda")
+    y, h_n, c_n, gates, cells = forward_op(torch.randn(4, 3, 2, 80, device="cuda"), w_hh, state, state, None, True)
+    tensors = {"w_hh": w_hh, "dy": torch.randn_like(y), "dh_n": torch.randn_like(h_n), "dc_n": torch.randn_like(c_n)}
+    (tensors[where][1, 0, :] if where == "dy" else tensors[where]).view(2, -1)[:, 13] = nan_of(bits)
+    call = (tensors["w_hh"], state, None, gates, cells, tensors["dy"], tensors["dh_n"], tensors["dc_n"], True)
     with forced(algorithm):
-        grads = backward_op(*backward_args)
-    for a, e in zip(grads, reference.lstm_recurrence_backward(*as_double(backward_args)), strict=True):
+        grads = backward_op(*call)
+    for a, e in zip(grads, reference.lstm_recurrence_backward(*as_double(call)), strict=True):
         assert e.isnan().any() and torch.equal(a.isnan(), e.isnan())
 
 
@@ -463,26 +474,8 @@ def test_threads_with_layers_of_their_own(algorithm):
 
 
 @pytest.mark.cuda
-def test_runs_on_the_current_stream(algorithm):
-    """What it reads is made on that stream, after a wait: on any other it would come too early. (An emulator that does
-    all work at once can't fail here; test_graph_capture can.)"""
-    args = random_case(random.Random(12), torch.float32, 60, steps=4, batch=20)
-    results, backward_args, grads = run_both(algorithm, args, 0)
-    late = [torch.zeros_like(t) if isinstance(t, torch.Tensor) else t for t in (*args, *backward_args)]
-    stream = torch.cuda.Stream()
-    torch.cuda.synchronize()
-    with torch.cuda.stream(stream), forced(algorithm):
-        torch.cuda._sleep(100_000_000)
-        for to, value in zip(late, (*args, *backward_args), strict=True):
-            if isinstance(to, torch.Tensor):
-                to.copy_(value)
-        found = *forward_op(*late[: len(args)], True), *backward_op(*late[len(args) :])
-    stream.synchronize()
-    assert all(torch.equal(a, e) for a, e in zip(found, (*results, *grads), strict=True))
-
-
-@pytest.mark.cuda
 def test_graph_capture(algorithm):
+    """A launch on any other stream than the current one would be an error while that is captured, too."""
     args = [a for a in random_case(random.Random(11), torch.float32, 60, steps=4, batch=20)]
     args[4] = None
     eager, backward_args, grads = run_both(algorithm, args, 0)

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from helpers import (
+    TOLERANCE,
     WORSE_THAN_TORCH,
     all_near,
     assert_near,
@@ -140,6 +141,30 @@ def test_autocast(dtype, device):
         assert_near(a, e, dtype=dtype)
     assert all(t.dtype == dtype for t in results[0][:3])
     assert all(g.dtype == torch.float32 for g in results[0][3:])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("state_dtype", [None, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_autocast_takes_any_mixture_of_types(x_dtype, state_dtype, dtype, device):
+    """Results are of autocast's type, as nn.LSTM's on CUDA; gradients of the type of what they are the gradients of."""
+    ours, theirs = twins(5, 12, 2, bidirectional=True, device=device)
+    x = torch.randn(6, 4, 5, device=device).to(x_dtype).requires_grad_()
+    state = None
+    if state_dtype is not None:
+        state = tuple(s.to(state_dtype).requires_grad_() for s in random_state(4, 4, 12, device=device))
+    inputs = (x, *(state or ()))
+    with torch.autocast(device, dtype):
+        y, (h_n, c_n) = ours(x, state)
+    assert y.dtype == h_n.dtype == c_n.dtype == dtype
+    grads = gradients(ours, (y, h_n, c_n), inputs)
+    assert [g.dtype for g in grads] == [t.dtype for t in (*inputs, *ours.parameters())]
+    expected, states = theirs(x.float(), state and tuple(s.float() for s in state))
+    loosest = max((x_dtype, state_dtype or dtype, dtype), key=TOLERANCE.__getitem__)
+    for a, e in zip(
+        [y, h_n, c_n, *grads], [expected, *states, *gradients(theirs, (expected, *states), inputs)], strict=True
+    ):
+        assert_near(a, e, dtype=loosest)
 
 
 def test_autocast_leaves_float64_alone(device):
