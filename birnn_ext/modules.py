@@ -133,10 +133,9 @@ class LSTM(nn.LSTM):
         self.zoneout = (zoneout_h, zoneout_c)
         self.layer_norm = layer_norm
         self.learned_state = learned_state
-        sizes = {"weight_ln_ih": 4 * hidden_size, "weight_ln_hh": 4 * hidden_size}
         directions = range(2 if bidirectional else 1)
         new = {
-            name: (sizes.get(name.split("_l")[0], hidden_size),)
+            name: (4 * hidden_size if "_ln_ih_" in name or "_ln_hh_" in name else hidden_size,)
             for layer in range(num_layers if layer_norm else 0)
             for name in _weight_names(layer, directions, bias, proj_size > 0, True)
             if "_ln_" in name
@@ -185,8 +184,8 @@ class LSTM(nn.LSTM):
 
         Args:
             input: (T, B, I), with batch_first (B, T, I), unbatched (T, I), or a PackedSequence.
-            hx: (h_0, c_0), (D * num_layers, B, P) and (D * num_layers, B, H), unbatched without B; None stands for zeros,
-                or for the learned state.
+            hx: (h_0, c_0), (D * num_layers, B, P) and (D * num_layers, B, H), unbatched without B; None stands for
+                zeros, or for the learned state.
             lengths: (B,) int64 on the input's device, in any order: sequence b is its first lengths[b] steps, as if
                 packed with enforce_sorted=False; 0 <= lengths[b] <= T. Not with a PackedSequence or unbatched input.
             output: "all" returns every step. "last" returns what ``output[:, -1]`` (batch_first; else ``output[-1]``)

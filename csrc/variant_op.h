@@ -103,9 +103,7 @@ VariantResults lstm_variant(const Tensor& gates_x, const Tensor& w_hh, const Opt
                normed = Device::empty(save == 2 && ln_hh ? at::DimVector{T, B, D, 4 * H} : at::DimVector{0}, options),
                rstd = Device::empty(save == 2 && ln_hh ? at::DimVector{T, B, D} : at::DimVector{0}, accumulate);
   const Tensor h = running_state(h0, {D, B, P}, accumulate), c = running_state(c0, {D, B, H}, accumulate);
-  const Tensor operand = h_mask                                           ? (h * *h_mask).to(operands)
-                         : operands.dtype() == accumulate.dtype() ? h
-                                                                          : h.to(operands);
+  const Tensor operand = (h_mask ? h * *h_mask : h).to(operands);  // h itself, where that is the same
   Tensor products = at::empty({D, B, 4 * H}, accumulate);
   const Tensor w_hh_t = Device::multiplied(w_hh).transpose(1, 2);
   Tensor w_hr_t, hidden, projected;
@@ -142,13 +140,14 @@ VariantResults lstm_variant(const Tensor& gates_x, const Tensor& w_hh, const Opt
 }
 
 template <class Device>
-VariantGradients lstm_variant_backward(
-    const Tensor& w_hh, const OptionalTensor& w_hr, const OptionalTensor& c0, const OptionalTensor& lengths,
-    const OptionalTensor& reset, const OptionalTensor& h_mask, const OptionalTensor& zoneout_h,
-    const OptionalTensor& zoneout_c, double zoneout_h_mean, double zoneout_c_mean, const OptionalTensor& ln_hh,
-    const OptionalTensor& ln_c, double eps, const Tensor& cells, const Tensor& gates, const Tensor& normed,
-    const Tensor& rstd, const OptionalTensor& dy, const OptionalTensor& dh_n, const OptionalTensor& dc_n,
-    const OptionalTensor& d_cells, bool state_grads) {
+VariantGradients lstm_variant_backward(const Tensor& w_hh, const OptionalTensor& w_hr, const OptionalTensor& c0,
+                                       const OptionalTensor& lengths, const OptionalTensor& reset,
+                                       const OptionalTensor& h_mask, const OptionalTensor& zoneout_h,
+                                       const OptionalTensor& zoneout_c, double zoneout_h_mean, double zoneout_c_mean,
+                                       const OptionalTensor& ln_hh, const OptionalTensor& ln_c, double eps,
+                                       const Tensor& cells, const Tensor& gates, const Tensor& normed,
+                                       const Tensor& rstd, const OptionalTensor& dy, const OptionalTensor& dh_n,
+                                       const OptionalTensor& dc_n, const OptionalTensor& d_cells, bool state_grads) {
   const DType dtype = dtype_of(gates, "gates");
   const RecurrenceSizes sizes = variant_sizes(gates, "gates");
   const auto [T, B, D, H] = sizes;
@@ -184,7 +183,9 @@ VariantGradients lstm_variant_backward(
   p.dy = held.pointer(dy);
   p.d_cells = held.pointer(d_cells);
 
-  const auto where = [](bool wanted, at::IntArrayRef shape) { return wanted ? at::DimVector(shape) : at::DimVector{0}; };
+  const auto where = [](bool wanted, at::IntArrayRef shape) {
+    return wanted ? at::DimVector(shape) : at::DimVector{0};
+  };
   const bool projects = w_hr.has_value(), own_products = ln_hh || reset;
   const Tensor d_gates_x = Device::empty({T, B, D, 4 * H}, options),
                d_products = Device::empty(where(own_products, {T, B, D, 4 * H}), options),

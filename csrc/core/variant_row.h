@@ -5,9 +5,8 @@
 //   each(n, f)             f(u, count) for the units u .. u+count-1 of n, count being all that V holds, or what is left
 //   load<T>(p, at, count)  store<T>(p, at, v, count)
 //   only(v, count)         v with 0 for units beyond count
-//   sum(v)                 over all units, for all that take part in the row; all before it has been done by all of them
-//   store_one<T>(p, at, value)
-//   inverse_root(a)        1 / sqrt(a)
+//   sum(v)                 over all units, for all that take part in the row; all before it has been done by all of
+//   them store_one<T>(p, at, value) inverse_root(a)        1 / sqrt(a)
 #pragma once
 
 #include "lstm_cell.h"
@@ -24,11 +23,11 @@ namespace birnn {
 // Where a row is in a pass.
 struct RowPlace {
   int64_t d, b, t;
-  int64_t row;     // of (T, B, D)
-  int64_t state;   // of (D, B)
-  bool active;     // the sequence has a step t
-  bool first;      // and it is its first
-  bool cleared;    // and it begins with h = c = 0
+  int64_t row;    // of (T, B, D)
+  int64_t state;  // of (D, B)
+  bool active;    // the sequence has a step t
+  bool first;     // and it is its first
+  bool cleared;   // and it begins with h = c = 0
 };
 
 BIRNN_INLINE RowPlace row_place(const Variant& p, int64_t state, bool forward) {
@@ -174,9 +173,8 @@ BIRNN_INLINE void variant_forward_row(const VariantForward& p, const X& x, int64
     if (p.cells) x.template store<A>(p.cells, at.row * H + u, c, count);
   });
   if (!p.ln_c) return;
-  const auto cell = [&](int64_t u, int64_t count) BIRNN_INLINE_LAMBDA {
-    return x.template load<A>(p.products, products + u, count);
-  };
+  const auto cell = [&](int64_t u, int64_t count)
+                        BIRNN_INLINE_LAMBDA { return x.template load<A>(p.products, products + u, count); };
   const Moments<A> of_cell = moments(x, H, p.eps, cell);
   x.each(H, [&](int64_t u, int64_t count) BIRNN_INLINE_LAMBDA {
     Gates<V> gates{};
@@ -310,8 +308,8 @@ BIRNN_INLINE void variant_backward_row(const VariantBackward& p, const X& x, int
       sums = {sums.i + more.i, sums.f + more.f, sums.g + more.g, sums.o + more.o};
       store_gates<A>(x, p.d_ln_hh, state * 4 * H + u, H, sums, count);
       sum_dz = sum_dz + x.only(dz.i * factor.i + dz.f * factor.f + dz.g * factor.g + dz.o * factor.o, count);
-      sum_dz_normed = sum_dz_normed + x.only(more.i * factor.i + more.f * factor.f + more.g * factor.g +
-                                                 more.o * factor.o, count);
+      sum_dz_normed =
+          sum_dz_normed + x.only(more.i * factor.i + more.f * factor.f + more.g * factor.g + more.o * factor.o, count);
     } else {
       const Gates<V> d = at.cleared ? Gates<V>{} : dz;
       store_gates<F>(x, p.operand, state * 4 * H + u, H, d, count);

@@ -1,9 +1,10 @@
 // The CPU implementation of lstm_variant: PyTorch's batched products, and passes of the ISA's kernels over all rows.
+#include "../variant_op.h"
+
 #include <ATen/Parallel.h>
 #include <ATen/ops/bmm.h>
 #include <torch/library.h>
 
-#include "../variant_op.h"
 #include "isa.h"
 #include "memory.h"
 

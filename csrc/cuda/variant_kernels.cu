@@ -1,11 +1,10 @@
 // A block owns a row, one direction of one sequence, as layer norm sums over all of its units; a thread owns every
 // kThreads-th unit.
-#include "variant_kernels.h"
-
 #include <type_traits>
 
 #include "../core/variant_row.h"
 #include "cell_math.cuh"
+#include "variant_kernels.h"
 
 namespace birnn::cuda {
 namespace {

@@ -1,12 +1,13 @@
-// The CUDA implementation of lstm_variant: cuBLAS' batched products, and a kernel for each pass. It only launches, so it
-// can be captured into a CUDA graph.
+// The CUDA implementation of lstm_variant: cuBLAS' batched products, and a kernel for each pass. It only launches, so
+// it can be captured into a CUDA graph.
+#include "../variant_op.h"
+
 #include <ATen/ops/_assert_async.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
-#include "../variant_op.h"
 #include "product.h"
 #include "variant_kernels.h"
 
