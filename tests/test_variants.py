@@ -11,7 +11,7 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import TOLERANCE, all_near, assert_near, gradients, random_state, twins
+from helpers import TOLERANCE, all_near, error, gradients, random_state, twins
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -100,8 +100,11 @@ def compare_operators(args: list, dtype: torch.dtype) -> None:
     device = args[0].device.type
     assert op_calls()[f"{device}_backward"] == before[f"{device}_backward"] + 1
     expected = results_and_gradients(lambda a: reference.lstm_variant(*a), as_double(args), cotangents)
+    plain = results_and_gradients(lambda a: reference.lstm_variant(*a), args, cotangents)
     for name, e in expected.items():
-        assert_near(ours[name], e, name, dtype)
+        # layer norm divides by a spread that may be next to nothing: then plain PyTorch, too, has errors of that kind
+        allowed = max(TOLERANCE[dtype], (args[12] is not None or args[13] is not None) * 5 * error(plain[name], e))
+        assert error(ours[name], e) <= allowed, f"{name}: {error(ours[name], e):.2e} where {allowed:.2e} is allowed"
         assert ours[name].dtype == (torch.promote_types(dtype, torch.float32) if name == "cells" else dtype)
     for save in (0, 1):
         y, h_n, c_n, cells, *kept = forward_op(*args, save)
