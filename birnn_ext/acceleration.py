@@ -61,7 +61,7 @@ def restore(model: nn.Module) -> list[str]:
     names = []
     for name, module in model.named_modules():
         if type(module) is LSTM and getattr(module, "accelerated", False):
-            module.__class__ = nn.LSTM
+            module.__class__ = nn.LSTM  # type: ignore[assignment]  # mypy does not see that the class may change
             del module.recompute, module.accelerated
             module.flatten_parameters()
             names.append(name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Literal
+from typing import TYPE_CHECKING, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +56,8 @@ class LSTM(nn.LSTM):
         ValueError, TypeError: as `torch.nn.LSTM`.
     """
 
+    weight_ih_l0: Tensor
+
     def __init__(
         self,
         input_size: int,
@@ -89,6 +91,29 @@ class LSTM(nn.LSTM):
     def flatten_parameters(self) -> None:
         """Does nothing: there is no flattened copy of the weights. Kept for code that calls it on an nn.LSTM."""
 
+    @overload
+    def forward(
+        self,
+        input: Tensor,
+        hx: State | None = None,
+        *,
+        lengths: Tensor | None = None,
+        output: Literal["all"] = "all",
+    ) -> tuple[Tensor, State]: ...
+    @overload
+    def forward(
+        self, input: PackedSequence, hx: State | None = None, *, lengths: None = None, output: Literal["all"] = "all"
+    ) -> tuple[PackedSequence, State]: ...
+    @overload
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: State | None = None,
+        *,
+        lengths: Tensor | None = None,
+        output: Literal["last"],
+    ) -> tuple[Tensor, State | None]: ...
+
     def forward(
         self,
         input: Tensor | PackedSequence,
@@ -96,7 +121,7 @@ class LSTM(nn.LSTM):
         *,
         lengths: Tensor | None = None,
         output: Literal["all", "last"] = "all",
-    ) -> tuple[Tensor | PackedSequence, State | tuple[Tensor, None] | None]:
+    ) -> tuple[Tensor | PackedSequence, State | None]:
         """Runs all layers.
 
         Args:
@@ -156,7 +181,12 @@ class LSTM(nn.LSTM):
             y = y.transpose(0, 1)
         return y, states
 
-    def _forward_packed(self, packed: PackedSequence, hx: State | None, output: str):
+    if TYPE_CHECKING:  # nn.Module's says Any
+        __call__ = forward
+
+    def _forward_packed(
+        self, packed: PackedSequence, hx: State | None, output: str
+    ) -> tuple[Tensor | PackedSequence, State | None]:
         """Works on the padded batch in packed (sorted) order; hx and all results but a packed one are in the user's."""
         x, lengths = pad_packed_sequence(PackedSequence(packed.data, packed.batch_sizes))
         if hx is not None:
@@ -166,8 +196,8 @@ class LSTM(nn.LSTM):
             states = self.permute_hidden(states, packed.unsorted_indices)
         if output == "last":
             return (y if packed.unsorted_indices is None else y[packed.unsorted_indices]), states
-        y = pack_padded_sequence(y, lengths)
-        return PackedSequence(y.data, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices), states
+        data = pack_padded_sequence(y, lengths).data
+        return PackedSequence(data, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices), states
 
     def _check_state_dims(self, hx: State, batched: bool) -> None:
         if hx[0].dim() != (3 if batched else 2) or hx[1].dim() != hx[0].dim():
@@ -239,7 +269,15 @@ class LSTM(nn.LSTM):
             if state.device != x.device:
                 raise ValueError(f"LSTM: {name} must be on the input's device {x.device}, got {state.device}")
 
-    def _layer(self, layer: int, directions: range, x: Tensor, h0: Tensor | None, c0: Tensor | None, lengths):
+    def _layer(
+        self,
+        layer: int,
+        directions: range,
+        x: Tensor,
+        h0: Tensor | None,
+        c0: Tensor | None,
+        lengths: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """One layer's given directions: x (T, B, .) -> y (T, B, D, H), h_n, c_n (D, B, H)."""
         names = _weight_names(layer, directions, self.bias)
         weights = [getattr(self, name) for name in names]
@@ -254,14 +292,16 @@ class LSTM(nn.LSTM):
             weights = [w.to(x.dtype) for w in weights]
         return lstm_layer(x, weights, self.bias, h0, c0, lengths, self.recompute)
 
-    def _last_output(self, layer: int, x: Tensor, h0: Tensor | None, c0: Tensor | None, lengths: Tensor | None):
+    def _last_output(
+        self, layer: int, x: Tensor, h0: Tensor | None, c0: Tensor | None, lengths: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The last layer's output at each sequence's last step, (B, D * H), and the forward direction's h_n, c_n.
 
         The reverse direction begins at that step, so one step of it is all that is needed.
         """
 
         def state_of(d: int) -> tuple[Tensor | None, Tensor | None]:
-            return (None, None) if h0 is None else (h0[d : d + 1], c0[d : d + 1])
+            return (None, None) if h0 is None or c0 is None else (h0[d : d + 1], c0[d : d + 1])
 
         y, h_n, c_n = self._layer(layer, range(1), x, *state_of(0), lengths)
         outputs = [h_n[0] if lengths is None else h_n[0].masked_fill((lengths == 0).unsqueeze(-1), 0)]
@@ -300,4 +340,8 @@ class BiRNN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, I) -> class scores (B, num_classes), from the LSTM's output at the last step."""
         last, _ = self.lstm(x, output="last")
-        return self.fc(last)
+        scores: Tensor = self.fc(last)
+        return scores
+
+    if TYPE_CHECKING:  # nn.Module's says Any
+        __call__ = forward

@@ -56,7 +56,8 @@ def lstm_recurrence(
         _count_reference("lstm_recurrence", "reference_forward", f"has no {transform}")
         return reference.lstm_recurrence(gates_x, w_hh, h0, c0, lengths, False)[:3]
     save = torch.is_grad_enabled() and any(t.requires_grad for t in floating)
-    return torch.ops.birnn_ext.lstm_recurrence(gates_x, w_hh, h0, c0, lengths, save)[:3]
+    outputs: Tensors5 = torch.ops.birnn_ext.lstm_recurrence(gates_x, w_hh, h0, c0, lengths, save)
+    return outputs[:3]
 
 
 def lstm_layer(
@@ -91,9 +92,13 @@ def lstm_layer(
     """
     if _is_one_operator(x, weights, h0, c0):
         save = (2 if recompute else 1) if torch.is_grad_enabled() else 0
-        return torch.ops.birnn_ext.lstm_layer(x, weights, bias, h0, c0, lengths, save)[:3]
+        outputs: Tensors5 = torch.ops.birnn_ext.lstm_layer(x, weights, bias, h0, c0, lengths, save)
+        return outputs[:3]
     if recompute and torch.is_grad_enabled():
-        return checkpoint(lstm_layer, x, weights, bias, h0, c0, lengths, use_reentrant=False, preserve_rng_state=False)
+        y_and_states: Tensors3 = checkpoint(
+            lstm_layer, x, weights, bias, h0, c0, lengths, use_reentrant=False, preserve_rng_state=False
+        )
+        return y_and_states
     if lengths is not None:  # whatever lies beyond a sequence's end must not reach the weights' gradients
         beyond = torch.arange(x.shape[0], device=x.device).unsqueeze(1) >= lengths
         x = x.masked_fill(beyond.unsqueeze(-1), 0)
@@ -136,7 +141,9 @@ def _cell_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 @torch.library.register_fake("birnn_ext::lstm_recurrence")
-def _(gates_x, w_hh, h0, c0, lengths, save) -> Tensors5:
+def _(
+    gates_x: Tensor, w_hh: Tensor, h0: Tensor | None, c0: Tensor | None, lengths: Tensor | None, save: bool
+) -> Tensors5:
     _check_devices(gates_x, w_hh, h0, c0, lengths)
     steps, batch, directions, _ = gates_x.shape
     hidden = w_hh.shape[-1]
@@ -151,14 +158,32 @@ def _(gates_x, w_hh, h0, c0, lengths, save) -> Tensors5:
 
 
 @torch.library.register_fake("birnn_ext::lstm_recurrence_backward")
-def _(w_hh, c0, lengths, gates, cells, dy, dh_n, dc_n, state_grads) -> Tensors3:
+def _(
+    w_hh: Tensor,
+    c0: Tensor | None,
+    lengths: Tensor | None,
+    gates: Tensor,
+    cells: Tensor,
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    state_grads: bool,
+) -> Tensors3:
     _, batch, directions, _ = gates.shape
     d_state = gates.new_empty(directions, batch, w_hh.shape[-1]) if state_grads else gates.new_empty(0)
     return gates.new_empty(gates.shape), d_state, torch.empty_like(d_state)
 
 
 @torch.library.register_fake("birnn_ext::lstm_layer")
-def _(x, weights, bias, h0, c0, lengths, save) -> Tensors5:
+def _(
+    x: Tensor,
+    weights: list[Tensor],
+    bias: bool,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    lengths: Tensor | None,
+    save: int,
+) -> Tensors5:
     _check_devices(x, *weights, h0, c0, lengths)
     steps, batch, _ = x.shape
     directions, hidden = len(weights) // (4 if bias else 2), weights[1].shape[1]
@@ -171,7 +196,21 @@ def _(x, weights, bias, h0, c0, lengths, save) -> Tensors5:
 
 @torch.library.register_fake("birnn_ext::lstm_layer_backward")
 def _(
-    x, weights, bias, h0, c0, lengths, y, gates, cells, dy, dh_n, dc_n, x_grad, weight_grads, state_grads
+    x: Tensor,
+    weights: list[Tensor],
+    bias: bool,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    lengths: Tensor | None,
+    y: Tensor,
+    gates: Tensor,
+    cells: Tensor,
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    x_grad: bool,
+    weight_grads: bool,
+    state_grads: bool,
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
     _, batch, directions, hidden = y.shape
     dx = x.new_empty(x.shape) if x_grad else x.new_empty(0)
@@ -203,13 +242,25 @@ def _no_kernel(device: torch.device) -> str:
 
 
 @torch.library.impl("birnn_ext::lstm_recurrence", "CompositeExplicitAutograd")
-def _(gates_x, w_hh, h0, c0, lengths, save) -> Tensors5:
+def _(
+    gates_x: Tensor, w_hh: Tensor, h0: Tensor | None, c0: Tensor | None, lengths: Tensor | None, save: bool
+) -> Tensors5:
     _count_reference("lstm_recurrence", "reference_forward", _no_kernel(gates_x.device))
     return reference.lstm_recurrence(gates_x, w_hh, h0, c0, lengths, save)
 
 
 @torch.library.impl("birnn_ext::lstm_recurrence_backward", "CompositeExplicitAutograd")
-def _(w_hh, c0, lengths, gates, cells, dy, dh_n, dc_n, state_grads) -> Tensors3:
+def _(
+    w_hh: Tensor,
+    c0: Tensor | None,
+    lengths: Tensor | None,
+    gates: Tensor,
+    cells: Tensor,
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    state_grads: bool,
+) -> Tensors3:
     _count_reference("lstm_recurrence_backward", "reference_backward", _no_kernel(gates.device))
     return reference.lstm_recurrence_backward(w_hh, c0, lengths, gates, cells, dy, dh_n, dc_n, state_grads)
 
@@ -239,14 +290,21 @@ def _weight_grad(dz: Tensor, y: Tensor, h0: Tensor | None, lengths: Tensor | Non
     return torch.stack(grads)
 
 
-def _save_forward(ctx: Any, inputs: tuple, output: Tensors5) -> None:
+def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: Tensors5) -> None:
     _, w_hh, h0, c0, lengths, ctx.save = inputs
     y, _, _, gates, cells = output
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(w_hh, h0, c0, lengths, y, gates, cells)
 
 
-def _forward_grad(ctx: Any, dy, dh_n, dc_n, d_gates, d_cells) -> tuple:
+def _forward_grad(
+    ctx: Any,
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    d_gates: Tensor | None,
+    d_cells: Tensor | None,
+) -> tuple[Tensor | None, ...]:
     if not ctx.save:
         raise RuntimeError(
             "birnn_ext::lstm_recurrence was called with save=False, so it can't be differentiated; "
@@ -265,21 +323,21 @@ def _forward_grad(ctx: Any, dy, dh_n, dc_n, d_gates, d_cells) -> tuple:
     return dz, d_w_hh, dh0 if needs_h0 else None, dc0 if needs_c0 else None, None, None
 
 
-def _save_backward(ctx: Any, inputs: tuple, output: Tensors3) -> None:
+def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensors3) -> None:
     *tensors, ctx.state_grads = inputs
     ctx.save_for_backward(*tensors)
 
 
-def _backward_grad(ctx: Any, *cotangents: Tensor) -> tuple:
+def _backward_grad(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
     inputs = list(ctx.saved_tensors)
     wanted = [k for k, needed in enumerate(ctx.needs_input_grad[: len(inputs)]) if needed]
 
     def run(*tensors: Tensor) -> Tensors3:
         for k, tensor in zip(wanted, tensors, strict=True):
             inputs[k] = tensor
-        return reference.lstm_recurrence_backward(*inputs, ctx.state_grads)
+        return reference.lstm_recurrence_backward(*inputs, ctx.state_grads)  # type: ignore[call-arg]  # 8 inputs
 
-    _, vjp = torch.func.vjp(run, *(inputs[k] for k in wanted))
+    vjp = torch.func.vjp(run, *(inputs[k] for k in wanted))[1]
     grads: list[Tensor | None] = [None] * (len(inputs) + 1)
     for k, grad in zip(wanted, vjp(cotangents), strict=True):
         grads[k] = grad

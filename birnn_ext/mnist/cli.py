@@ -30,8 +30,9 @@ class Unbroken:
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
 
-    def write(self, text: str) -> None:
+    def write(self, text: str) -> int:
         self._unless_broken(self.stream.write, text)
+        return len(text)
 
     def flush(self) -> None:
         self._unless_broken(self.stream.flush)
@@ -166,6 +167,7 @@ def run_train(args: argparse.Namespace) -> int:
         if not finished:
             say(f"Interrupted after {len(run.progress.losses)} steps. To go on: {resume_command(args)}")
             return 130
+    assert run.accuracy is not None  # as the training finished
     say(training.accuracy_line(run.accuracy, mnist.test))
     if mnist.source == "sample":
         say("(accuracy on the embedded sample's test digits, not on MNIST's 10000)")
