@@ -11,10 +11,15 @@ from birnn_ext.modules import LSTM
 
 @dataclass
 class Acceleration:
-    """What `accelerate` did: names of modules, as in ``model.named_modules()``; "" is the model itself."""
+    """What `accelerate` did; printing it gives a line for each module.
+
+    Attributes:
+        replaced: names of the modules that are ours now, as in ``model.named_modules()``; "" is the model itself.
+        left: names of the nn.LSTM modules that are as they were, and why.
+    """
 
     replaced: list[str] = field(default_factory=list)
-    left: dict[str, str] = field(default_factory=dict)  # name: why
+    left: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"replaced {name or '(the model itself)'}" for name in self.replaced]
@@ -54,6 +59,10 @@ def accelerate(model: nn.Module) -> Acceleration:
 
 def restore(model: nn.Module) -> list[str]:
     """Turns what `accelerate` has turned back into `torch.nn.LSTM`, in place.
+
+    Args:
+        model: the module that `accelerate` was given, or any that contains parts of it. LSTMs that were birnn_ext's from
+            the beginning stay so.
 
     Returns:
         The names of the modules that were turned back.

@@ -37,6 +37,10 @@ class LSTM(nn.LSTM):
     Its time steps run in birnn_ext's fused kernels. In place of nn.LSTM's flattened weights it reads the parameters as
     they are at each call, so pruning, parametrizations, sharing and swapping of weights just work.
 
+    The method: S. Hochreiter, J. Schmidhuber, "Long Short-Term Memory", 1997, with the forget gates of F. A. Gers et al.,
+    "Learning to Forget", 2000; in both directions, M. Schuster, K. K. Paliwal, "Bidirectional Recurrent Neural
+    Networks", 1997.
+
     Args:
         input_size: I, features of the input.
         hidden_size: H, units per direction.
@@ -46,10 +50,11 @@ class LSTM(nn.LSTM):
         dropout: probability with which outputs of all layers but the last are zeroed in training mode.
         bidirectional: D = 2 directions instead of 1.
         proj_size: not implemented; must be 0.
-        device, dtype: of the parameters; float64, float32, float16 or bfloat16.
+        device: of the parameters.
+        dtype: of the parameters; float64, float32, float16 or bfloat16.
         recompute: keep only inputs, outputs and cell states for the backward pass, and compute the gates anew there:
             less memory, more time. Where a layer is not one operator (CUDA, 16-bit types) it keeps its input alone, and
-            runs again in the backward pass.
+            runs again in the backward pass. After T. Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016.
 
     Raises:
         NotImplementedError: proj_size is not 0.
@@ -328,6 +333,9 @@ class BiRNN(nn.Module):
         hidden_size: H, units per direction.
         num_layers: stacked LSTM layers.
         num_classes: outputs.
+
+    Raises:
+        ValueError, TypeError: as `LSTM`.
     """
 
     def __init__(self, input_size: int, hidden_size: int, num_layers: int, num_classes: int) -> None:
@@ -338,7 +346,17 @@ class BiRNN(nn.Module):
         self.fc = nn.Linear(hidden_size * 2, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, T, I) -> class scores (B, num_classes), from the LSTM's output at the last step."""
+        """Scores sequences by the LSTM's output at their last step.
+
+        Args:
+            x: (B, T, I), of the parameters' dtype and device.
+
+        Returns:
+            Class scores, not normalised, (B, num_classes).
+
+        Raises:
+            ValueError, RuntimeError, TypeError: as `LSTM.forward`.
+        """
         last, _ = self.lstm(x, output="last")
         scores: Tensor = self.fc(last)
         return scores

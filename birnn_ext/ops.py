@@ -39,7 +39,8 @@ def lstm_recurrence(
     Args:
         gates_x: (T, B, D, 4H), W_ih x_t + b_ih + b_hh; T >= 1, D is 1 or 2; float64, float32, float16 or bfloat16.
         w_hh: (D, 4H, H), of gates_x's dtype and device, as all floating-point arguments.
-        h0, c0: (D, B, H), the initial states; None stands for zeros.
+        h0: (D, B, H), the initial outputs; None stands for zeros.
+        c0: (D, B, H), the initial cell states; None stands for zeros.
         lengths: (B,) int64 on the same device, in any order: sequence b is its first lengths[b] steps, 0 to T.
 
     Returns:
@@ -77,9 +78,10 @@ def lstm_layer(
     Args:
         x: (T, B, I), T >= 1; float64, float32, float16 or bfloat16.
         weights: of each direction w_ih (4H, I), w_hh (4H, H) and, with bias, bias_ih (4H,) and bias_hh (4H,), as
-            `torch.nn.LSTM` orders them; of x's dtype and device, as h0 and c0.
+            `torch.nn.LSTM` orders them; of x's dtype and device, as h0 and c0 are.
         bias: whether there are biases.
-        h0, c0: (D, B, H), the initial states; None stands for zeros.
+        h0: (D, B, H), the initial outputs; None stands for zeros.
+        c0: (D, B, H), the initial cell states; None stands for zeros.
         lengths: (B,) int64 as for `lstm_recurrence`.
         recompute: keep only the cell states for the backward pass (beside x and y), a fifth, and compute the gates
             anew there; where the layer is not one operator, keep x alone and run the layer again.
