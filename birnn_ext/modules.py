@@ -139,10 +139,10 @@ class LSTM(nn.LSTM):
                 the last layer's reverse direction only one step.
 
         Returns:
-            ``(output, (h_n, c_n))`` as `torch.nn.LSTM`: output (T, B, D * H), arranged as the input; h_n and c_n
-            (D * num_layers, B, H). With output="last": ``(output, (h_n, c_n))`` with output (B, D * H) if this LSTM is
-            unidirectional, and ``(output, None)`` if it is bidirectional, as the reverse direction's final states are
-            what "last" does without. Beyond a sequence's end the output is 0.
+            ``(output, (h_n, c_n))``, as `torch.nn.LSTM`, with output (T, B, D * H), arranged as the input, and h_n and c_n
+            (D * num_layers, B, H). With output="last", output is (B, D * H), and a bidirectional LSTM returns
+            ``(output, None)``, as the reverse direction's final states are what "last" does without. Beyond a
+            sequence's end the output is 0.
 
         Raises:
             ValueError: a wrong number of dimensions, `output` or `lengths` that fit nothing.
