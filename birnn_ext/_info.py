@@ -40,8 +40,8 @@ def op_calls() -> dict[str, int]:
 
     Returns:
         The counts of ``"cpu_forward"``, ``"cpu_backward"``, ``"cuda_forward"`` and ``"cuda_backward"``; of
-        ``"cuda_stepwise"``, ``"cuda_persistent-cta"``, ``"cuda_persistent-grid"`` and ``"cuda_persistent-cluster"``, the
-        algorithms that ran the CUDA calls, forward and backward; and of ``"reference_forward"`` and
+        ``"cuda_stepwise"``, ``"cuda_persistent-cta"``, ``"cuda_persistent-grid"`` and ``"cuda_persistent-cluster"``,
+        the algorithms that ran the CUDA calls, forward and backward; and of ``"reference_forward"`` and
         ``"reference_backward"``, calls that no compiled kernel could serve.
     """
     return {**_C.op_calls(), **reference_calls}

@@ -61,8 +61,8 @@ def restore(model: nn.Module) -> list[str]:
     """Turns what `accelerate` has turned back into `torch.nn.LSTM`, in place.
 
     Args:
-        model: the module that `accelerate` was given, or any that contains parts of it. LSTMs that were birnn_ext's from
-            the beginning stay so.
+        model: the module that `accelerate` was given, or any that contains parts of it. LSTMs that were birnn_ext's
+            from the beginning stay so.
 
     Returns:
         The names of the modules that were turned back.

@@ -37,8 +37,8 @@ class LSTM(nn.LSTM):
     Its time steps run in birnn_ext's fused kernels. In place of nn.LSTM's flattened weights it reads the parameters as
     they are at each call, so pruning, parametrizations, sharing and swapping of weights just work.
 
-    The method: S. Hochreiter, J. Schmidhuber, "Long Short-Term Memory", 1997, with the forget gates of F. A. Gers et al.,
-    "Learning to Forget", 2000; in both directions, M. Schuster, K. K. Paliwal, "Bidirectional Recurrent Neural
+    The method: S. Hochreiter, J. Schmidhuber, "Long Short-Term Memory", 1997, with the forget gates of F. A. Gers et
+    al., "Learning to Forget", 2000; in both directions, M. Schuster, K. K. Paliwal, "Bidirectional Recurrent Neural
     Networks", 1997.
 
     Args:
@@ -54,7 +54,8 @@ class LSTM(nn.LSTM):
         dtype: of the parameters; float64, float32, float16 or bfloat16.
         recompute: keep only inputs, outputs and cell states for the backward pass, and compute the gates anew there:
             less memory, more time. Where a layer is not one operator (CUDA, 16-bit types) it keeps its input alone, and
-            runs again in the backward pass. After T. Chen et al., "Training Deep Nets with Sublinear Memory Cost", 2016.
+            runs again in the backward pass. After T. Chen et al., "Training Deep Nets with Sublinear Memory Cost",
+            2016.
 
     Raises:
         NotImplementedError: proj_size is not 0.
@@ -139,8 +140,8 @@ class LSTM(nn.LSTM):
                 the last layer's reverse direction only one step.
 
         Returns:
-            ``(output, (h_n, c_n))``, as `torch.nn.LSTM`, with output (T, B, D * H), arranged as the input, and h_n and c_n
-            (D * num_layers, B, H). With output="last", output is (B, D * H), and a bidirectional LSTM returns
+            ``(output, (h_n, c_n))``, as `torch.nn.LSTM`, with output (T, B, D * H), arranged as the input, and h_n and
+            c_n (D * num_layers, B, H). With output="last", output is (B, D * H), and a bidirectional LSTM returns
             ``(output, None)``, as the reverse direction's final states are what "last" does without. Beyond a
             sequence's end the output is 0.
 
