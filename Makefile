@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export MAX_JOBS ?= 2
 
-.PHONY: train test bench bench-peers sanitize install lint clean
+.PHONY: train test bench bench-peers docs sanitize install lint clean
 
 train: install
 	$(BIN)/birnn-mnist train $(ARGS)
@@ -17,6 +17,11 @@ bench: install
 
 bench-peers: $(VENV)/peers
 	$(BIN)/python benchmarks/peers.py $(ARGS)
+
+# The documentation, into build/site; a warning is an error. birnn_ext is installed: pip gets what its extra names.
+docs: install
+	$(BIN)/python -m pip install --quiet 'birnn_ext[docs]'
+	PATH=$(CURDIR)/$(BIN):$$PATH mkdocs build
 
 install: $(VENV)/installed
 
@@ -45,7 +50,7 @@ sanitize:
 	ROUNDS=10 tools/native_test $(CXX) -fsanitize=thread -DBIRNN_EMULATE_AMX=1
 
 lint: $(VENV)/ready
-	$(BIN)/python -m pip install --quiet pre-commit ruff==0.17.6 clang-format==23.1.5
+	$(BIN)/python -m pip install --quiet pre-commit ruff==0.17.6 clang-format==23.1.5 mypy==2.4.1
 	PATH=$(CURDIR)/$(BIN):$$PATH pre-commit run --all-files
 
 clean:

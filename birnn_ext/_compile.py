@@ -11,8 +11,12 @@ import sys
 from importlib.abc import MetaPathFinder
 from importlib.util import find_spec
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
+
+if TYPE_CHECKING:
+    from importlib.machinery import ModuleSpec
 
 _BUILDER = "torch._dynamo.variables.builder"  # decides how Dynamo represents a Python object
 
@@ -20,7 +24,7 @@ _BUILDER = "torch._dynamo.variables.builder"  # decides how Dynamo represents a 
 def _admit(cls: type[nn.Module], builder: ModuleType) -> None:
     wrap_module = builder.VariableBuilder.wrap_module
 
-    def wrap(self, value: nn.Module):
+    def wrap(self: Any, value: nn.Module) -> Any:
         if not isinstance(value, cls):
             return wrap_module(self, value)
         with builder.config.patch(allow_rnn=True):
@@ -35,7 +39,7 @@ class _AfterImport(MetaPathFinder):
     def __init__(self, cls: type[nn.Module]) -> None:
         self.cls = cls
 
-    def find_spec(self, fullname, path, target=None):
+    def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
         if fullname != _BUILDER:
             return None
         sys.meta_path.remove(self)
@@ -47,7 +51,7 @@ class _AfterImport(MetaPathFinder):
                 execute(module)
                 _admit(self.cls, module)
 
-            spec.loader.exec_module = exec_module
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]  # of this one import
         return spec
 
 

@@ -39,9 +39,9 @@ def op_calls() -> dict[str, int]:
     """Counts the calls of each implementation of the operators in this process.
 
     Returns:
-        ``{"cpu_forward": n, "cpu_backward": n, "cuda_forward": n, "cuda_backward": n, "cuda_stepwise": n,
-        "cuda_persistent-cta": n, "cuda_persistent-grid": n, "cuda_persistent-cluster": n, "reference_forward": n,
-        "reference_backward": n}``. The four algorithms' counts tell how the CUDA calls, forward and backward, were run;
-        the last two are calls that no compiled kernel could serve.
+        The counts of ``"cpu_forward"``, ``"cpu_backward"``, ``"cuda_forward"`` and ``"cuda_backward"``; of
+        ``"cuda_stepwise"``, ``"cuda_persistent-cta"``, ``"cuda_persistent-grid"`` and ``"cuda_persistent-cluster"``,
+        the algorithms that ran the CUDA calls, forward and backward; and of ``"reference_forward"`` and
+        ``"reference_backward"``, calls that no compiled kernel could serve.
     """
     return {**_C.op_calls(), **reference_calls}

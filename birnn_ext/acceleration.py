@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import cast
 
 from torch import nn
 
@@ -11,10 +12,15 @@ from birnn_ext.modules import LSTM
 
 @dataclass
 class Acceleration:
-    """What `accelerate` did: names of modules, as in ``model.named_modules()``; "" is the model itself."""
+    """What `accelerate` did; printing it gives a line for each module.
+
+    Attributes:
+        replaced: names of the modules that are ours now, as in ``model.named_modules()``; "" is the model itself.
+        left: names of the nn.LSTM modules that are as they were, and why.
+    """
 
     replaced: list[str] = field(default_factory=list)
-    left: dict[str, str] = field(default_factory=dict)  # name: why
+    left: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"replaced {name or '(the model itself)'}" for name in self.replaced]
@@ -44,7 +50,7 @@ def accelerate(model: nn.Module) -> Acceleration:
             report.left[name] = f"its class {type(module).__name__} is a subclass of nn.LSTM"
         else:
             module.__class__ = LSTM
-            module._drop_flat_weights()
+            cast(LSTM, module)._drop_flat_weights()
             module.accelerated = True
             report.replaced.append(name)
     return report
@@ -53,13 +59,17 @@ def accelerate(model: nn.Module) -> Acceleration:
 def restore(model: nn.Module) -> list[str]:
     """Turns what `accelerate` has turned back into `torch.nn.LSTM`, in place.
 
+    Args:
+        model: the module that `accelerate` was given, or any that contains parts of it. LSTMs that were birnn_ext's
+            from the beginning stay so.
+
     Returns:
         The names of the modules that were turned back.
     """
     names = []
     for name, module in model.named_modules():
         if type(module) is LSTM and getattr(module, "accelerated", False):
-            module.__class__ = nn.LSTM
+            module.__class__ = nn.LSTM  # type: ignore[assignment]  # mypy does not see that the class may change
             del module.accelerated
             module._init_flat_weights()
             names.append(name)

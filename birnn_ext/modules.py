@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
 
 import torch
 import torch.nn.functional as F
@@ -39,6 +39,10 @@ class LSTM(nn.LSTM):
     Its time steps run in birnn_ext's fused kernels. In place of nn.LSTM's flattened weights it reads the parameters as
     they are at each call, so pruning, parametrizations, sharing and swapping of weights just work.
 
+    The method: S. Hochreiter, J. Schmidhuber, "Long Short-Term Memory", 1997, with the forget gates of F. A. Gers et
+    al., "Learning to Forget", 2000; in both directions, M. Schuster, K. K. Paliwal, "Bidirectional Recurrent Neural
+    Networks", 1997.
+
     Args:
         input_size: I, features of the input.
         hidden_size: H, units per direction.
@@ -49,10 +53,12 @@ class LSTM(nn.LSTM):
         bidirectional: D = 2 directions instead of 1.
         proj_size: P, if it is not 0, is the size of h: h_t = W_hr (o tanh(c_t)) (Sak et al., arXiv:1402.1128). It must
             be smaller than hidden_size. In what follows, P is hidden_size where there is no projection.
-        device, dtype: of the parameters; float64, float32, float16 or bfloat16.
+        device: of the parameters.
+        dtype: of the parameters; float64, float32, float16 or bfloat16.
         recompute: keep only inputs, outputs and cell states for the backward pass, and compute the gates anew there:
             less memory, more time. Where a layer is not one operator (CUDA, 16-bit types, what follows here) it keeps
-            its input alone, and runs again in the backward pass.
+            its input alone, and runs again in the backward pass. After T. Chen et al., "Training Deep Nets with
+            Sublinear Memory Cost", 2016.
         recurrent_dropout: probability with which, in training mode, values of h are dropped on their way to the next
             step, scaled as by nn.Dropout; the same ones in all steps of a sequence (Gal & Ghahramani,
             arXiv:1512.05287).
@@ -76,6 +82,10 @@ class LSTM(nn.LSTM):
     zoneout: tuple[float, float] = (0.0, 0.0)
     layer_norm = False
     learned_state = False
+
+    weight_ih_l0: Tensor
+    h_0: Tensor
+    c_0: Tensor
 
     def __init__(
         self,
@@ -118,7 +128,7 @@ class LSTM(nn.LSTM):
         self.layer_norm = layer_norm
         self.learned_state = learned_state
         directions = 2 if bidirectional else 1
-        new = {
+        new: dict[str, tuple[int, ...]] = {
             name: (4 * hidden_size if "_ln_ih_" in name or "_ln_hh_" in name else hidden_size,)
             for layer in range(num_layers)
             for d in range(directions)
@@ -181,7 +191,7 @@ class LSTM(nn.LSTM):
         pass
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._drop_flat_weights()
 
     def _drop_flat_weights(self) -> None:
@@ -194,6 +204,62 @@ class LSTM(nn.LSTM):
             "birnn_ext.LSTM can't be compiled by torch.jit.script; use torch.compile or torch.export, or script a "
             "model of torch.nn.LSTM, which has the same state_dict (birnn_ext.restore undoes birnn_ext.accelerate)"
         )
+
+    @overload
+    def forward(
+        self,
+        input: Tensor,
+        hx: State | None = None,
+        *,
+        lengths: Tensor | None = None,
+        output: Literal["all"] = "all",
+        reset: Tensor | None = None,
+        return_cell_states: Literal[False] = False,
+    ) -> tuple[Tensor, State]: ...
+    @overload
+    def forward(
+        self,
+        input: PackedSequence,
+        hx: State | None = None,
+        *,
+        lengths: None = None,
+        output: Literal["all"] = "all",
+        reset: PackedSequence | None = None,
+        return_cell_states: Literal[False] = False,
+    ) -> tuple[PackedSequence, State]: ...
+    @overload
+    def forward(
+        self,
+        input: Tensor,
+        hx: State | None = None,
+        *,
+        lengths: Tensor | None = None,
+        output: Literal["all"] = "all",
+        reset: Tensor | None = None,
+        return_cell_states: Literal[True],
+    ) -> tuple[Tensor, State, Tensor]: ...
+    @overload
+    def forward(
+        self,
+        input: PackedSequence,
+        hx: State | None = None,
+        *,
+        lengths: None = None,
+        output: Literal["all"] = "all",
+        reset: PackedSequence | None = None,
+        return_cell_states: Literal[True],
+    ) -> tuple[PackedSequence, State, PackedSequence]: ...
+    @overload
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: State | None = None,
+        *,
+        lengths: Tensor | None = None,
+        output: Literal["last"],
+        reset: Tensor | PackedSequence | None = None,
+        return_cell_states: Literal[False] = False,
+    ) -> tuple[Tensor, State | None]: ...
 
     def forward(
         self,
@@ -222,11 +288,11 @@ class LSTM(nn.LSTM):
             return_cell_states: return the cell states of all steps of the last layer, too. Not with output="last".
 
         Returns:
-            ``(output, (h_n, c_n))`` as `torch.nn.LSTM`: output (T, B, D * P), arranged as the input; h_n and c_n
-            (D * num_layers, B, P) and (D * num_layers, B, H). With output="last": ``(output, (h_n, c_n))`` with output
-            (B, D * P) if this LSTM is unidirectional, and ``(output, None)`` if it is bidirectional, as the reverse
-            direction's final states are what "last" does without. With return_cell_states ``(output, (h_n, c_n),
-            cells)``, with cells (T, B, D * H) arranged as the output. Beyond a sequence's end output and cells are 0.
+            ``(output, (h_n, c_n))``, as `torch.nn.LSTM`, with output (T, B, D * P), arranged as the input, h_n
+            (D * num_layers, B, P) and c_n (D * num_layers, B, H). With output="last", output is (B, D * P), and a
+            bidirectional LSTM returns ``(output, None)``, as the reverse direction's final states are what "last" does
+            without. With return_cell_states ``(output, (h_n, c_n), cells)``, with cells (T, B, D * H) arranged as the
+            output. Beyond a sequence's end output and cells are 0.
 
         Raises:
             ValueError: a wrong number of dimensions, `output`, `lengths` or `reset` that fit nothing, or arguments that
@@ -265,10 +331,11 @@ class LSTM(nn.LSTM):
             if not batched:
                 raise ValueError("LSTM: lengths must be None with unbatched (2-D) input")
             self._check_lengths(lengths, x)
+        begins = None
         if reset is not None:
-            self._check_reset(reset, input)
-            reset = reset.unsqueeze(1) if not batched else reset.transpose(0, 1) if self.batch_first else reset
-        y, states, cells = self._run(x, hx, lengths, output == "last", reset, return_cell_states)
+            begins = self._check_reset(reset, input)
+            begins = begins.unsqueeze(1) if not batched else begins.transpose(0, 1) if self.batch_first else begins
+        y, states, cells = self._run(x, hx, lengths, output == "last", begins, return_cell_states)
 
         if not batched:
             y = y.squeeze(0 if output == "last" else 1)
@@ -279,6 +346,9 @@ class LSTM(nn.LSTM):
             y = y.transpose(0, 1)
             cells = cells if cells is None else cells.transpose(0, 1)
         return (y, states) if cells is None else (y, states, cells)
+
+    if TYPE_CHECKING:  # nn.Module's says Any
+        __call__ = forward
 
     def _forward_packed(
         self, packed: PackedSequence, hx: State | None, output: str, reset: Any, return_cell_states: bool
@@ -329,7 +399,7 @@ class LSTM(nn.LSTM):
             raise ValueError(f"LSTM: lengths must be on the input's device {x.device}, got {lengths.device}")
 
     @staticmethod
-    def _check_reset(reset: Tensor, input: Tensor) -> None:
+    def _check_reset(reset: object, input: Tensor) -> Tensor:
         if not isinstance(reset, Tensor):
             raise TypeError(f"LSTM: reset must be a tensor, got {type(reset).__name__}")
         if reset.shape != input.shape[:-1]:
@@ -338,6 +408,7 @@ class LSTM(nn.LSTM):
             raise TypeError(f"LSTM: reset must be bool, got {reset.dtype}")
         if reset.device != input.device:
             raise ValueError(f"LSTM: reset must be on the input's device {input.device}, got {reset.device}")
+        return reset
 
     def _run(
         self,
@@ -355,7 +426,8 @@ class LSTM(nn.LSTM):
         directions = 2 if self.bidirectional else 1
         dtype = _autocast_dtype(x)
         if hx is None and self.learned_state:
-            hx = tuple(state.unsqueeze(1).expand(-1, x.shape[1], -1) for state in (self.h_0, self.c_0))
+            h_0, c_0 = (state.unsqueeze(1).expand(-1, x.shape[1], -1) for state in (self.h_0, self.c_0))
+            hx = (h_0, c_0)
         if dtype is not None:
             x = x.to(dtype)
             hx = None if hx is None else (hx[0].to(dtype), hx[1].to(dtype))
@@ -395,11 +467,11 @@ class LSTM(nn.LSTM):
             h_mask = F.dropout(x.new_ones(directions, batch, outputs), self.recurrent_dropout)
         if not (zoneout and self.training):
             return Variant(reset, h_mask, zoneout_h_mean=self.zoneout[0], zoneout_c_mean=self.zoneout[1])
-        masks = [
+        zoneout_h, zoneout_c = (
             torch.empty(steps, batch, directions, n, dtype=torch.bool, device=x.device).bernoulli_(p) if p else None
             for p, n in zip(self.zoneout, (outputs, self.hidden_size), strict=True)
-        ]
-        return Variant(reset, h_mask, *masks)
+        )
+        return Variant(reset, h_mask, zoneout_h, zoneout_c)
 
     def _check_sizes(self, x: Tensor, hx: State | None) -> None:
         weight = self.weight_ih_l0
@@ -461,8 +533,8 @@ class LSTM(nn.LSTM):
             factor = of["weight_ln_c"]
             ln_c = torch.stack([factor, of["bias_ln_c"] if self.bias else torch.zeros_like(factor)], 1)
         bias = of["bias_ih"] + of["bias_hh"] if self.bias else None
-        optional = (of.get(kind) for kind in ("weight_hr", "weight_ln_ih", "weight_ln_hh"))
-        stacked = Weights(of["weight_ih"], of["weight_hh"], bias, *optional, ln_c)
+        w_hr, ln_ih, ln_hh = (of.get(kind) for kind in ("weight_hr", "weight_ln_ih", "weight_ln_hh"))
+        stacked = Weights(of["weight_ih"], of["weight_hh"], bias, w_hr, ln_ih, ln_hh, ln_c)
         return lstm_variant_layer(x, stacked, h0, c0, lengths, variant, want_cells, self.recompute)
 
     def _last_output(
@@ -480,7 +552,7 @@ class LSTM(nn.LSTM):
         """
 
         def state_of(d: int) -> tuple[Tensor | None, Tensor | None]:
-            return (None, None) if h0 is None else (h0[d : d + 1], c0[d : d + 1])
+            return (None, None) if h0 is None or c0 is None else (h0[d : d + 1], c0[d : d + 1])
 
         share = None if variant is None else variant.direction(0)
         _, h_n, c_n, _ = self._layer(layer, range(1), x, *state_of(0), lengths, share)
@@ -511,6 +583,9 @@ class BiRNN(nn.Module):
         hidden_size: H, units per direction.
         num_layers: stacked LSTM layers.
         num_classes: outputs.
+
+    Raises:
+        ValueError, TypeError: as `LSTM`.
     """
 
     def __init__(self, input_size: int, hidden_size: int, num_layers: int, num_classes: int) -> None:
@@ -521,6 +596,20 @@ class BiRNN(nn.Module):
         self.fc = nn.Linear(hidden_size * 2, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, T, I) -> class scores (B, num_classes), from the LSTM's output at the last step."""
+        """Scores sequences by the LSTM's output at their last step.
+
+        Args:
+            x: (B, T, I), of the parameters' dtype and device.
+
+        Returns:
+            Class scores, not normalised, (B, num_classes).
+
+        Raises:
+            ValueError, RuntimeError, TypeError: as `LSTM.forward`.
+        """
         last, _ = self.lstm(x, output="last")
-        return self.fc(last)
+        scores: Tensor = self.fc(last)
+        return scores
+
+    if TYPE_CHECKING:  # nn.Module's says Any
+        __call__ = forward

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 def export(
     model: nn.Module,
-    path: str | os.PathLike,
+    path: str | os.PathLike[str],
     args: tuple[Any, ...] | None = None,
     kwargs: Mapping[str, Any] | None = None,
     *,
@@ -43,11 +43,13 @@ def export(
     Args:
         model: a `birnn_ext.LSTM`, a `birnn_ext.BiRNN`, or any module that contains them.
         path: of the file to write.
-        args, kwargs: example arguments of the model, tensors or nested tuples of them. None makes up an input for an
-            LSTM or BiRNN.
+        args: example arguments of the model, tensors or nested tuples of them. None makes up an input for an LSTM or
+            BiRNN.
+        kwargs: further ones, by name.
         dynamic_shapes: as in `torch.onnx.export`. None leaves every dimension of every tensor dynamic that the model
             does not fix; dimensions that may vary should not be 1 in the examples.
-        input_names, output_names: as in `torch.onnx.export`; for an LSTM outputs are named output, h_n and c_n.
+        input_names: as in `torch.onnx.export`.
+        output_names: likewise; an LSTM's are output, h_n and c_n if none are given.
         options: further arguments of `torch.onnx.export`, such as opset_version.
 
     Returns:
@@ -74,7 +76,7 @@ def export(
     model.eval()
     try:
         with torch.no_grad():
-            program = torch.onnx.export(
+            program: Any = torch.onnx.export(
                 model,
                 args,
                 kwargs=kwargs,
@@ -96,7 +98,8 @@ def export(
             if not isinstance(size, int) and size.value in fixed:
                 value.shape[d] = fixed[size.value]
     program.save(path)
-    return program
+    written: ONNXProgram = program
+    return written
 
 
 def _example(model: nn.Module) -> tuple[Tensor]:

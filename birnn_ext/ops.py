@@ -41,7 +41,8 @@ def lstm_recurrence(
     Args:
         gates_x: (T, B, D, 4H), W_ih x_t + b_ih + b_hh; T >= 1, D is 1 or 2; float64, float32, float16 or bfloat16.
         w_hh: (D, 4H, H), of gates_x's dtype and device, as all floating-point arguments.
-        h0, c0: (D, B, H), the initial states; None stands for zeros.
+        h0: (D, B, H), the initial outputs; None stands for zeros.
+        c0: (D, B, H), the initial cell states; None stands for zeros.
         lengths: (B,) int64 on the same device, in any order: sequence b is its first lengths[b] steps, 0 to T.
 
     Returns:
@@ -57,10 +58,13 @@ def lstm_recurrence(
     if why:
         _count_reference("lstm_recurrence", "reference_forward", why)
         return reference.lstm_recurrence(gates_x, w_hh, h0, c0, lengths, False)[:3]
+    outputs: Tensors5
     if _within_torch_func():
-        return _Recurrence.apply(gates_x, w_hh, h0, c0, lengths, torch.is_grad_enabled())[:3]
-    save = torch.is_grad_enabled() and any(t.requires_grad for t in floating)
-    return torch.ops.birnn_ext.lstm_recurrence(gates_x, w_hh, h0, c0, lengths, save)[:3]
+        outputs = _Recurrence.apply(gates_x, w_hh, h0, c0, lengths, torch.is_grad_enabled())
+    else:
+        save = torch.is_grad_enabled() and any(t.requires_grad for t in floating)
+        outputs = torch.ops.birnn_ext.lstm_recurrence(gates_x, w_hh, h0, c0, lengths, save)
+    return outputs[:3]
 
 
 def lstm_layer(
@@ -80,9 +84,10 @@ def lstm_layer(
     Args:
         x: (T, B, I), T >= 1; float64, float32, float16 or bfloat16.
         weights: of each direction w_ih (4H, I), w_hh (4H, H) and, with bias, bias_ih (4H,) and bias_hh (4H,), as
-            `torch.nn.LSTM` orders them; of x's dtype and device, as h0 and c0.
+            `torch.nn.LSTM` orders them; of x's dtype and device, as h0 and c0 are.
         bias: whether there are biases.
-        h0, c0: (D, B, H), the initial states; None stands for zeros.
+        h0: (D, B, H), the initial outputs; None stands for zeros.
+        c0: (D, B, H), the initial cell states; None stands for zeros.
         lengths: (B,) int64 as for `lstm_recurrence`.
         recompute: keep only the cell states for the backward pass (beside x and y), a fifth, and compute the gates
             anew there; where the layer is not one operator, keep x alone and run the layer again. Within torch.func's
@@ -100,9 +105,13 @@ def lstm_layer(
         return standard_lstm(x, weights, bias, h0, c0, lengths)
     if _is_one_operator(x, weights, h0, c0):
         save = (2 if recompute else 1) if torch.is_grad_enabled() else 0
-        return torch.ops.birnn_ext.lstm_layer(x, weights, bias, h0, c0, lengths, save)[:3]
+        outputs: Tensors5 = torch.ops.birnn_ext.lstm_layer(x, weights, bias, h0, c0, lengths, save)
+        return outputs[:3]
     if recompute and torch.is_grad_enabled() and not _within_torch_func():
-        return checkpoint(lstm_layer, x, weights, bias, h0, c0, lengths, use_reentrant=False, preserve_rng_state=False)
+        y_and_states: Tensors3 = checkpoint(
+            lstm_layer, x, weights, bias, h0, c0, lengths, use_reentrant=False, preserve_rng_state=False
+        )
+        return y_and_states
     if lengths is not None:  # whatever lies beyond a sequence's end must not reach the weights' gradients
         beyond = torch.arange(x.shape[0], device=x.device).unsqueeze(1) >= lengths
         x = x.masked_fill(beyond.unsqueeze(-1), 0)
@@ -158,7 +167,9 @@ def _cell_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 @torch.library.register_fake("birnn_ext::lstm_recurrence")
-def _(gates_x, w_hh, h0, c0, lengths, save) -> Tensors5:
+def _(
+    gates_x: Tensor, w_hh: Tensor, h0: Tensor | None, c0: Tensor | None, lengths: Tensor | None, save: bool
+) -> Tensors5:
     _check_devices(gates_x, w_hh, h0, c0, lengths)
     steps, batch, directions, _ = gates_x.shape
     hidden = w_hh.shape[-1]
@@ -173,14 +184,32 @@ def _(gates_x, w_hh, h0, c0, lengths, save) -> Tensors5:
 
 
 @torch.library.register_fake("birnn_ext::lstm_recurrence_backward")
-def _(w_hh, c0, lengths, gates, cells, dy, dh_n, dc_n, state_grads) -> Tensors3:
+def _(
+    w_hh: Tensor,
+    c0: Tensor | None,
+    lengths: Tensor | None,
+    gates: Tensor,
+    cells: Tensor,
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    state_grads: bool,
+) -> Tensors3:
     _, batch, directions, _ = gates.shape
     d_state = gates.new_empty(directions, batch, w_hh.shape[-1]) if state_grads else gates.new_empty(0)
     return gates.new_empty(gates.shape), d_state, torch.empty_like(d_state)
 
 
 @torch.library.register_fake("birnn_ext::lstm_layer")
-def _(x, weights, bias, h0, c0, lengths, save) -> Tensors5:
+def _(
+    x: Tensor,
+    weights: list[Tensor],
+    bias: bool,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    lengths: Tensor | None,
+    save: int,
+) -> Tensors5:
     _check_devices(x, *weights, h0, c0, lengths)
     steps, batch, _ = x.shape
     directions, hidden = len(weights) // (4 if bias else 2), weights[1].shape[1]
@@ -193,7 +222,21 @@ def _(x, weights, bias, h0, c0, lengths, save) -> Tensors5:
 
 @torch.library.register_fake("birnn_ext::lstm_layer_backward")
 def _(
-    x, weights, bias, h0, c0, lengths, y, gates, cells, dy, dh_n, dc_n, x_grad, weight_grads, state_grads
+    x: Tensor,
+    weights: list[Tensor],
+    bias: bool,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    lengths: Tensor | None,
+    y: Tensor,
+    gates: Tensor,
+    cells: Tensor,
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    x_grad: bool,
+    weight_grads: bool,
+    state_grads: bool,
 ) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
     _, batch, directions, hidden = y.shape
     dx = x.new_empty(x.shape) if x_grad else x.new_empty(0)
@@ -225,13 +268,25 @@ def _no_kernel(device: torch.device) -> str:
 
 
 @torch.library.impl("birnn_ext::lstm_recurrence", "CompositeExplicitAutograd")
-def _(gates_x, w_hh, h0, c0, lengths, save) -> Tensors5:
+def _(
+    gates_x: Tensor, w_hh: Tensor, h0: Tensor | None, c0: Tensor | None, lengths: Tensor | None, save: bool
+) -> Tensors5:
     _count_reference("lstm_recurrence", "reference_forward", _no_kernel(gates_x.device))
     return reference.lstm_recurrence(gates_x, w_hh, h0, c0, lengths, save)
 
 
 @torch.library.impl("birnn_ext::lstm_recurrence_backward", "CompositeExplicitAutograd")
-def _(w_hh, c0, lengths, gates, cells, dy, dh_n, dc_n, state_grads) -> Tensors3:
+def _(
+    w_hh: Tensor,
+    c0: Tensor | None,
+    lengths: Tensor | None,
+    gates: Tensor,
+    cells: Tensor,
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    state_grads: bool,
+) -> Tensors3:
     _count_reference("lstm_recurrence_backward", "reference_backward", _no_kernel(gates.device))
     return reference.lstm_recurrence_backward(w_hh, c0, lengths, gates, cells, dy, dh_n, dc_n, state_grads)
 
@@ -265,14 +320,21 @@ def _weight_grad(dz: Tensor, y: Tensor, h0: Tensor | None, lengths: Tensor | Non
     return torch.stack(grads)
 
 
-def _save_forward(ctx: Any, inputs: tuple, output: Tensors5) -> None:
+def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: Tensors5) -> None:
     _, w_hh, h0, c0, lengths, ctx.save = inputs
     y, _, _, gates, cells = output
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(w_hh, h0, c0, lengths, y, gates, cells)
 
 
-def _forward_grad(ctx: Any, dy, dh_n, dc_n, d_gates, d_cells) -> tuple:
+def _forward_grad(
+    ctx: Any,
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    d_gates: Tensor | None,
+    d_cells: Tensor | None,
+) -> tuple[Tensor | None, ...]:
     if not ctx.save:
         raise RuntimeError(
             "birnn_ext::lstm_recurrence was called with save=False, so it can't be differentiated; "
@@ -296,26 +358,26 @@ def _recurrence_backward(*args: Any) -> Tensors3:
     if why:
         _count_reference("lstm_recurrence_backward", "reference_backward", why)
         return reference.lstm_recurrence_backward(*args)
-    if _within_torch_func():
-        return _RecurrenceBackward.apply(*args)
-    return torch.ops.birnn_ext.lstm_recurrence_backward(*args)
+    run = _RecurrenceBackward.apply if _within_torch_func() else torch.ops.birnn_ext.lstm_recurrence_backward
+    grads: Tensors3 = run(*args)
+    return grads
 
 
-def _save_backward(ctx: Any, inputs: tuple, output: Tensors3) -> None:
+def _save_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensors3) -> None:
     *tensors, ctx.state_grads = inputs
     ctx.save_for_backward(*tensors)
 
 
-def _backward_grad(ctx: Any, *cotangents: Tensor) -> tuple:
+def _backward_grad(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
     inputs = list(ctx.saved_tensors)
     wanted = [k for k, needed in enumerate(ctx.needs_input_grad[: len(inputs)]) if needed]
 
     def run(*tensors: Tensor) -> Tensors3:
         for k, tensor in zip(wanted, tensors, strict=True):
             inputs[k] = tensor
-        return reference.lstm_recurrence_backward(*inputs, ctx.state_grads)
+        return reference.lstm_recurrence_backward(*inputs, ctx.state_grads)  # type: ignore[call-arg]  # 8 inputs
 
-    _, vjp = torch.func.vjp(run, *(inputs[k] for k in wanted))
+    vjp = torch.func.vjp(run, *(inputs[k] for k in wanted))[1]
     grads: list[Tensor | None] = [None] * (len(inputs) + 1)
     for k, grad in zip(wanted, vjp(cotangents), strict=True):
         grads[k] = grad
@@ -329,7 +391,10 @@ torch.library.register_autograd("birnn_ext::lstm_recurrence_backward", _backward
 # --- torch.func -------------------------------------------------------------------------------------------------------
 
 
-def _vmap_rule(call: Callable[..., tuple[Tensor, ...]], w_hh_at: int, lengths_at: int) -> Callable[..., tuple]:
+VmapResult = tuple[tuple[Tensor, ...], tuple[int | None, ...]]  # outputs, and where their samples are
+
+
+def _vmap_rule(call: Callable[..., tuple[Tensor, ...]], w_hh_at: int, lengths_at: int) -> Callable[..., VmapResult]:
     """The rule of torch.func.vmap for one of the two operators: samples become sequences of one larger batch.
 
     Every tensor has its batch of sequences in dimension 1, but for w_hh, which has none, and lengths, where it is 0.
@@ -337,10 +402,11 @@ def _vmap_rule(call: Callable[..., tuple[Tensor, ...]], w_hh_at: int, lengths_at
 
     Args:
         call: the operator, or the Function that stands for it.
-        w_hh_at, lengths_at: their places among the operator's arguments.
+        w_hh_at: place of w_hh among the operator's arguments.
+        lengths_at: place of lengths.
     """
 
-    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[tuple[Tensor, ...], tuple]:
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> VmapResult:
         samples = info.batch_size
         if in_dims[w_hh_at] is not None:
             results = [
@@ -377,13 +443,14 @@ class _Recurrence(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> Tensors5:
-        return torch.ops.birnn_ext.lstm_recurrence(*args)
+        outputs: Tensors5 = torch.ops.birnn_ext.lstm_recurrence(*args)
+        return outputs
 
     setup_context = staticmethod(_save_forward)
     backward = staticmethod(_forward_grad)
 
     @staticmethod
-    def vmap(*args: Any) -> tuple:
+    def vmap(*args: Any) -> VmapResult:
         return _vmap_rule(_Recurrence.apply, w_hh_at=1, lengths_at=4)(*args)
 
 
@@ -392,13 +459,14 @@ class _RecurrenceBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(*args: Any) -> Tensors3:
-        return torch.ops.birnn_ext.lstm_recurrence_backward(*args)
+        grads: Tensors3 = torch.ops.birnn_ext.lstm_recurrence_backward(*args)
+        return grads
 
     setup_context = staticmethod(_save_backward)
     backward = staticmethod(_backward_grad)
 
     @staticmethod
-    def vmap(*args: Any) -> tuple:
+    def vmap(*args: Any) -> VmapResult:
         return _vmap_rule(_RecurrenceBackward.apply, w_hh_at=0, lengths_at=2)(*args)
 
 

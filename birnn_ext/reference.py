@@ -158,8 +158,9 @@ def lstm_variant(
             begins = t + d  # the step at which a new sequence begins, if this one comes to it without a state
             if reset is not None and begins < steps:
                 clear = reset[begins].unsqueeze(-1)
-                if lengths is not None:
-                    clear = clear & _active(lengths, begins)
+                active = _active(lengths, begins)
+                if active is not None:
+                    clear = clear & active
                 h, c = torch.where(clear, no_h, h), torch.where(clear, no_c, c)
             products = (h if h_mask is None else h * h_mask[d].to(acc)) @ w_hh[d].to(acc).T
             if ln_hh is not None:

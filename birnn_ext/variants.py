@@ -91,12 +91,14 @@ def lstm_variant(
             are of its dtype, and all arguments on its device.
         w_hh: (D, 4H, P); P is H without a projection.
         w_hr: (D, P, H), the projection (Sak et al., arXiv:1402.1128), h_t = W_hr (o tanh(c_t)); None for none.
-        h0, c0: (D, B, P) and (D, B, H), the initial states; None stands for zeros.
+        h0: (D, B, P), the initial outputs; None stands for zeros.
+        c0: (D, B, H), the initial cell states; None stands for zeros.
         lengths: (B,) int64, in any order: sequence b is its first lengths[b] steps, 0 to T.
         variant: masks for dropout (Gal & Ghahramani, arXiv:1512.05287), zoneout (Krueger et al., arXiv:1606.01305) and
             resets. A reset at step t clears the state before step t, and the reverse direction's after it.
-        ln_hh, ln_c: (D, 4H) and (D, 2, H): with them W_hh h and c (on its way to the output) are normalised (Ba et al.,
-            arXiv:1607.06450), then multiplied by ln_hh, and by ln_c[:, 0] with ln_c[:, 1] added.
+        ln_hh: (D, 4H): with it W_hh h is normalised (Ba et al., arXiv:1607.06450), then multiplied by it.
+        ln_c: (D, 2, H): with it c, on its way to the output, is normalised, then multiplied by ln_c[:, 0], and
+            ln_c[:, 1] is added.
         return_cells: whether all cell states are wanted.
 
     Returns:
@@ -140,7 +142,11 @@ def lstm_variant_layer(
     Args:
         x: (T, B, I), T >= 1.
         weights: of x's dtype and device.
-        h0, c0, lengths, variant, return_cells: as for `lstm_variant`.
+        h0: as for `lstm_variant`.
+        c0: likewise.
+        lengths: likewise.
+        variant: likewise.
+        return_cells: likewise.
         recompute: keep x alone for the backward pass, and run the layer again there.
 
     Returns:
@@ -177,9 +183,23 @@ def lstm_variant_layer(
 
 @torch.library.register_fake("birnn_ext::lstm_variant")
 def _(
-    gates_x, w_hh, w_hr, h0, c0, lengths, reset, h_mask, zoneout_h, zoneout_c, zoneout_h_mean, zoneout_c_mean,
-    ln_hh, ln_c, eps, save,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    gates_x: Tensor,
+    w_hh: Tensor,
+    w_hr: Tensor | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    h_mask: Tensor | None,
+    zoneout_h: Tensor | None,
+    zoneout_c: Tensor | None,
+    zoneout_h_mean: float,
+    zoneout_c_mean: float,
+    ln_hh: Tensor | None,
+    ln_c: Tensor | None,
+    eps: float,
+    save: int,
+) -> tuple[Tensor, ...]:
     _check_devices(gates_x, w_hh, w_hr, h0, c0, lengths, reset, h_mask, zoneout_h, zoneout_c, ln_hh, ln_c)
     steps, batch, directions, size = gates_x.shape
     hidden, outputs = size // 4, w_hh.shape[-1]
@@ -200,9 +220,29 @@ def _(
 
 @torch.library.register_fake("birnn_ext::lstm_variant_backward")
 def _(
-    w_hh, w_hr, c0, lengths, reset, h_mask, zoneout_h, zoneout_c, zoneout_h_mean, zoneout_c_mean, ln_hh, ln_c, eps,
-    cells, gates, normed, rstd, dy, dh_n, dc_n, d_cells, state_grads,
-) -> tuple[Tensor, ...]:  # fmt: skip
+    w_hh: Tensor,
+    w_hr: Tensor | None,
+    c0: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    h_mask: Tensor | None,
+    zoneout_h: Tensor | None,
+    zoneout_c: Tensor | None,
+    zoneout_h_mean: float,
+    zoneout_c_mean: float,
+    ln_hh: Tensor | None,
+    ln_c: Tensor | None,
+    eps: float,
+    cells: Tensor,
+    gates: Tensor,
+    normed: Tensor,
+    rstd: Tensor,
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    d_cells: Tensor | None,
+    state_grads: bool,
+) -> tuple[Tensor, ...]:
     steps, batch, directions, size = gates.shape
     hidden, outputs = size // 4, w_hh.shape[-1]
 
@@ -224,20 +264,20 @@ def _(
 # --- autograd ---------------------------------------------------------------------------------------------------------
 
 
-def _save_forward(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+def _save_forward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, ctx.zoneout_h_mean, ctx.zoneout_c_mean, ln_hh, ln_c, ctx.eps, ctx.save = inputs
     y, _, _, *kept = output
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors, ln_hh, ln_c, y, *kept)
 
 
-def _forward_grad(ctx: Any, dy, dh_n, dc_n, d_cells, *_) -> tuple[Tensor | None, ...]:
+def _forward_grad(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
     if ctx.save != 2:
         raise RuntimeError(
             f"birnn_ext::lstm_variant was called with save={ctx.save}, so it can't be differentiated; "
             "call it with save=2"
         )
-    cotangents = (dy, dh_n, dc_n, d_cells)
+    cotangents = gradients[:4]  # of y, h_n, c_n and cells; the others are our own
     batched = any(t is not None and torch._C._functorch.is_batchedtensor(t) for t in cotangents)
     if torch.is_grad_enabled() or batched:
         return _differentiable_grad(ctx, cotangents)
@@ -281,8 +321,9 @@ def _differentiable_grad(ctx: Any, cotangents: tuple[Tensor | None, ...]) -> tup
 
     grads: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
     if used:
-        _, vjp = torch.func.vjp(run, *(inputs[k] for k in wanted))
-        for k, grad in zip(wanted, vjp(tuple(cotangents[k] for k in used)), strict=True):
+        vjp = torch.func.vjp(run, *(inputs[k] for k in wanted))[1]
+        found = vjp(tuple(cotangents[k] for k in used))
+        for k, grad in zip(wanted, found, strict=True):
             grads[k] = grad
     return tuple(grads)
 

