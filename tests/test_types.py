@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import birnn_ext
-from birnn_ext import ops
+from birnn_ext import onnx, ops, variants
 
 # Of torch only what the types asked for are made of: a first run takes a quarter of the time.
 CONFIGURATION = """
@@ -87,6 +87,8 @@ def public() -> dict[str, object]:
     """Every public class, its own public methods, and every public function."""
     found = {name: getattr(birnn_ext, name) for name in birnn_ext.__all__ if name != "__version__"}
     found |= {f"ops.{name}": getattr(ops, name) for name in ("lstm_recurrence", "lstm_layer")}
+    found |= {"onnx.export": onnx.export}
+    found |= {f"variants.{name}": getattr(variants, name) for name in ("lstm_variant", "lstm_variant_layer")}
     for name, one in list(found.items()):
         if inspect.isclass(one):
             found |= {f"{name}.{key}": f for key, f in vars(one).items() if inspect.isfunction(f) and key[0] != "_"}
