@@ -20,6 +20,7 @@ struct Row {
 
   template <class F>
   __device__ void each(int64_t n, const F& f) const {
+#pragma unroll 1  // rows are short, and ptxas would spill
     for (int64_t u = threadIdx.x; u < n; u += kThreads) f(u, 1);
   }
   template <class T>
@@ -47,7 +48,7 @@ struct Row {
     for (int warp = 0; warp < kWarps; ++warp) total += shared[warp];
     return total;
   }
-  __device__ A inverse_root(A a) const { return A(1) / sqrt(a); }
+  __device__ A inverse_root(A a) const { return rsqrt(a); }
 };
 
 enum class Pass { forward, forward_projected, backward_output, backward };
