@@ -1,0 +1,278 @@
+"""Wrong calls: each raises the right kind of error, which names the argument; none crashes or computes nonsense."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
+
+import birnn_ext
+from birnn_ext import LSTM, BiRNN
+from birnn_ext.ops import lstm_layer, lstm_recurrence
+
+forward_op = torch.ops.birnn_ext.lstm_recurrence.default
+backward_op = torch.ops.birnn_ext.lstm_recurrence_backward.default
+layer_op = torch.ops.birnn_ext.lstm_layer.default
+layer_backward_op = torch.ops.birnn_ext.lstm_layer_backward.default
+
+
+def ok(*shape: int, **kwargs) -> Tensor:
+    return torch.zeros(shape, **kwargs)
+
+
+def x(*, device: str = "cpu", dtype: torch.dtype | None = None) -> Tensor:
+    return ok(4, 2, 3, device=device, dtype=dtype)
+
+
+def hx(*, first: Tensor | None = None, second: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    return ok(1, 2, 5) if first is None else first, ok(1, 2, 5) if second is None else second
+
+
+def integers(*values: int, dtype: torch.dtype = torch.int64, device: str = "cpu") -> Tensor:
+    return torch.tensor(values, dtype=dtype, device=device)
+
+
+class Wrong(NamedTuple):
+    """A call that must fail.
+
+    With `call` a function of a class, nn.LSTM makes the same call too, and must raise the same kind of error.
+    """
+
+    name: str
+    call: Callable[..., Any]
+    kind: type[Exception]
+    message: str
+    torch: bool | type[Exception] = False  # nn.LSTM raises this; True: the same kind
+
+
+# Of the module's constructor: called with nn.LSTM too.
+CONSTRUCTORS = [
+    Wrong("input_size 0", lambda cls: cls(0, 5), ValueError, "input_size must be greater than zero", True),
+    Wrong("input_size -3", lambda cls: cls(-3, 5), ValueError, "input_size must be greater than zero", True),
+    Wrong("hidden_size 0", lambda cls: cls(3, 0), ValueError, "hidden_size must be greater than zero", True),
+    Wrong("hidden_size -1", lambda cls: cls(3, -1), ValueError, "hidden_size must be greater than zero", True),
+    Wrong("hidden_size 2.5", lambda cls: cls(3, 2.5), TypeError, "hidden_size should be of type int, got: float", True),
+    Wrong("hidden_size text", lambda cls: cls(3, "5"), TypeError, "hidden_size should be of type int, got: str", True),
+    Wrong("input_size text", lambda cls: cls("3", 5), TypeError, "'<=' not supported|input_size", True),
+    Wrong("num_layers 0", lambda cls: cls(3, 5, 0), ValueError, "num_layers must be greater than zero", True),
+    Wrong("num_layers -1", lambda cls: cls(3, 5, num_layers=-1), ValueError, "num_layers must be greater", True),
+    Wrong("num_layers 1.5", lambda cls: cls(3, 5, 1.5), TypeError, "float", True),
+    Wrong("dropout 2", lambda cls: cls(3, 5, 2, dropout=2), ValueError, "dropout should be a number in range", True),
+    Wrong("dropout -0.1", lambda cls: cls(3, 5, 2, dropout=-0.1), ValueError, "dropout should be a number in", True),
+    Wrong("dropout True", lambda cls: cls(3, 5, 2, dropout=True), ValueError, "dropout should be a number in", True),
+    Wrong("proj_size -1", lambda cls: cls(3, 5, proj_size=-1), ValueError, "proj_size should be a positive", True),
+    Wrong("proj_size 5", lambda cls: cls(3, 5, proj_size=5), ValueError, "proj_size has to be smaller than", True),
+    Wrong("proj_size 9", lambda cls: cls(3, 5, proj_size=9), ValueError, "proj_size has to be smaller than", True),
+    Wrong("dtype int32", lambda cls: cls(3, 5, dtype=torch.int32), RuntimeError, "floating point", True),
+    Wrong("device nowhere", lambda cls: cls(3, 5, device="nowhere"), RuntimeError, "device type", True),
+    Wrong("unknown argument", lambda cls: cls(3, 5, layers=2), TypeError, "layers", True),
+    Wrong("no hidden_size", lambda cls: cls(3), TypeError, "hidden_size", True),
+]  # fmt: skip
+
+# Of LSTM(3, 5) or nn.LSTM(3, 5).
+CALLS = [
+    Wrong("features 5", lambda m: m(ok(4, 2, 5)), RuntimeError, "input.size(-1) must be equal to input_size. Expected 3, got 5", True),
+    Wrong("features 0", lambda m: m(ok(4, 2, 0)), RuntimeError, "input.size(-1) must be equal to input_size. Expected 3, got 0", True),
+    Wrong("features 5 unbatched", lambda m: m(ok(4, 5)), RuntimeError, "input.size(-1) must be equal to input_size", True),
+    Wrong("1-D", lambda m: m(ok(3)), ValueError, "Expected input to be 2D or 3D, got 1D", True),
+    Wrong("0-D", lambda m: m(torch.tensor(1.0)), ValueError, "Expected input to be 2D or 3D, got 0D", True),
+    Wrong("4-D", lambda m: m(ok(1, 4, 2, 3)), ValueError, "Expected input to be 2D or 3D, got 4D", True),
+    Wrong("no steps", lambda m: m(ok(0, 2, 3)), RuntimeError, "Expected sequence length to be larger than 0", True),
+    Wrong("no steps unbatched", lambda m: m(ok(0, 3)), RuntimeError, "Expected sequence length to be larger than 0", True),
+    Wrong("float64 input", lambda m: m(x(dtype=torch.float64)), ValueError, "input and weights must have the same dtype, got torch.float64 and torch.float32", True),
+    Wrong("float16 input", lambda m: m(x(dtype=torch.float16)), ValueError, "input and weights must have the same dtype, got torch.float16", True),
+    Wrong("int64 input", lambda m: m(x(dtype=torch.int64)), ValueError, "input and weights must have the same dtype, got torch.int64", True),
+    Wrong("bool input", lambda m: m(x(dtype=torch.bool)), ValueError, "input and weights must have the same dtype, got torch.bool", True),
+    Wrong("complex input", lambda m: m(x(dtype=torch.complex64)), ValueError, "input and weights must have the same dtype, got torch.complex64", True),
+    Wrong("meta input", lambda m: m(x(device="meta")), ValueError, "input must be on the weights' device cpu, got meta"),
+    Wrong("meta weights", lambda m: m.to("meta")(x()), ValueError, "input must be on the weights' device meta, got cpu"),
+    Wrong("list input", lambda m: m([1.0]), TypeError, "input must be a tensor or a PackedSequence, got list"),
+    Wrong("None input", lambda m: m(None), TypeError, "input must be a tensor or a PackedSequence, got NoneType"),
+    Wrong("array input", lambda m: m(x().numpy()), TypeError, "input must be a tensor or a PackedSequence, got ndarray"),
+    Wrong("no input", lambda m: m(), TypeError, "input", True),
+    Wrong("sparse input", lambda m: m(x().to_sparse()), TypeError, "input must be a dense tensor"),
+    Wrong("hx h_0 size", lambda m: m(x(), hx(first=ok(1, 2, 6))), RuntimeError, "Expected hidden[0] size (1, 2, 5), got [1, 2, 6]", True),
+    Wrong("hx c_0 size", lambda m: m(x(), hx(second=ok(1, 2, 6))), RuntimeError, "Expected hidden[1] size (1, 2, 5), got [1, 2, 6]", True),
+    Wrong("hx c_0 layers", lambda m: m(x(), hx(second=ok(2, 2, 5))), RuntimeError, "Expected hidden[1] size (1, 2, 5), got [2, 2, 5]", True),
+    Wrong("hx batch", lambda m: m(x(), hx(first=ok(1, 3, 5))), RuntimeError, "Expected hidden[0] size (1, 2, 5), got [1, 3, 5]", True),
+    Wrong("hx batch 1", lambda m: m(x(), (ok(1, 1, 5), ok(1, 1, 5))), RuntimeError, "Expected hidden[0] size (1, 2, 5), got [1, 1, 5]", True),
+    Wrong("hx 2-D", lambda m: m(x(), (ok(1, 5), ok(1, 5))), RuntimeError, "For batched 3-D input, hx and cx should also be 3-D but got (2-D, 2-D)", True),
+    Wrong("hx c_0 2-D", lambda m: m(x(), (ok(1, 2, 5), ok(1, 5))), RuntimeError, "For batched 3-D input, hx and cx should also be 3-D but got (3-D, 2-D)", True),
+    Wrong("hx 3-D unbatched", lambda m: m(ok(4, 3), hx()), RuntimeError, "For unbatched 2-D input, hx and cx should also be 2-D", True),
+    Wrong("hx float64", lambda m: m(x(), hx(first=ok(1, 2, 5, dtype=torch.float64))), ValueError, "hidden[0] must be torch.float32 as the input, got torch.float64"),
+    Wrong("hx c_0 int64", lambda m: m(x(), hx(second=ok(1, 2, 5, dtype=torch.int64))), ValueError, "hidden[1] must be torch.float32 as the input, got torch.int64"),
+    Wrong("hx meta", lambda m: m(x(), hx(second=ok(1, 2, 5, device="meta"))), ValueError, "hidden[1] must be on the input's device cpu, got meta"),
+    Wrong("hx one tensor", lambda m: m(x(), ok(1, 2, 5)), TypeError, "hx must be None or a pair of tensors (h_0, c_0)"),
+    Wrong("hx number", lambda m: m(x(), 5), TypeError, "hx must be None or a pair of tensors (h_0, c_0)", True),
+    Wrong("hx of one", lambda m: m(x(), (ok(1, 2, 5),)), TypeError, "hx must be None or a pair of tensors (h_0, c_0)"),
+    Wrong("hx of three", lambda m: m(x(), (ok(1, 2, 5),) * 3), TypeError, "hx must be None or a pair of tensors (h_0, c_0)"),
+    Wrong("hx with None", lambda m: m(x(), (ok(1, 2, 5), None)), TypeError, "hx must be None or a pair of tensors (h_0, c_0)"),
+    Wrong("hx of lists", lambda m: m(x(), ([0.0], [0.0])), TypeError, "hx must be None or a pair of tensors (h_0, c_0)"),
+    Wrong("hx text", lambda m: m(x(), "hc"), TypeError, "hx must be None or a pair of tensors (h_0, c_0)"),
+    Wrong("packed features", lambda m: m(pack_sequence([ok(2, 4)])), RuntimeError, "input.size(-1) must be equal to input_size. Expected 3, got 4"),
+    Wrong("packed hx batch", lambda m: m(pack_sequence([ok(2, 3)]), hx()), RuntimeError, "Expected hidden[0] size (1, 1, 5), got [1, 2, 5]", True),
+    Wrong("packed hx batch, sorted", lambda m: m(pack_sequence([ok(1, 3), ok(2, 3)], False), (ok(1, 1, 5),) * 2), RuntimeError, "Expected hidden[0] size (1, 2, 5), got [1, 1, 5]", (RuntimeError, IndexError)),
+    Wrong("packed hx 2-D", lambda m: m(pack_sequence([ok(2, 3)]), (ok(1, 5),) * 2), RuntimeError, "hidden[0]", (RuntimeError,)),
+    Wrong("packed dtype", lambda m: m(pack_sequence([ok(2, 3).double()])), ValueError, "input and weights must have the same dtype, got torch.float64", True),
+    Wrong("output first", lambda m: m(x(), output="first"), ValueError, "output must be \"all\" or \"last\", got 'first'"),
+    Wrong("output None", lambda m: m(x(), output=None), ValueError, "output must be \"all\" or \"last\", got None"),
+    Wrong("output list", lambda m: m(x(), output=["last"]), ValueError, "output must be \"all\" or \"last\", got ['last']"),
+    Wrong("lengths list", lambda m: m(x(), lengths=[1, 2]), TypeError, "lengths must be a tensor, got list"),
+    Wrong("lengths number", lambda m: m(x(), lengths=4), TypeError, "lengths must be a tensor, got int"),
+    Wrong("lengths 1", lambda m: m(x(), lengths=integers(1)), ValueError, "lengths must have shape (2,), got (1,)"),
+    Wrong("lengths 2-D", lambda m: m(x(), lengths=integers(1, 2).unsqueeze(0)), ValueError, "lengths must have shape (2,), got (1, 2)"),
+    Wrong("lengths 0-D", lambda m: m(x(), lengths=torch.tensor(2)), ValueError, "lengths must have shape (2,), got ()"),
+    Wrong("lengths of steps", lambda m: m(x(), lengths=integers(1, 1, 1, 1)), ValueError, "lengths must have shape (2,), got (4,)"),
+    Wrong("lengths float", lambda m: m(x(), lengths=torch.tensor([1.0, 2.0])), TypeError, "lengths must be int64, got torch.float32"),
+    Wrong("lengths int32", lambda m: m(x(), lengths=integers(1, 2, dtype=torch.int32)), TypeError, "lengths must be int64, got torch.int32"),
+    Wrong("lengths bool", lambda m: m(x(), lengths=torch.tensor([True, True])), TypeError, "lengths must be int64, got torch.bool"),
+    Wrong("lengths meta", lambda m: m(x(), lengths=integers(1, 2, device="meta")), ValueError, "lengths must be on the input's device cpu, got meta"),
+    Wrong("lengths 5 of 4", lambda m: m(x(), lengths=integers(1, 5)), ValueError, "lengths must be between 0 and T = 4, got lengths[1] = 5"),
+    Wrong("lengths -1", lambda m: m(x(), lengths=integers(-1, 4)), ValueError, "lengths must be between 0 and T = 4, got lengths[0] = -1"),
+    Wrong("lengths huge", lambda m: m(x(), lengths=integers(4, 2**62)), ValueError, "lengths must be between 0 and T = 4, got lengths[1] = 4611686018427387904"),
+    Wrong("lengths lowest", lambda m: m(x(), lengths=integers(-(2**63), 4)), ValueError, "lengths must be between 0 and T = 4, got lengths[0] = -9223372036854775808"),
+    Wrong("lengths 5 of 4, last", lambda m: m(x(), lengths=integers(1, 5), output="last"), ValueError, "lengths must be between 0 and T = 4, got lengths[1] = 5"),
+    Wrong("lengths -1, last", lambda m: m(x(), lengths=integers(-1, 4), output="last"), ValueError, "lengths must be between 0 and T = 4, got lengths[0] = -1"),
+    Wrong("lengths 5 of 4, no_grad", lambda m: torch.no_grad()(m)(x(), lengths=integers(1, 5)), ValueError, "lengths must be between 0 and T = 4, got lengths[1] = 5"),
+    Wrong("lengths 5 of 4, bfloat16", lambda m: m.bfloat16()(x(dtype=torch.bfloat16), lengths=integers(1, 5)), ValueError, "lengths must be between 0 and T = 4, got lengths[1] = 5"),
+    Wrong("lengths unbatched", lambda m: m(ok(4, 3), lengths=integers(4)), ValueError, "lengths must be None with unbatched"),
+    Wrong("lengths packed", lambda m: m(pack_sequence([ok(2, 3)]), lengths=integers(2)), ValueError, "lengths must be None with a PackedSequence"),
+    Wrong("requires_grad on integers", lambda m: m(x(dtype=torch.int64).requires_grad_()), RuntimeError, "floating point", True),
+    Wrong("unknown argument", lambda m: m(x(), mask=x()), TypeError, "mask", True),
+]  # fmt: skip
+
+
+def with_weight(lstm: nn.LSTM, name: str, weight: Tensor | None) -> nn.LSTM:
+    delattr(lstm, name)
+    setattr(lstm, name, weight)
+    return lstm
+
+
+def two_directions() -> LSTM:
+    return LSTM(3, 5, bidirectional=True)
+
+
+# Of weights that were replaced, backward passes, and the rest of the package.
+OTHERS = [
+    Wrong("weight float64", lambda: with_weight(LSTM(3, 5), "weight_hh_l0", ok(20, 5).double())(x()), ValueError, "weight_hh_l0 must be torch.float32 on cpu as weight_ih_l0, got torch.float64"),
+    Wrong("weight meta", lambda: with_weight(LSTM(3, 5), "weight_hh_l0", ok(20, 5, device="meta"))(x()), ValueError, "weight_hh_l0 must be torch.float32 on cpu as weight_ih_l0, got torch.float32 on meta"),
+    Wrong("bias float16", lambda: with_weight(LSTM(3, 5), "bias_ih_l0", ok(20).half())(x()), ValueError, "bias_ih_l0 must be torch.float32 on cpu as weight_ih_l0, got torch.float16"),
+    Wrong("reverse weight float64", lambda: with_weight(two_directions(), "weight_ih_l0_reverse", ok(20, 3).double())(x()), ValueError, "weight_ih_l0_reverse must be torch.float32"),
+    Wrong("weight_ih shape", lambda: with_weight(LSTM(3, 5), "weight_ih_l0", ok(20, 4))(x()), ValueError, "w_ih must have shape [20, 3], got [20, 4]"),
+    Wrong("weight_hh shape", lambda: with_weight(LSTM(3, 5), "weight_hh_l0", ok(24, 5))(x()), ValueError, "w_hh must have shape [20, 5], got [24, 5]"),
+    Wrong("weight_hh 1-D", lambda: with_weight(LSTM(3, 5), "weight_hh_l0", ok(100))(x()), ValueError, "w_hh must have shape (4H, H), got [100]"),
+    Wrong("bias shape", lambda: with_weight(LSTM(3, 5), "bias_hh_l0", ok(5))(x()), ValueError, "bias_hh must have shape [20], got [5]"),
+    Wrong("in-place change", lambda: changed_in_place(), RuntimeError, "modified by an inplace operation"),
+    Wrong("backward twice", lambda: backward_twice(), RuntimeError, "backward through the graph a second time"),
+    Wrong("BiRNN 1-D", lambda: BiRNN(3, 5, 1, 2)(ok(3)), ValueError, "Expected input to be 2D or 3D, got 1D"),
+    Wrong("BiRNN features", lambda: BiRNN(3, 5, 1, 2)(ok(2, 4, 9)), RuntimeError, "input.size(-1) must be equal to input_size. Expected 3, got 9"),
+    Wrong("BiRNN hidden 0", lambda: BiRNN(3, 0, 1, 2), ValueError, "hidden_size must be greater than zero"),
+    Wrong("accelerate a class", lambda: birnn_ext.accelerate(nn.LSTM), TypeError, "model must be a torch.nn.Module, got type"),
+    Wrong("accelerate None", lambda: birnn_ext.accelerate(None), TypeError, "model must be a torch.nn.Module, got NoneType"),
+    Wrong("restore a list", lambda: birnn_ext.restore([nn.LSTM(3, 5)]), TypeError, "model must be a torch.nn.Module, got list"),
+    Wrong("state_dict of another size", lambda: LSTM(3, 5).load_state_dict(nn.LSTM(3, 6).state_dict()), RuntimeError, "size mismatch for weight_ih_l0"),
+    Wrong("state_dict of more layers", lambda: LSTM(3, 5).load_state_dict(nn.LSTM(3, 5, 2).state_dict()), RuntimeError, "Unexpected key(s) in state_dict: \"weight_ih_l1\""),
+    # The operators, called directly.
+    Wrong("recurrence gates_x 3-D", lambda: lstm_recurrence(ok(4, 2, 8), ok(1, 8, 2)), ValueError, "gates_x must have shape (T, B, D, 4H), got [4, 2, 8]"),
+    Wrong("recurrence gates_x 9", lambda: lstm_recurrence(ok(4, 2, 1, 9), ok(1, 8, 2)), ValueError, "gates_x must have shape (T, B, D, 4H)"),
+    Wrong("recurrence no units", lambda: lstm_recurrence(ok(4, 2, 1, 0), ok(1, 0, 0)), ValueError, "gates_x must have shape (T, B, D, 4H)"),
+    Wrong("recurrence no steps", lambda: lstm_recurrence(ok(0, 2, 1, 8), ok(1, 8, 2)), ValueError, "gates_x must have at least one time step"),
+    Wrong("recurrence 3 directions", lambda: lstm_recurrence(ok(4, 2, 3, 8), ok(3, 8, 2)), ValueError, "gates_x must have 1 or 2 directions"),
+    Wrong("recurrence 0 directions", lambda: lstm_recurrence(ok(4, 2, 0, 8), ok(0, 8, 2)), ValueError, "gates_x must have 1 or 2 directions"),
+    Wrong("recurrence w_hh shape", lambda: lstm_recurrence(ok(4, 2, 1, 8), ok(1, 8, 3)), ValueError, "w_hh must have shape [1, 8, 2], got [1, 8, 3]"),
+    Wrong("recurrence w_hh directions", lambda: lstm_recurrence(ok(4, 2, 1, 8), ok(2, 8, 2)), ValueError, "w_hh must have shape [1, 8, 2], got [2, 8, 2]"),
+    Wrong("recurrence w_hh float64", lambda: lstm_recurrence(ok(4, 2, 1, 8), ok(1, 8, 2).double()), TypeError, "w_hh must be Float, got Double"),
+    Wrong("recurrence integers", lambda: lstm_recurrence(ok(4, 2, 1, 8).int(), ok(1, 8, 2)), TypeError, "gates_x must be float64, float32, float16 or bfloat16, got Int"),
+    Wrong("recurrence complex", lambda: lstm_recurrence(ok(4, 2, 1, 8).cfloat(), ok(1, 8, 2)), TypeError, "gates_x must be float64, float32, float16 or bfloat16, got ComplexFloat"),
+    Wrong("recurrence h0 shape", lambda: lstm_recurrence(ok(4, 2, 1, 8), ok(1, 8, 2), ok(1, 3, 2)), ValueError, "h0 must have shape [1, 2, 2], got [1, 3, 2]"),
+    Wrong("recurrence c0 float16", lambda: lstm_recurrence(ok(4, 2, 1, 8), ok(1, 8, 2), None, ok(1, 2, 2).half()), TypeError, "c0 must be Float, got Half"),
+    Wrong("recurrence lengths shape", lambda: lstm_recurrence(ok(4, 2, 1, 8), ok(1, 8, 2), lengths=integers(1, 1, 1)), ValueError, "lengths must have shape [2], got [3]"),
+    Wrong("recurrence lengths float", lambda: lstm_recurrence(ok(4, 2, 1, 8), ok(1, 8, 2), lengths=ok(2)), TypeError, "lengths must be Long, got Float"),
+    Wrong("recurrence lengths 5", lambda: lstm_recurrence(ok(4, 2, 1, 8), ok(1, 8, 2), lengths=integers(5, 1)), ValueError, "lengths must be between 0 and T = 4, got lengths[0] = 5"),
+    Wrong("recurrence meta w_hh", lambda: forward_op(ok(4, 2, 1, 8), ok(1, 8, 2, device="meta"), None, None, None, False), ValueError, "all tensors must be on one device, got ['cpu', 'meta']"),
+    Wrong("recurrence None", lambda: forward_op(None, ok(1, 8, 2), None, None, None, False), RuntimeError, "gates_x"),
+    Wrong("recurrence text", lambda: forward_op("gates", ok(1, 8, 2), None, None, None, False), RuntimeError, "gates_x"),
+    Wrong("recurrence backward without save", lambda: backward_op(ok(1, 8, 2), None, None, ok(0), ok(0), None, None, None, False), ValueError, "gates must be those of a forward call with save=True"),
+    Wrong("recurrence backward cells", lambda: backward_op(ok(1, 8, 2), None, None, ok(4, 2, 1, 8), ok(4, 2, 1, 3), None, None, None, False), ValueError, "cells must have shape [4, 2, 1, 2], got [4, 2, 1, 3]"),
+    Wrong("recurrence backward cells float64", lambda: backward_op(ok(1, 8, 2), None, None, ok(4, 2, 1, 8), ok(4, 2, 1, 2).double(), None, None, None, False), TypeError, "cells must be Float, got Double"),
+    Wrong("recurrence backward dy", lambda: backward_op(ok(1, 8, 2), None, None, ok(4, 2, 1, 8), ok(4, 2, 1, 2), ok(4, 2, 1, 1), None, None, False), ValueError, "dy must have shape [4, 2, 1, 2], got [4, 2, 1, 1]"),
+    Wrong("recurrence backward lengths 9", lambda: backward_op(ok(1, 8, 2), None, integers(9, 1), ok(4, 2, 1, 8), ok(4, 2, 1, 2), None, None, None, False), ValueError, "lengths must be between 0 and T = 4, got lengths[0] = 9"),
+    Wrong("layer x 2-D", lambda: lstm_layer(ok(4, 3), [ok(8, 3), ok(8, 2)], False), ValueError, "x must have shape (T, B, I), got [4, 3]"),
+    Wrong("layer no features", lambda: lstm_layer(ok(4, 2, 0), [ok(8, 0), ok(8, 2)], False), ValueError, "x must have at least one time step and one feature"),
+    Wrong("layer no weights", lambda: lstm_layer(ok(4, 2, 3), [], False), ValueError, "weights must be 2 or 4 tensors, got 0"),
+    Wrong("layer 3 weights", lambda: lstm_layer(ok(4, 2, 3), [ok(8, 3), ok(8, 2), ok(8)], False), ValueError, "weights must be 2 or 4 tensors, got 3"),
+    Wrong("layer 2 of 4 weights", lambda: lstm_layer(ok(4, 2, 3), [ok(8, 3), ok(8, 2)], True), ValueError, "weights must be 4 or 8 tensors, got 2"),
+    Wrong("layer w_ih shape", lambda: lstm_layer(ok(4, 2, 3), [ok(8, 4), ok(8, 2)], False), ValueError, "w_ih must have shape [8, 3], got [8, 4]"),
+    Wrong("layer h0 shape", lambda: lstm_layer(ok(4, 2, 3), [ok(8, 3), ok(8, 2)], False, ok(1, 2, 3), ok(1, 2, 2)), ValueError, "h0 must have shape [1, 2, 2], got [1, 2, 3]"),
+    Wrong("layer save 3", lambda: layer_op(ok(4, 2, 3), [ok(8, 3), ok(8, 2)], False, None, None, None, 3), ValueError, "save must be 0, 1 or 2, got 3"),
+    Wrong("layer bfloat16", lambda: layer_op(ok(4, 2, 3).bfloat16(), [ok(8, 3).bfloat16(), ok(8, 2).bfloat16()], False, None, None, None, 0), TypeError, "x must be float64 or float32, got BFloat16"),
+    Wrong("layer backward y", lambda: layer_backward(y=ok(4, 2, 1, 3)), ValueError, "y must have shape [4, 2, 1, 2], got [4, 2, 1, 3]"),
+    Wrong("layer backward cells", lambda: layer_backward(cells=ok(0)), ValueError, "cells must have shape [4, 2, 1, 2], got [0]"),
+    Wrong("layer backward gates", lambda: layer_backward(gates=ok(4, 2, 1, 7)), ValueError, "gates must have shape [4, 2, 1, 8], got [4, 2, 1, 7]"),
+    Wrong("layer backward dy", lambda: layer_backward(dy=ok(1)), ValueError, "dy must have shape [4, 2, 1, 2], got [1]"),
+    Wrong("layer backward lengths -1", lambda: layer_backward(lengths=integers(4, -1)), ValueError, "lengths must be between 0 and T = 4, got lengths[1] = -1"),
+]  # fmt: skip
+
+
+def changed_in_place() -> None:
+    lstm, given = LSTM(3, 5), x().requires_grad_()
+    y, _ = lstm(given)
+    with torch.no_grad():
+        lstm.weight_hh_l0.add_(1)
+    y.sum().backward()
+
+
+def backward_twice() -> None:
+    y, _ = LSTM(3, 5)(x())
+    y.sum().backward()
+    y.sum().backward()
+
+
+def layer_backward(**kwargs: Any) -> None:
+    arguments = {
+        "x": ok(4, 2, 3), "weights": [ok(8, 3), ok(8, 2)], "bias": False, "h0": None, "c0": None, "lengths": None,
+        "y": ok(4, 2, 1, 2), "gates": ok(4, 2, 1, 8), "cells": ok(4, 2, 1, 2), "dy": ok(4, 2, 1, 2), "dh_n": None,
+        "dc_n": None, "x_grad": True, "weight_grads": True, "state_grads": False,
+    }  # fmt: skip
+    layer_backward_op(**{**arguments, **kwargs})
+
+
+def raised_by(call: Callable[..., Any], *args: Any) -> Exception:
+    with pytest.raises(Exception) as caught:
+        call(*args)
+    return caught.value
+
+
+def check(error: Exception, wrong: Wrong) -> None:
+    assert type(error) is wrong.kind, repr(error)
+    assert wrong.message in str(error)
+
+
+def parametrize(table: list[Wrong]):
+    return pytest.mark.parametrize("wrong", table, ids=[wrong.name for wrong in table])
+
+
+@parametrize(CONSTRUCTORS)
+def test_constructor(wrong):
+    check(raised_by(wrong.call, LSTM), wrong)
+    assert type(raised_by(wrong.call, nn.LSTM)) is wrong.kind
+
+
+@parametrize(CALLS)
+def test_call(wrong):
+    check(raised_by(wrong.call, LSTM(3, 5)), wrong)
+    if wrong.torch:
+        theirs = raised_by(wrong.call, nn.LSTM(3, 5))
+        assert type(theirs) is wrong.kind, repr(theirs)
+
+
+@parametrize(OTHERS)
+def test_others(wrong):
+    check(raised_by(wrong.call), wrong)
