@@ -175,7 +175,8 @@ def algorithms_taken(work: Work) -> str:
 
 
 def in_a_few_words(failure: Exception) -> str:
-    return f"failed: {str(failure).strip().splitlines()[0][:60] if str(failure).strip() else type(failure).__name__}"
+    first = (str(failure).strip().splitlines() or [type(failure).__name__])[0]
+    return f"failed: {first[:60]}".replace("|", "/")
 
 
 def check(works: dict[str, Work], mode: str) -> dict[str, str]:
@@ -208,18 +209,25 @@ def milliseconds(work: Work, number: int) -> float:
     return start.elapsed_time(stop) / number
 
 
-def measure(works: dict[str, Work], rounds: int) -> dict[str, list[float]]:
-    numbers = {}
-    for name, work in works.items():
-        milliseconds(work, WARM_UP)
-        once = milliseconds(work, 1)
-        numbers[name] = max(1, round(TURN / once)) if once > 0 else 1  # a device without a clock says 0
+def measure(works: dict[str, Work], rounds: int, failures: dict[str, str]) -> dict[str, list[float]]:
+    """Milliseconds of each round. Who fails takes no further part, and is added to `failures`."""
     figures: dict[str, list[float]] = {name: [] for name in works}
-    for _ in range(rounds):
+    numbers: dict[str, int] = {}
+    for turn in range(rounds + 1):
         for name, work in works.items():
-            milliseconds(work, 1)  # the caches are this contestant's
-            figures[name].append(milliseconds(work, numbers[name]))
-    return figures
+            if name in failures:
+                continue
+            try:
+                if turn == 0:
+                    milliseconds(work, WARM_UP)
+                    once = milliseconds(work, 1)
+                    numbers[name] = max(1, round(TURN / once)) if once > 0 else 1  # a device without a clock says 0
+                else:
+                    milliseconds(work, 1)  # the caches are this contestant's
+                    figures[name].append(milliseconds(work, numbers[name]))
+            except Exception as failure:
+                failures[name] = in_a_few_words(failure)
+    return {name: times for name, times in figures.items() if name not in failures}
 
 
 def timed_row(name: str, work: Callable[..., Tensor], mode: str, shape: Shape, rounds: int) -> Row:
@@ -230,7 +238,7 @@ def timed_row(name: str, work: Callable[..., Tensor], mode: str, shape: Shape, r
         row.failures = check(works, mode)
         if OURS in works:
             row.chosen = algorithms_taken(works[OURS])
-        row.figures = measure(works, rounds)
+        row.figures = measure(works, rounds, row.failures)
     return row
 
 

@@ -46,6 +46,7 @@ def accelerate(model: nn.Module) -> Acceleration:
             report.left[name] = f"proj_size = {module.proj_size} is not supported"
         else:
             module.__class__ = LSTM
+            module._drop_flat_weights()
             module.recompute = False
             module.accelerated = True
             report.replaced.append(name)
@@ -63,6 +64,6 @@ def restore(model: nn.Module) -> list[str]:
         if type(module) is LSTM and getattr(module, "accelerated", False):
             module.__class__ = nn.LSTM
             del module.recompute, module.accelerated
-            module.flatten_parameters()
+            module._init_flat_weights()
             names.append(name)
     return names

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import functools
-from typing import Literal
+from typing import Any, Literal, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from birnn_ext._compile import let_dynamo_trace
 from birnn_ext.ops import lstm_layer
 
 State = tuple[Tensor, Tensor]
@@ -22,13 +22,6 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device) if x.is_floating_point() and x.dtype != torch.float64 else None
-
-
-@functools.cache
-def _weight_names(layer: int, directions: range, bias: bool) -> list[str]:
-    """Of one layer, as `lstm_layer` orders them."""
-    kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh") if bias else ("weight_ih", "weight_hh")
-    return [f"{kind}_l{layer}{'_reverse' if d else ''}" for d in directions for kind in kinds]
 
 
 class LSTM(nn.LSTM):
@@ -86,8 +79,40 @@ class LSTM(nn.LSTM):
         )
         self.recompute = recompute
 
+    # What nn.LSTM does to keep its flattened weights, which we don't have.
+
     def flatten_parameters(self) -> None:
         """Does nothing: there is no flattened copy of the weights. Kept for code that calls it on an nn.LSTM."""
+
+    def _init_flat_weights(self) -> None:
+        pass
+
+    def _update_flat_weights(self) -> None:
+        pass
+
+    @property
+    def _flat_weights(self) -> list[Tensor | None]:
+        """The weights as they are now, for code of nn.LSTM's and of others that reads them here."""
+        return [getattr(self, name, None) for name in self._flat_weights_names]
+
+    @_flat_weights.setter
+    def _flat_weights(self, weights: list[Tensor | None]) -> None:
+        pass
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._drop_flat_weights()
+
+    def _drop_flat_weights(self) -> None:
+        """Of what was an nn.LSTM."""
+        vars(self).pop("_flat_weights", None)
+        self._flat_weight_refs = []  # tensors with weak references can't be swapped
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        raise NotImplementedError(
+            "birnn_ext.LSTM can't be compiled by torch.jit.script; use torch.compile or torch.export, or script a "
+            "model of torch.nn.LSTM, which has the same state_dict (birnn_ext.restore undoes birnn_ext.accelerate)"
+        )
 
     def forward(
         self,
@@ -160,8 +185,9 @@ class LSTM(nn.LSTM):
         """Works on the padded batch in packed (sorted) order; hx and all results but a packed one are in the user's."""
         x, lengths = pad_packed_sequence(PackedSequence(packed.data, packed.batch_sizes))
         if hx is not None:
+            self._check_sizes(x, hx)  # before it is put into order: that may hide a wrong size
             hx = self.permute_hidden(hx, packed.sorted_indices)
-        y, states = self._run(x, hx, lengths.to(x.device), output == "last")
+        y, states = self._run(x, hx, lengths.to(x.device, non_blocking=True), output == "last")
         if states is not None:
             states = self.permute_hidden(states, packed.unsorted_indices)
         if output == "last":
@@ -225,7 +251,10 @@ class LSTM(nn.LSTM):
             )
         autocasts = _autocast_dtype(x) is not None and _autocast_dtype(weight) is not None
         if x.dtype != weight.dtype and not autocasts:
-            raise ValueError(f"LSTM: input and weights must have the same dtype, got {x.dtype} and {weight.dtype}")
+            raise ValueError(
+                f"LSTM: RNN input dtype ({x.dtype}) does not match weight dtype ({weight.dtype}). "
+                f"Convert input: input.to({weight.dtype}), or convert model: model.to({x.dtype})"
+            )
         if x.device != weight.device:
             raise ValueError(f"LSTM: input must be on the weights' device {weight.device}, got {x.device}")
         if hx is None:
@@ -241,7 +270,8 @@ class LSTM(nn.LSTM):
 
     def _layer(self, layer: int, directions: range, x: Tensor, h0: Tensor | None, c0: Tensor | None, lengths):
         """One layer's given directions: x (T, B, .) -> y (T, B, D, H), h_n, c_n (D, B, H)."""
-        names = _weight_names(layer, directions, self.bias)
+        per_layer = 2 if self.bidirectional else 1
+        names = [name for d in directions for name in self._all_weights[layer * per_layer + d]]
         weights = [getattr(self, name) for name in names]
         first = self.weight_ih_l0
         dtype, device = first.dtype, first.device
@@ -276,6 +306,9 @@ class LSTM(nn.LSTM):
             )
             outputs.append(y[0, :, 0])
         return torch.cat(outputs, -1), h_n, c_n
+
+
+let_dynamo_trace(LSTM)
 
 
 class BiRNN(nn.Module):

@@ -94,6 +94,10 @@ def lstm_layer(
     Raises:
         ValueError, TypeError: as `lstm_recurrence`.
     """
+    if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
+        from birnn_ext.onnx import standard_lstm
+
+        return standard_lstm(x, weights, bias, h0, c0, lengths)
     if _is_one_operator(x, weights, h0, c0):
         save = (2 if recompute else 1) if torch.is_grad_enabled() else 0
         return torch.ops.birnn_ext.lstm_layer(x, weights, bias, h0, c0, lengths, save)[:3]
@@ -241,10 +245,13 @@ def _weight_grad(dz: Tensor, y: Tensor, h0: Tensor | None, lengths: Tensor | Non
     dz (T, B, D, 4H) is 0 beyond a sequence's end, y (T, B, D, H) too.
     """
     _, batch, directions, _ = dz.shape
+    dz_rows, y_rows = dz.flatten(0, 1), y.flatten(0, 1)  # a step is batch rows; torch.compile takes T - 1 steps badly
     grads = []
     for d in range(directions):
-        later, earlier = (dz[1:, :, 0], y[:-1, :, 0]) if d == 0 else (dz[:-1, :, 1], y[1:, :, 1])
-        grad = later.reshape(-1, later.shape[-1]).T @ earlier.reshape(-1, earlier.shape[-1])
+        if d == 0:
+            grad = dz_rows[batch:, 0].T @ y_rows[: y_rows.shape[0] - batch, 0]
+        else:
+            grad = dz_rows[: dz_rows.shape[0] - batch, 1].T @ y_rows[batch:, 1]
         if h0 is not None:
             if d == 0:
                 first = dz[0, :, 0]

@@ -49,11 +49,12 @@ void cell_math(const std::string& name, uintptr_t x, uintptr_t y, int64_t n) {
   function(reinterpret_cast<const float*>(x), reinterpret_cast<float*>(y), n);
 }
 
-// What would run a layer on a GPU, as a dictionary; of one algorithm if it is named, and None if that can't run it.
-// forward and backward are bytes of shared memory; reads, bytes that a block reads from it in a step; us and exchange
-// microseconds by the model, of a step forward and one back, and of an exchange.
+// What would run a layer on a GPU, as a dictionary; of one algorithm if it is named, and None if that can't run it. The
+// device is taken to refuse clusters of more than largest_cluster CTAs. forward and backward are bytes of shared
+// memory; reads, bytes that a block reads from it in a step; us and exchange microseconds by the model, of a step
+// forward and one back, and of an exchange.
 py::object cuda_choice(const std::string& dtype, int64_t H, int64_t B, int64_t D, int multiprocessors,
-                       int shared_memory, int capability, const std::string& algorithm) {
+                       int shared_memory, int capability, const std::string& algorithm, int largest_cluster) {
   using namespace birnn;
   static const std::map<std::string, DType> dtypes = {
       {"float64", DType::f64}, {"float32", DType::f32}, {"float16", DType::f16}, {"bfloat16", DType::bf16}};
@@ -64,8 +65,11 @@ py::object cuda_choice(const std::string& dtype, int64_t H, int64_t B, int64_t D
   const auto wished = cuda::algorithm_named(algorithm);
   if (!wished && !algorithm.empty()) throw py::value_error("unknown algorithm " + algorithm);
 
+  const auto fits = [&](const cuda::Choice& choice) {
+    return choice.algorithm != cuda::Algorithm::persistent_cluster || choice.forward.ctas <= largest_cluster;
+  };
   const cuda::Choice choice = cuda::choose({type->second, 1, B, D, H}, {multiprocessors, shared_memory, capability},
-                                           wished ? std::vector{*wished} : cuda::all_algorithms());
+                                           wished ? std::vector{*wished} : cuda::all_algorithms(), fits);
   if (!choice.possible) return py::none();
   using namespace py::literals;
   py::dict result("algorithm"_a = cuda::kAlgorithmNames[int(choice.algorithm)], "us"_a = choice.us);
@@ -86,5 +90,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("build_info", &build_info);
   m.def("op_calls", &op_calls);
   m.def("cell_math", &cell_math);
-  m.def("cuda_choice", &cuda_choice);
+  m.def("cuda_choice", &cuda_choice, py::arg("dtype"), py::arg("H"), py::arg("B"), py::arg("D"),
+        py::arg("multiprocessors"), py::arg("shared_memory"), py::arg("capability"), py::arg("algorithm") = "",
+        py::arg("largest_cluster") = birnn::cuda::kMaxCluster);
 }

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from helpers import (
+    TOLERANCE,
     WORSE_THAN_TORCH,
     all_near,
     assert_near,
@@ -142,15 +143,41 @@ def test_autocast(dtype, device):
     assert all(g.dtype == torch.float32 for g in results[0][3:])
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("state_dtype", [None, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_autocast_takes_any_mixture_of_types(x_dtype, state_dtype, dtype, device):
+    """Results are of autocast's type, as nn.LSTM's on CUDA; gradients of the type of what they are the gradients of."""
+    ours, theirs = twins(5, 12, 2, bidirectional=True, device=device)
+    x = torch.randn(6, 4, 5, device=device).to(x_dtype).requires_grad_()
+    state = None
+    if state_dtype is not None:
+        state = tuple(s.to(state_dtype).requires_grad_() for s in random_state(4, 4, 12, device=device))
+    inputs = (x, *(state or ()))
+    with torch.autocast(device, dtype):
+        y, (h_n, c_n) = ours(x, state)
+    assert y.dtype == h_n.dtype == c_n.dtype == dtype
+    grads = gradients(ours, (y, h_n, c_n), inputs)
+    assert [g.dtype for g in grads] == [t.dtype for t in (*inputs, *ours.parameters())]
+    expected, states = theirs(x.float(), state and tuple(s.float() for s in state))
+    loosest = max((x_dtype, state_dtype or dtype, dtype), key=TOLERANCE.__getitem__)
+    for a, e in zip(
+        [y, h_n, c_n, *grads], [expected, *states, *gradients(theirs, (expected, *states), inputs)], strict=True
+    ):
+        assert_near(a, e, dtype=loosest)
+
+
 def test_autocast_leaves_float64_alone(device):
     ours, theirs = twins(5, 6, device=device, dtype=torch.float64)
     x = torch.randn(3, 2, 5, device=device, dtype=torch.float64)
     with torch.autocast(device, torch.bfloat16):
         y = ours(x)[0]
         assert y.dtype == torch.float64
-        with pytest.raises(ValueError, match=r"same dtype, got torch\.float32 and torch.float64"):
+        with pytest.raises(
+            ValueError, match=r"input dtype \(torch\.float32\) does not match weight dtype \(torch\.float64\)"
+        ):
             ours(x.float())
-        with pytest.raises(ValueError, match=r"same dtype, got torch\.int64"):
+        with pytest.raises(ValueError, match=r"input dtype \(torch\.int64\)"):
             LSTM(5, 6, device=device)(x.long())
     all_near([y], [theirs(x)[0]])
 
@@ -474,8 +501,8 @@ ERRORS = [
     (lambda m: m(torch.randn(4, 2, 5)), RuntimeError, "input.size.-1. must be equal to input_size. Expected 3, got 5"),
     (lambda m: m(torch.randn(3)), ValueError, "Expected input to be 2D or 3D, got 1D"),
     (lambda m: m(torch.randn(0, 2, 3)), RuntimeError, "Expected sequence length to be larger than 0"),
-    (lambda m: m(torch.randn(4, 2, 3, dtype=torch.float64)), ValueError, "same dtype, got torch.float64 and torch.float32"),
-    (lambda m: m(torch.ones(4, 2, 3, dtype=torch.int64)), ValueError, "same dtype, got torch.int64 and"),
+    (lambda m: m(torch.randn(4, 2, 3, dtype=torch.float64)), ValueError, r"input dtype .torch.float64. does not match weight dtype .torch.float32.. Convert input: input.to.torch.float32."),
+    (lambda m: m(torch.ones(4, 2, 3, dtype=torch.int64)), ValueError, r"input dtype .torch.int64. does not match"),
     (lambda m: m(torch.randn(4, 2, 3, device="meta")), ValueError, "weights' device cpu, got meta"),
     (lambda m: m(torch.randn(4, 2, 3), (torch.randn(1, 2, 6), torch.randn(1, 2, 5))), RuntimeError, r"hidden\[0\] size \(1, 2, 5\), got \[1, 2, 6\]"),
     (lambda m: m(torch.randn(4, 2, 3), (torch.randn(1, 2, 5), torch.randn(2, 2, 5))), RuntimeError, r"hidden\[1\] size \(1, 2, 5\), got \[2, 2, 5\]"),

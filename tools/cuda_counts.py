@@ -216,7 +216,7 @@ class Gpu:
     mma: float  # ticks of a scheduler for one, from the dense peak in 16 bits
 
 
-GPUS = {8: Gpu("A100", 1410, 8), 9: Gpu("H100", 1755, 4)}  # by the major number of the compute capability
+GPUS = {"8.0": Gpu("A100", 1410, 8), "9.0": Gpu("H100", 1755, 4)}  # by compute capability
 CELLS = 900  # ticks: a warp's cells, a guess
 BANKS = 128  # bytes a tick from shared memory
 SCHEDULERS = 4
@@ -227,7 +227,9 @@ def model(path: Path) -> str:
     columns = ["tensor cores", "shared memory", "instructions", "at least, us", "at most, us"]
     lines = [["GPU, algorithm, dtype, H", "pass", *columns], ["---", "---", *["---:"] * len(columns)]]
     for case, direction, launches, _, step in whole_passes(path):
-        gpu = GPUS[int(case["capability"].split(".")[0])]
+        if case["capability"] not in GPUS:
+            sys.exit(f"cuda_counts: the model knows compute capability 8.0 and 9.0, not {case['capability']}")
+        gpu = GPUS[case["capability"]]
         warps = launches[0]["threads"] // 32
         busiest = math.ceil(warps / SCHEDULERS) / warps / sum(launch["blocks"] for launch in launches)
         products, instructions = step.mma * busiest * gpu.mma, step.instructions * busiest

@@ -123,6 +123,6 @@ echo "|---|---|---:|"
 printf '%s\n' "${results[@]}"
 if [ -s "$logs/benchmark.log" ]; then
   echo
-  cat "$logs/benchmark.log"
+  grep "^|" "$logs/benchmark.log" || cat "$logs/benchmark.log"
 fi
 exit "$failed"

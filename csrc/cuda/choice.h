@@ -18,7 +18,9 @@ constexpr const char* kAlgorithmNames[kAlgorithms] = {"stepwise", "persistent-ct
                                                       "persistent-cluster"};
 
 inline std::vector<Algorithm> all_algorithms() {
-  return {Algorithm::stepwise, Algorithm::persistent_cta, Algorithm::persistent_grid, Algorithm::persistent_cluster};
+  std::vector<Algorithm> all;
+  for (int k = 0; k < kAlgorithms; ++k) all.push_back(Algorithm(k));
+  return all;
 }
 
 inline std::optional<Algorithm> algorithm_named(const std::string& name) {
@@ -46,10 +48,10 @@ struct Layer {
 
 struct Choice {
   Algorithm algorithm;
-  bool possible;          // whether this algorithm can run this layer at all
-  double us;              // what the model below says of a step forward and one back
-  ForwardPlan forward;    // persistent
-  BackwardPlan backward;  //
+  bool possible;        // whether this algorithm can run this layer at all
+  double us;            // what the model below says of a step forward and one back
+  ForwardPlan forward;  // persistent
+  BackwardPlan backward;
 };
 
 // The model: microseconds of a step forward and a step backward. It has been compared with no GPU; it only ranks the
@@ -111,7 +113,7 @@ inline double persistent_us(const Layer& layer, const Gpu& gpu, const ForwardPla
   return double(divide_up(groups, groups_at_once(layer, gpu, forward))) * us;
 }
 
-// Whatever the model says.
+// Lets every plan pass.
 struct AnyPlan {
   bool operator()(const Choice&) const { return true; }
 };

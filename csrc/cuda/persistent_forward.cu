@@ -116,11 +116,11 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) forward_kernel(const __grid
         const int64_t at = (d * p.B + b0 + row) * H + unit0 + unit;
         float2 h = {0, 0}, c = {0, 0};
         if (b0 + row < p.B && unit0 + unit < H) {
-          if (p.h0) h.x = convert(static_cast<const S*>(p.h0)[at], 0.f);
+          if (p.h0) h.x = factor<S>(convert(static_cast<const S*>(p.h0)[at], 0.f));
           if (p.c0) c.x = convert(static_cast<const S*>(p.c0)[at], 0.f);
         }
         if (b0 + row < p.B && unit0 + unit + 1 < H) {
-          if (p.h0) h.y = convert(static_cast<const S*>(p.h0)[at + 1], 0.f);
+          if (p.h0) h.y = factor<S>(convert(static_cast<const S*>(p.h0)[at + 1], 0.f));
           if (p.c0) c.y = convert(static_cast<const S*>(p.c0)[at + 1], 0.f);
         }
         store_pair<S>(stage_h + pair_at<S>(row, unit), h);
@@ -291,7 +291,7 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) forward_kernel(const __grid
     }
   }
 #else
-  __trap();  // persistent_resident() says so
+  __trap();  // not launched: persistent_resident() finds none
 #endif
 }
 

@@ -40,7 +40,7 @@ inline cudaError_t allow(const void* kernel, Exchange exchange, int ctas) {
 }
 
 // CTAs that a multiprocessor can hold at once (cta, grid), or clusters that the device can (cluster). None if the
-// kernel was compiled for less than it takes, and is empty: a GPU may run PTX for an older one.
+// kernel was compiled for less than it takes: a GPU may run PTX for an older one.
 inline cudaError_t resident(const void* kernel, Exchange exchange, int ctas, int threads, int bytes, int* count) {
   *count = 0;
   cudaFuncAttributes compiled = {};

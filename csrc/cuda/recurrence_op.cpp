@@ -14,6 +14,7 @@
 #include <torch/version.h>
 
 #include <algorithm>
+#include <cctype>
 #include <cstdlib>
 #include <initializer_list>
 #include <map>
@@ -121,12 +122,12 @@ struct Run {
 
 // The algorithms that BIRNN_CUDA_ALGO names, with commas between; all if it is not set.
 std::vector<Algorithm> wished_algorithms(const char* wish) {
-  if (!wish || !*wish) return all_algorithms();
   std::vector<Algorithm> wished;
-  std::istringstream names(wish);
+  std::istringstream names(wish ? wish : "");
   for (std::string name; std::getline(names, name, ',');) {
-    name.erase(0, name.find_first_not_of(' '));
-    name.erase(name.find_last_not_of(' ') + 1);
+    const auto space = [](unsigned char c) { return std::isspace(c) != 0; };
+    name.erase(std::remove_if(name.begin(), name.end(), space), name.end());
+    if (name.empty()) continue;
     const std::optional<Algorithm> algorithm = algorithm_named(name);
     TORCH_CHECK_VALUE(algorithm,
                       "BIRNN_CUDA_ALGO must name some of stepwise, persistent-cta, persistent-grid and "
@@ -134,7 +135,7 @@ std::vector<Algorithm> wished_algorithms(const char* wish) {
                       wish, "'");
     wished.push_back(*algorithm);
   }
-  return wished;
+  return wished.empty() ? all_algorithms() : wished;
 }
 
 // Decides how to run a layer: the best of the algorithms that may and can.
@@ -184,10 +185,13 @@ bool aligned(std::initializer_list<const void*> pointers, int64_t bytes_of_row) 
 }
 
 // Whether float32 products are to be of float32's accuracy, or PyTorch's switches allow TF32.
-bool exact_float32() {
+bool exact_products(DType dtype) {
+  if (dtype != DType::f32) return true;
 #if TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 10
   const auto precision = at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL);
   return precision != at::Float32Precision::TF32;
+#elif TORCH_VERSION_MINOR == 9
+  return at::globalContext().float32Precision("cuda", "matmul") != "tf32";
 #else
   return !at::globalContext().allowTF32CuBLAS();
 #endif
@@ -216,7 +220,7 @@ void run_forward(birnn::Forward& call, const Run& run, cudaStream_t stream) {
   PersistentForward p{call.params, run.choice.forward};
   p.groups = groups_of(p, p.plan.exchange, run.forward_groups);
   p.wide = aligned({p.gates_x, p.w_hh[0], p.w_hh[1], p.h0, p.y, p.h_n, p.gates, p.cells}, p.H * size);
-  p.exact = exact_float32();
+  p.exact = exact_products(call.dtype);
   const Tensor memory = hand_over(p, 2ll * kRows * p.plan.chunks * kChunk, call.y.options(), stream);
   C10_CUDA_CHECK(persistent_forward(call.dtype, p, stream));
 }
@@ -227,7 +231,7 @@ void run_backward(birnn::Backward& call, const Run& run, cudaStream_t stream) {
   p.groups = groups_of(p, p.plan.exchange, run.backward_groups);
   p.wide = aligned({p.gates, p.cells, p.dy, p.d_gates_x}, p.H * size) && p.dy_stride_t * size % kPiece == 0 &&
            p.dy_stride_b * size % kPiece == 0;
-  p.exact = exact_float32();
+  p.exact = exact_products(call.dtype);
   const int64_t bytes = 2ll * p.plan.pairs * p.plan.ctas * kRows * kUnits * sizeof(float);
   const Tensor memory = hand_over(p, bytes, call.d_gates_x.options(), stream);
   C10_CUDA_CHECK(persistent_backward(call.dtype, p, stream));

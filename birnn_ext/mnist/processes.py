@@ -1,0 +1,86 @@
+"""The processes of one training: torchrun starts them, and each does its share of every batch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from birnn_ext.mnist.data import UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """A process among those that train together; without torchrun, the only one.
+
+    All of them make the same calls in the same order, as in each they wait for each other.
+    """
+
+    rank: int = 0
+    count: int = 1
+
+    def share(self, whole: Tensor) -> Tensor:
+        """This process's part of a batch, which may be empty: the sizes of parts differ by 1 at most."""
+        return whole.tensor_split(self.count)[self.rank]
+
+    def sum(self, value: Tensor) -> Tensor:
+        """Over all processes; each has the result."""
+        if self.count > 1:
+            dist.all_reduce(value)
+        return value
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is set in one of them; on the CPU, so that nobody waits for a GPU."""
+        return bool(self.sum(torch.tensor(int(flag))).item())
+
+    def same(self, make: Callable[[], T]) -> T:
+        """What make returns, or the UserError that it raises, in the first process: the only one that calls it."""
+        if self.count == 1:
+            return make()
+        made: list = [None]
+        if self.rank == 0:
+            try:
+                made = [make()]
+            except (UserError, OSError) as error:
+                made = [error]
+        dist.broadcast_object_list(made)
+        if isinstance(made[0], Exception):
+            raise made[0]
+        return made[0]
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """A module whose backward pass averages the gradients of all processes."""
+        return nn.parallel.DistributedDataParallel(model) if self.count > 1 else model
+
+
+def launched() -> bool:
+    """Whether torchrun has started this process."""
+    return dist.is_available() and dist.is_torchelastic_launched()
+
+
+def local_rank() -> int:
+    """This process's number among those of its machine."""
+    return int(os.environ["LOCAL_RANK"]) if launched() else 0
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[Processes]:
+    """Joins the processes that torchrun has started: through gloo, for CUDA tensors through nccl."""
+    if not launched():
+        yield Processes()
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield Processes(dist.get_rank(), dist.get_world_size())
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,162 @@
+"""ONNX: `export` writes a model that contains our LSTM with ONNX's own LSTM operator, which every ONNX runtime has.
+
+`torch.onnx.export(..., dynamo=True)` does so as well; `export` is that with batch and time dynamic.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from birnn_ext.modules import LSTM, BiRNN
+
+if TYPE_CHECKING:
+    from torch.onnx import ONNXProgram
+
+
+def export(
+    model: nn.Module,
+    path: str | os.PathLike,
+    args: tuple[Any, ...] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    dynamic_shapes: Any = None,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    **options: Any,
+) -> ONNXProgram:
+    """Writes a model, in evaluation mode, as an ONNX file.
+
+    Each layer of a `birnn_ext.LSTM` becomes one LSTM operator of the ONNX standard, `lengths` its sequence_lens; for
+    ``output="last"`` the last layer becomes two, of one direction each. In the file, as in PyTorch, lengths are int64
+    and states are (D * num_layers, B, H). bfloat16 layers compute in float32, as the operator has no bfloat16.
+
+    An `nn.LSTM` is not translated so; `birnn_ext.accelerate` makes it ours.
+
+    Args:
+        model: a `birnn_ext.LSTM`, a `birnn_ext.BiRNN`, or any module that contains them.
+        path: of the file to write.
+        args, kwargs: example arguments of the model, tensors or nested tuples of them. None makes up an input for an
+            LSTM or BiRNN.
+        dynamic_shapes: as in `torch.onnx.export`. None leaves every dimension of every tensor dynamic that the model
+            does not fix; dimensions that may vary should not be 1 in the examples.
+        input_names, output_names: as in `torch.onnx.export`; for an LSTM outputs are named output, h_n and c_n.
+        options: further arguments of `torch.onnx.export`, such as opset_version.
+
+    Returns:
+        What `torch.onnx.export` does.
+
+    Raises:
+        ImportError: onnx or onnxscript is missing; ``pip install 'birnn_ext[onnx]'``.
+        TypeError: the model's LSTM is float64, for which ONNX Runtime has no LSTM; or args are missing.
+    """
+    missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f"birnn_ext.onnx.export needs {' and '.join(missing)}: pip install 'birnn_ext[onnx]'")
+    import onnxscript.optimizer
+
+    modes = {module: module.training for module in model.modules()}
+    if any(isinstance(module, LSTM) and module.weight_ih_l0.dtype == torch.float64 for module in modes):
+        raise TypeError("birnn_ext.onnx.export: ONNX Runtime has no LSTM in float64; export model.float()")
+    kwargs = dict(kwargs or {})
+    if args is None:
+        args = _example(model)
+    if output_names is None and isinstance(model, LSTM):
+        last = kwargs.get("output") == "last"
+        output_names = ["output"] if last and model.bidirectional else ["output", "h_n", "c_n"]
+    model.eval()
+    try:
+        with torch.no_grad():
+            program = torch.onnx.export(
+                model,
+                args,
+                kwargs=kwargs,
+                dynamo=True,
+                dynamic_shapes=_all_dynamic(model, args, kwargs) if dynamic_shapes is None else dynamic_shapes,
+                input_names=input_names,
+                output_names=output_names,
+                **{"verbose": False, **options},
+            )
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    # The weights as ONNX orders them become constants, whatever their size.
+    onnxscript.optimizer.optimize_ir(program.model, input_size_limit=2**62, output_size_limit=2**62)
+    ranges = program.exported_program.range_constraints.items()
+    fixed = {str(symbol): int(sizes.lower) for symbol, sizes in ranges if sizes.lower == sizes.upper}
+    for value in program.model.graph.inputs:
+        for d, size in enumerate(value.shape or ()):
+            if not isinstance(size, int) and size.value in fixed:
+                value.shape[d] = fixed[size.value]
+    program.save(path)
+    return program
+
+
+def _example(model: nn.Module) -> tuple[Tensor]:
+    lstm = model.lstm if isinstance(model, BiRNN) else model
+    if not isinstance(lstm, LSTM):
+        raise TypeError(f"birnn_ext.onnx.export: args must be example arguments of {type(model).__name__}, got None")
+    weight = lstm.weight_ih_l0
+    return (torch.zeros(2, 3, lstm.input_size, dtype=weight.dtype, device=weight.device),)
+
+
+def _all_dynamic(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Dynamic shapes that leave it to torch.export to find which dimensions the model fixes."""
+
+    def dynamic(name: str, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            if 1 in value.shape:
+                warnings.warn(
+                    f"birnn_ext.onnx.export: {name} has a dimension of size 1 in the example, {tuple(value.shape)}, "
+                    "which the file may keep; use an example of size 2 or more for batch and time, or dynamic_shapes",
+                    stacklevel=4,
+                )
+            return dict.fromkeys(range(value.dim()), torch.export.Dim.AUTO)
+        if isinstance(value, (tuple, list)):
+            return type(value)(dynamic(name, v) for v in value)
+        return None
+
+    bound = inspect.signature(model.forward).bind(*args, **kwargs)
+    return {name: dynamic(name, value) for name, value in bound.arguments.items()}
+
+
+def standard_lstm(
+    x: Tensor, weights: list[Tensor], bias: bool, h0: Tensor | None, c0: Tensor | None, lengths: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`birnn_ext.ops.lstm_layer` as ONNX's LSTM operator: https://onnx.ai/onnx/operators/onnx__LSTM.html.
+
+    For tracing by torch.onnx alone: the operator has shapes, but does not run.
+    """
+    dtype = x.dtype
+    used = torch.float32 if dtype == torch.bfloat16 else dtype
+    stride = 4 if bias else 2
+
+    def kind(k: int) -> Tensor:
+        """Of all directions, (D, 4H, ...), in ONNX's order of gates: i, o, f, c."""
+        w = torch.stack(weights[k::stride]).to(used)
+        return torch.cat([w[:, :hidden], w[:, 3 * hidden :], w[:, hidden : 3 * hidden]], 1)
+
+    hidden = weights[1].shape[1]
+    w_ih, w_hh = kind(0), kind(1)
+    b = torch.cat([kind(2), kind(3)], 1) if bias else None
+    steps, batch, _ = x.shape
+    directions = w_hh.shape[0]
+    states = [None if s is None else s.to(used) for s in (h0, c0)]
+    y, h_n, c_n = torch.onnx.ops.symbolic_multi_out(
+        "LSTM",
+        (x.to(used), w_ih, w_hh, b, None if lengths is None else lengths.to(torch.int32), *states),
+        {"hidden_size": hidden, "direction": "bidirectional" if directions == 2 else "forward"},
+        dtypes=(used,) * 3,
+        shapes=((steps, directions, batch, hidden), *((directions, batch, hidden),) * 2),
+    )
+    if lengths is not None and h0 is not None and c0 is not None:  # ONNX Runtime gives an empty sequence a state of 0
+        empty = (lengths == 0).unsqueeze(-1)
+        h_n, c_n = torch.where(empty, h0, h_n), torch.where(empty, c0, c_n)
+    return y.transpose(1, 2).to(dtype), h_n.to(dtype), c_n.to(dtype)

@@ -1,0 +1,158 @@
+"""torch.compile: one graph, compiled once for all batches and lengths, with eager's numbers and gradients."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers import all_near, gradients, random_state
+from torch import Tensor, nn
+from torch._dynamo.exc import Unsupported
+from torch._dynamo.utils import counters
+from torch._inductor.utils import fresh_cache
+
+from birnn_ext import LSTM, BiRNN, accelerate
+
+# B, T. Not 1, which torch.compile treats apart; and none of a first call's sizes are equal, as it takes those for one.
+SIZES = [(3, 7), (5, 6), (9, 2), (6, 11)]
+
+
+@pytest.fixture(autouse=True)
+def compiled_once():
+    """Whatever a test calls, it is one graph without breaks and compiled no second time."""
+    torch._dynamo.reset()
+    counters.clear()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        yield
+    assert counters["stats"]["unique_graphs"] <= 1
+    assert not counters["graph_break"]
+
+
+def leaves(result) -> list[Tensor]:
+    return [t for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, Tensor)]
+
+
+def check(module: nn.Module, arguments, device: str, backend: str = "aot_eager", train: bool = True) -> None:
+    """Compiled and eager, on all SIZES: the same results and, if train, gradients of everything."""
+    module.train(train)
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=backend)
+    with torch.set_grad_enabled(train):
+        for size in SIZES:
+            args, kwargs = arguments(*size)
+            inputs = [t.requires_grad_(train) for t in leaves((args, kwargs)) if t.is_floating_point()]
+            results = []
+            for f in (compiled, module):
+                outputs = leaves(f(*args, **kwargs))
+                results.append([*outputs, *(gradients(module, outputs, inputs) if train else [])])
+            all_near(*results, str(size))
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("train", [True, False], ids=["training", "inference"])
+def test_the_classifier_compiles_into_one_graph_once_for_all_sizes(train, device):
+    model = BiRNN(28, 16, 2, 10).to(device)
+    check(model, lambda batch, steps: ((torch.randn(batch, steps, 28, device=device),), {}), device, train=train)
+
+
+CASES = [  # output, with_state, lengths, recompute, dtype, train
+    ("all", True, True, False, torch.float32, True),
+    ("last", True, True, True, torch.float64, True),
+    ("last", False, True, False, torch.bfloat16, False),
+]
+MORE = [
+    case
+    for case in itertools.product(
+        ("all", "last"), (True, False), (True, False), (True, False), (torch.float32, torch.bfloat16), (True, False)
+    )
+    if case not in CASES
+]
+
+
+@pytest.mark.parametrize(
+    ("output", "with_state", "lengths", "recompute", "dtype", "train"),
+    [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE)],
+)
+def test_an_lstm_compiles_into_one_graph_once_for_all_sizes(
+    output, with_state, lengths, recompute, dtype, train, device
+):
+    lstm = LSTM(10, 8, 2, batch_first=True, bidirectional=True, recompute=recompute, device=device, dtype=dtype)
+
+    def arguments(batch: int, steps: int):
+        x = torch.randn(batch, steps, 10, device=device).to(dtype)
+        state = tuple(s.to(dtype) for s in random_state(4, batch, 8, device=device)) if with_state else None
+        n = torch.randint(0, steps + 1, (batch,), device=device) if lengths else None
+        return (x, state), {"lengths": n, "output": output}
+
+    check(lstm, arguments, device, train=train)
+
+
+def test_autocast_compiles_into_one_graph(device):
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm = LSTM(10, 8, bidirectional=True, device=device)
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast(device, torch.bfloat16):
+                return self.lstm(x)[0]
+
+    check(Model(), lambda batch, steps: ((torch.randn(steps, batch, 10, device=device),), {}), device, train=False)
+
+
+class Mine(LSTM):
+    pass
+
+
+@pytest.mark.parametrize("kind", ["subclass", "accelerated"])
+def test_subclasses_and_accelerated_models_compile_into_one_graph(kind):
+    module = Mine(5, 8) if kind == "subclass" else nn.Sequential(nn.LSTM(5, 8))
+    accelerate(module)
+    x = torch.randn(4, 3, 5)
+    all_near([torch.compile(module, fullgraph=True, backend="eager")(x)[0]], [module(x)[0]])
+
+
+def test_nn_lstm_is_treated_as_without_us():
+    with pytest.raises(Unsupported, match="LSTM"):
+        torch.compile(nn.LSTM(5, 8), fullgraph=True, backend="eager")(torch.randn(4, 3, 5))
+    assert not torch._dynamo.config.allow_rnn
+    counters.clear()  # of the graph break that was asked for
+
+
+@pytest.mark.parametrize("first", ["birnn_ext", "torch._dynamo"])
+def test_order_of_imports_does_not_matter(first):
+    """In processes of their own, as here both are imported."""
+    second = {"birnn_ext": "torch._dynamo", "torch._dynamo": "birnn_ext"}[first]
+    code = f"""
+import sys, torch
+import {first}
+assert ("torch._dynamo" in sys.modules) == ({first!r} == "torch._dynamo")  # birnn_ext leaves that import to its users
+import {second}
+lstm = birnn_ext.LSTM(5, 8)
+x = torch.randn(4, 3, 5)
+assert torch.equal(torch.compile(lstm, fullgraph=True, backend="eager")(x)[0], lstm(x)[0])
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.slow
+def test_the_classifier_of_the_tutorial_compiles_within_30_seconds():
+    model = BiRNN(28, 128, 2, 10)
+    torch.compile(lambda x: x + 1)(torch.ones(3))  # starts the compiler
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True)
+    x = torch.randn(100, 28, 28)
+    with fresh_cache(), torch._inductor.config.patch(compile_threads=1):  # no processes that outlive the measurement
+        start = sum(os.times()[:4])  # of all threads and child processes: no less than the time on an idle machine
+        compiled(x).sum().backward()
+        seconds = sum(os.times()[:4]) - start
+    assert seconds < 30
+    # anew, as torch.compile(dynamic=True) takes two dimensions of 28 for one
+    torch._dynamo.reset()
+    counters.clear()
+    check(model, lambda batch, steps: ((torch.randn(batch, steps, 28),), {}), "cpu", backend="inductor")

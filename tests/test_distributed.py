@@ -1,0 +1,124 @@
+"""Several processes that train one model: torchrun with the command, DistributedDataParallel and FSDP with the modules."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from threading import Event
+
+import pytest
+import torch
+from helpers import all_near, twins
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+from birnn_ext.mnist.data import load_mnist
+from birnn_ext.mnist.processes import Processes
+from birnn_ext.mnist.training import Hyperparameters, Training
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+TRAIN = ["-m", "birnn_ext.mnist", "train", "--data-source", "sample", "--device", "cpu", "--hidden-size", "8"]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def test_shares_make_up_the_batch():
+    for size in (7, 2, 1, 0):
+        shares = [Processes(rank, 3).share(torch.arange(size)) for rank in range(3)]
+        assert torch.cat(shares).tolist() == list(range(size))
+        assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_two_processes_come_to_the_model_of_one(tmp_path):
+    """Steps of 4,999 digits and of 1: shares of 2,500 and 2,499, then of 1 and none."""
+    hp = Hyperparameters(hidden_size=8, batch_size=4999, num_epochs=2, learning_rate=0.01)
+    arguments = ["--batch-size", "4999", "--num-epochs", "2", "--learning-rate", "0.01", "--out", tmp_path]
+    run = subprocess.run(
+        [sys.executable, *TORCHRUN, *TRAIN, *arguments], capture_output=True, text=True, env=ENVIRONMENT
+    )
+    assert run.returncode == 0, run.stderr
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert metrics["processes"] == 2
+
+    lines: list[str] = []
+    one = Training(hp, load_mnist(tmp_path, "sample", lines.append), torch.device("cpu"))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    one.run(None, Event(), lines.append)
+    torch.set_num_threads(threads)
+    assert len(one.progress.losses) == 4
+    assert metrics["loss"] == pytest.approx(one.progress.losses, rel=1e-5)
+    assert metrics["epoch_accuracy"] == one.progress.accuracies
+    model = torch.load(tmp_path / "model.ckpt", weights_only=True)
+    assert list(model) == list(one.model.state_dict())
+    all_near(model.values(), one.model.state_dict().values())
+
+    # the first process alone prints, and what one prints
+    assert run.stdout.splitlines()[: len(lines)] == lines
+    assert run.stdout.count("Test Accuracy") == run.stdout.count("Saved model.ckpt") == 1
+    assert run.stderr.count("Epoch 1/2:   0%") == 1
+
+
+@pytest.fixture
+def one_process(tmp_path):
+    """A process group of this process alone."""
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("wrap", [nn.parallel.DistributedDataParallel, fully_shard])
+def test_wrappers_that_replace_parameters(wrap, one_process):
+    """Nothing is flattened, so what shards the weights may do as it likes."""
+    ours, theirs = twins(3, 8, 2, batch_first=True, bidirectional=True)
+    x = torch.randn(4, 5, 3)
+    model = wrap(ours)
+    y, _ = model(x)
+    expected, _ = theirs(x)
+    all_near([y], [expected])
+    y.square().sum().backward()
+    expected.square().sum().backward()
+    grads = [p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for p in model.parameters()]
+    all_near(grads, [p.grad for p in theirs.parameters()])
+
+
+@pytest.mark.slow
+def test_interrupted_together_and_resumed_alone(tmp_path):
+    arguments = [*TRAIN, "--batch-size", "50", "--out", tmp_path]
+    process = subprocess.Popen(
+        [sys.executable, *TORCHRUN, *arguments, "--num-epochs", "1000"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    )
+    while not (line := process.stdout.readline()).startswith("Epoch"):
+        assert line or process.poll() is None, process.stderr.read()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    rest, _ = process.communicate(timeout=60)
+    (steps,) = re.findall(
+        r"Interrupted after (\d+) steps. To go on: torchrun --nproc-per-node 2 -m birnn_ext.mnist ", rest
+    )
+    again = subprocess.run(
+        [sys.executable, *arguments, "--resume", "--max-steps", str(int(steps) + 3)],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+    )
+    assert again.returncode == 0, again.stderr
+    assert len(json.loads((tmp_path / "metrics.json").read_text())["loss"]) == int(steps) + 3
+
+
+@pytest.mark.slow
+def test_a_user_error_is_said_once(tmp_path):
+    (tmp_path / "training_state.pt").write_text("no state")
+    arguments = [*TRAIN, "--resume", tmp_path, "--out", tmp_path]
+    run = subprocess.run([sys.executable, *TORCHRUN, *arguments], capture_output=True, text=True, env=ENVIRONMENT)
+    assert run.returncode != 0
+    assert run.stderr.count("birnn-mnist: error: ") == 1
+    assert "is not a checkpoint" in run.stderr

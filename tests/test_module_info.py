@@ -1,0 +1,215 @@
+"""PyTorch's own cases for nn.LSTM (its ModuleInfo), with birnn_ext.LSTM in its place; what is checked is what PyTorch's
+test_modules.py checks of every module."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Iterator
+
+import pytest
+import torch
+from helpers import all_near
+from torch import Tensor, nn
+from torch.testing._internal.common_modules import ModuleErrorEnum, ModuleInput, module_db
+
+from birnn_ext import LSTM
+
+INFO = next(info for info in module_db if info.module_cls is nn.LSTM)
+
+
+def cases(device: str, dtype: torch.dtype, training: bool) -> list[ModuleInput]:
+    return INFO.module_inputs_func(INFO, device=device, dtype=dtype, requires_grad=True, training=training)
+
+
+def name_of(case: ModuleInput) -> str:
+    arguments = "-".join(f"{name}_{value}" for name, value in case.constructor_input.kwargs.items())
+    return arguments + ("-hx" if len(case.forward_input.args) == 2 else "")
+
+
+NAMES = [name_of(case) for case in cases("cpu", torch.float32, True)]
+each_case = pytest.mark.parametrize("number", range(len(NAMES)), ids=NAMES)
+each_dtype = pytest.mark.parametrize("dtype", INFO.dtypes, ids=str)
+each_mode = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+
+
+def build(case: ModuleInput, cls: type[nn.LSTM], training: bool = True, **kwargs) -> nn.LSTM:
+    return cls(*case.constructor_input.args, **case.constructor_input.kwargs, **kwargs).train(training)
+
+
+def tensors(nested) -> Iterator[Tensor]:
+    for one in nested:
+        if isinstance(one, Tensor):
+            yield one
+        else:
+            yield from tensors(one)
+
+
+def outputs_and_gradients(module: nn.LSTM, args) -> list[Tensor]:
+    outputs = list(tensors(module(*args)))
+    loss = sum((o.double() * (k + o.double()).cos()).sum().cpu() for k, o in enumerate(outputs))
+    return [*outputs, *torch.autograd.grad(loss, [*tensors(args), *module.parameters()])]
+
+
+def test_there_are_cases():
+    assert INFO.dtypes == (torch.float32, torch.float64)
+    assert len(NAMES) == len(set(NAMES)) >= 32
+
+
+@each_mode
+@each_dtype
+@each_case
+def test_forward_and_gradients(number, dtype, training, device):
+    case = cases(device, dtype, training)[number]
+    ours, theirs = (build(case, cls, training, device=device, dtype=dtype) for cls in (LSTM, nn.LSTM))
+    theirs.load_state_dict(ours.state_dict())
+    args = case.forward_input.args
+    versions = [t._version for t in tensors(args)]
+    all_near(tensors(ours(*args)), tensors(case.reference_fn(ours, *args)))
+    all_near(outputs_and_gradients(ours, args), outputs_and_gradients(theirs, args))
+    assert [t._version for t in tensors(args)] == versions  # nothing was changed in place
+
+
+@each_case
+def test_non_contiguous_tensors(number, device):
+    case = cases(device, torch.float64, True)[number]
+    ours = build(case, LSTM, device=device, dtype=torch.float64)
+    args = case.forward_input.args
+
+    def strided(nested):
+        if not isinstance(nested, Tensor):
+            return tuple(map(strided, nested))
+        return torch.stack([nested.detach()] * 2, -1)[..., 0].requires_grad_()
+
+    assert not any(t.is_contiguous() for t in tensors(strided(args)))
+    all_near(outputs_and_gradients(ours, strided(args)), outputs_and_gradients(ours, args))
+
+
+@each_case
+def test_double_backward(number, device):
+    """Against nn.LSTM's on the CPU, as cuDNN has none."""
+    case, on_cpu = (cases(where, torch.float64, True)[number] for where in (device, "cpu"))
+    ours, theirs = build(case, LSTM, device=device, dtype=torch.float64), build(case, nn.LSTM, dtype=torch.float64)
+    theirs.load_state_dict(ours.state_dict())
+    results = []
+    for module, args in ((ours, case.forward_input.args), (theirs, on_cpu.forward_input.args)):
+        leaves = [*tensors(args), *module.parameters()]
+        with torch.no_grad():
+            for leaf, value in zip(leaves, tensors(case.forward_input.args), strict=False):
+                leaf.copy_(value)
+        loss = sum(o.square().sum() for o in tensors(module(*args)))
+        grads = torch.autograd.grad(loss, leaves, create_graph=True)
+        results.append([g.cpu() for g in torch.autograd.grad(sum(g.square().sum() for g in grads), leaves)])
+    all_near(*results)
+
+
+def check_gradients(case: ModuleInput, training: bool, check, **kwargs) -> None:
+    """Of all outputs, with respect to inputs and parameters."""
+    ours = build(case, LSTM, training, dtype=torch.float64)
+    names, parameters = zip(*ours.named_parameters(), strict=True)
+    args = case.forward_input.args
+    count = len(list(tensors(args)))
+
+    def run(*flat):
+        x, *hx = flat[:count]
+        weights = dict(zip(names, flat[count:], strict=True))
+        return tuple(tensors(torch.func.functional_call(ours, weights, (x, tuple(hx) or None))))
+
+    assert check(run, (*tensors(args), *parameters), **kwargs)
+
+
+@each_mode
+@each_case
+def test_grad(number, training):
+    case = cases("cpu", torch.float64, training)[number]
+    check_gradients(case, training, torch.autograd.gradcheck, fast_mode=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("check", [torch.autograd.gradcheck, torch.autograd.gradgradcheck])
+@each_mode
+@each_case
+def test_grad_and_gradgrad_of_every_element(number, training, check):
+    check_gradients(cases("cpu", torch.float64, training)[number], training, check)
+
+
+@each_case
+def test_factory_kwargs(number, device):
+    case = cases(device, torch.float64, True)[number]
+    ours = build(case, LSTM, device=device, dtype=torch.float64)
+    assert all(p.device.type == device and p.dtype == torch.float64 for p in ours.parameters())
+    with torch.device(device):
+        assert all(p.device.type == device for p in build(case, LSTM).parameters())
+    with torch.device("meta"):
+        assert all(p.is_meta for p in build(case, LSTM).parameters())
+
+
+@each_case
+def test_repr(number):
+    case = cases("cpu", torch.float32, True)[number]
+    ours, theirs = build(case, LSTM), build(case, nn.LSTM)
+    assert repr(ours) == str(ours) == repr(theirs)
+
+
+@each_mode
+@each_case
+def test_pickle_and_deepcopy(number, training, device):
+    case = cases(device, torch.float32, training)[number]
+    ours = build(case, LSTM, training, device=device)
+    expected = outputs_and_gradients(ours, case.forward_input.args)
+    for copied in (pickle.loads(pickle.dumps(ours)), copy.deepcopy(ours)):
+        assert copied.training is training
+        assert all(map(torch.equal, outputs_and_gradients(copied, case.forward_input.args), expected))
+
+
+@each_case
+def test_memory_format_changes_nothing(number, device):
+    case = cases(device, torch.float32, True)[number]
+    ours = build(case, LSTM, device=device)
+    expected = outputs_and_gradients(ours, case.forward_input.args)
+    for memory_format in (torch.channels_last, torch.contiguous_format, torch.preserve_format):
+        ours.to(memory_format=memory_format)
+        assert all(map(torch.equal, outputs_and_gradients(ours, case.forward_input.args), expected))
+
+
+@each_case
+def test_to_empty(number, device):
+    case = cases(device, torch.float32, True)[number]
+    source = build(case, LSTM, device=device)
+    ours = build(case, LSTM, device="meta").to_empty(device=device)
+    assert all(p.device.type == device for p in ours.parameters())
+    ours.load_state_dict(source.state_dict())
+    assert torch.equal(ours(*case.forward_input.args)[0], source(*case.forward_input.args)[0])
+
+
+@pytest.mark.cuda
+@each_case
+def test_device_moves_and_parity_of_devices(number):
+    case = cases("cpu", torch.float64, True)[number]
+    ours = build(case, LSTM, dtype=torch.float64)
+    results, parameters = [], list(ours.parameters())
+    for device in ("cpu", "cuda", "cpu", "cuda"):
+        ours.to(device)
+        assert all(a is b for a, b in zip(ours.parameters(), parameters, strict=True))
+        assert all(p.device.type == device for p in ours.parameters())
+
+        def moved(nested, device=device):
+            return tuple(t.detach().to(device).requires_grad_() if isinstance(t, Tensor) else moved(t) for t in nested)
+
+        results.append([t.cpu() for t in outputs_and_gradients(ours, moved(case.forward_input.args))])
+    for k in (1, 2, 3):
+        all_near(results[k], results[0])
+
+
+@each_mode
+@each_dtype
+def test_errors(dtype, training, device):
+    for case in INFO.module_error_inputs_func(INFO, device=device, dtype=dtype, requires_grad=False, training=training):
+        wrong = case.module_error_input
+        if case.error_on is ModuleErrorEnum.CONSTRUCTION_ERROR:
+            with pytest.raises(case.error_type, match=case.error_regex):
+                build(wrong, LSTM, training)
+        else:
+            ours = build(wrong, LSTM, training)
+            with pytest.raises(case.error_type, match=case.error_regex):
+                ours(*wrong.forward_input.args)

@@ -1,0 +1,175 @@
+"""birnn_ext.onnx.export: the file holds ONNX's LSTM operator, batch and time are dynamic, ONNX Runtime agrees with PyTorch."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+from collections import Counter
+
+import pytest
+import torch
+from helpers import assert_near, random_state
+from torch import nn
+
+import birnn_ext
+import birnn_ext.onnx
+from birnn_ext import LSTM, BiRNN
+
+pytest.importorskip("onnxscript", reason="exporting to ONNX needs onnxscript: pip install 'birnn_ext[onnx]'")
+onnxruntime = pytest.importorskip("onnxruntime", reason="running ONNX files needs onnxruntime")
+
+# torch.onnx and onnxscript announce changes of their own
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+
+SIZES = [(1, 1), (4, 9), (2, 30)]  # B, T: none is the example's
+
+
+def run(path, *tensors: torch.Tensor) -> list[torch.Tensor]:
+    session = onnxruntime.InferenceSession(path)
+    inputs = session.get_inputs()
+    arrays = {i.name: t.numpy() for i, t in zip(inputs, tensors, strict=True)}
+    return [torch.from_numpy(array) for array in session.run(None, arrays)]
+
+
+def operators(program) -> Counter:
+    return Counter(node.op_type for node in program.model.graph)
+
+
+def leaves(result) -> list[torch.Tensor]:
+    return [t for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, torch.Tensor)]
+
+
+def test_export_of_the_classifier_freezes_neither_batch_nor_time(tmp_path):
+    model = BiRNN(28, 16, 2, 10)
+    program = birnn_ext.onnx.export(model, tmp_path / "birnn.onnx")
+    count = operators(program)
+    assert count["LSTM"] == 3  # the last layer's directions apart: one step of the reverse direction is enough
+    assert not count["Loop"] and not count["Scan"]
+    assert [type(size) is int for size in program.model.graph.inputs[0].shape] == [False, False, True]
+    for batch, steps in SIZES:
+        x = torch.randn(batch, steps, 28)
+        (y,) = run(tmp_path / "birnn.onnx", x)
+        assert_near(y, model(x))
+
+
+CASES = [  # bidirectional, batch_first, bias, output, with_state, lengths
+    (True, True, True, "all", True, True),
+    (True, False, False, "last", False, True),
+    (False, False, True, "all", False, False),
+]
+MORE = [
+    case
+    for case in itertools.product((True, False), (True, False), (True,), ("all", "last"), (True, False), (True, False))
+    if case not in CASES
+]
+
+
+@pytest.mark.parametrize(
+    ("bidirectional", "batch_first", "bias", "output", "with_state", "lengths"),
+    [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE)],
+)
+def test_export_of_an_lstm_freezes_neither_batch_nor_time(
+    bidirectional, batch_first, bias, output, with_state, lengths, tmp_path
+):
+    layers, directions = 2, 1 + bidirectional
+    lstm = LSTM(5, 8, layers, bias=bias, batch_first=batch_first, bidirectional=bidirectional)
+
+    def arguments(batch: int, steps: int):
+        x = torch.randn((batch, steps, 5) if batch_first else (steps, batch, 5))
+        state = random_state(layers * directions, batch, 8) if with_state else None
+        # the first sequence is empty
+        n = torch.arange(batch) * steps // max(batch - 1, 1) if lengths else None
+        return x, state, n
+
+    x, state, n = arguments(3, 7)
+    path = tmp_path / "lstm.onnx"
+    program = birnn_ext.onnx.export(lstm, path, (x, state), {"lengths": n, "output": output})
+    assert operators(program)["LSTM"] == layers + (bidirectional and output == "last")
+    for batch, steps in SIZES:
+        x, state, n = arguments(batch, steps)
+        results = run(path, *(t for t in (x, *(state or ()), n) if t is not None))
+        expected = leaves(lstm(x, state, lengths=n, output=output))
+        for actual, e in zip(results, expected, strict=True):
+            assert_near(actual, e)
+
+
+class Tagger(nn.Module):
+    """What users write: an nn.LSTM between other layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(20, 6)
+        self.lstm = nn.LSTM(6, 8, 2, batch_first=True, bidirectional=True, dropout=0.5)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.head(self.lstm(self.embedding(tokens))[0]).log_softmax(-1)
+
+
+def test_export_of_somebody_elses_model_once_accelerated(tmp_path):
+    model = Tagger()
+    birnn_ext.accelerate(model)
+    program = birnn_ext.onnx.export(model, tmp_path / "tagger.onnx", (torch.zeros(2, 3, dtype=torch.int64),))
+    assert operators(program)["LSTM"] == 2
+    assert all(module.training for module in model.modules())  # exported in evaluation mode, and put back
+    model.eval()
+    for batch, steps in SIZES:
+        tokens = torch.randint(0, 20, (batch, steps))
+        (y,) = run(tmp_path / "tagger.onnx", tokens)
+        assert_near(y, model(tokens))
+
+
+def test_plain_torch_onnx_export_finds_the_operator_too(tmp_path):
+    lstm = LSTM(5, 8, bidirectional=True).eval()
+    program = torch.onnx.export(lstm, (torch.randn(7, 3, 5),), tmp_path / "lstm.onnx", dynamo=True, verbose=False)
+    assert operators(program)["LSTM"] == 1
+
+
+def test_float16(tmp_path):
+    lstm = LSTM(5, 8, 2, bidirectional=True, dtype=torch.float16)
+    birnn_ext.onnx.export(lstm, tmp_path / "lstm.onnx")
+    x = torch.randn(9, 4, 5).half()
+    for actual, expected in zip(run(tmp_path / "lstm.onnx", x), leaves(lstm(x)), strict=True):
+        assert actual.dtype == torch.float16
+        assert_near(actual, expected)
+
+
+def test_bfloat16_computes_in_float32(tmp_path):
+    class InFloat32(nn.Module):  # numpy, which carries the tensors, has no bfloat16
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm = LSTM(5, 8, 2, bidirectional=True, dtype=torch.bfloat16)
+
+        def forward(self, x):
+            return self.lstm(x.bfloat16())[0].float()
+
+    model = InFloat32()
+    birnn_ext.onnx.export(model, tmp_path / "lstm.onnx", (torch.randn(3, 2, 5),))
+    x = torch.randn(9, 4, 5)
+    (y,) = run(tmp_path / "lstm.onnx", x)
+    assert_near(y, model(x), dtype=torch.bfloat16)
+
+
+# --- errors -----------------------------------------------------------------------------------------------------------
+
+
+def test_float64_is_refused(tmp_path):
+    with pytest.raises(TypeError, match=r"no LSTM in float64; export model\.float"):
+        birnn_ext.onnx.export(LSTM(3, 5, dtype=torch.float64), tmp_path / "lstm.onnx")
+
+
+def test_other_modules_need_example_arguments(tmp_path):
+    with pytest.raises(TypeError, match="args must be example arguments of Tagger, got None"):
+        birnn_ext.onnx.export(Tagger(), tmp_path / "tagger.onnx")
+
+
+def test_missing_packages_are_named(tmp_path, monkeypatch):
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "onnxscript" else real(name))
+    with pytest.raises(ImportError, match=r"needs onnxscript: pip install 'birnn_ext\[onnx\]'"):
+        birnn_ext.onnx.export(LSTM(3, 5), tmp_path / "lstm.onnx")
+
+
+def test_an_example_that_would_freeze_the_batch_is_warned_of(tmp_path):
+    with pytest.warns(UserWarning, match=r"input has a dimension of size 1 in the example, \(3, 1, 5\)"):
+        birnn_ext.onnx.export(LSTM(5, 8), tmp_path / "lstm.onnx", (torch.randn(3, 1, 5),))
