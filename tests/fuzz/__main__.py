@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -25,7 +26,7 @@ import birnn_ext  # noqa: E402
 
 def fuzz(count: int, last: Path) -> None:
     """count random cases in this process; the file `last` names the one at hand, should it kill the process."""
-    done, start = 0, time.monotonic()
+    done, start, isa = 0, time.monotonic(), birnn_ext.build_info()["cpu_isa"]
 
     @settings(max_examples=count, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(cases())
@@ -35,7 +36,7 @@ def fuzz(count: int, last: Path) -> None:
         check(case)
         done += 1
         if done % 500 == 0:
-            print(f"  {done} of {count} cases, {time.monotonic() - start:.0f} s", flush=True)
+            print(f"{isa}: {done} of {count} cases, {time.monotonic() - start:.0f} s", flush=True)
 
     run()
 
@@ -43,6 +44,17 @@ def fuzz(count: int, last: Path) -> None:
 def runnable(isa: str) -> bool:
     environment = {**os.environ, "BIRNN_CPU_ISA": isa}
     return not subprocess.run([sys.executable, "-c", "import birnn_ext"], env=environment, capture_output=True).returncode
+
+
+def fuzz_isa(isa: str, count: int) -> bool:
+    """count random cases on one instruction set's kernels; whether all passed."""
+    with tempfile.TemporaryDirectory() as folder:
+        last = Path(folder, "case")
+        environment = {**os.environ, "BIRNN_CPU_ISA": isa, "FUZZ_LAST": str(last)}
+        status = subprocess.run([sys.executable, str(HERE), str(count)], env=environment).returncode
+        if status < 0:
+            print(f"{isa}: killed by signal {-status}\nreproduce by: {last.read_text()}", flush=True)
+    return status == 0
 
 
 def main(argument: str) -> int:
@@ -56,19 +68,11 @@ def main(argument: str) -> int:
     count, info = int(argument), birnn_ext.build_info()
     others = [isa for isa in info["cpu_isas"] if isa != info["cpu_isa"] and runnable(isa)]
     share = count // 2 // len(others) if others else 0
-    failed = False
-    for isa in [info["cpu_isa"], *others]:
-        own = share if isa != info["cpu_isa"] else count - share * len(others)
-        print(f"{isa}: {own} cases", flush=True)
-        with tempfile.TemporaryDirectory() as folder:
-            last = Path(folder, "case")
-            environment = {**os.environ, "BIRNN_CPU_ISA": isa, "FUZZ_LAST": str(last)}
-            status = subprocess.run([sys.executable, str(HERE), str(own)], env=environment).returncode
-            if status < 0:
-                print(f"{isa}: killed by signal {-status}\nreproduce by: {last.read_text()}")
-        failed |= status != 0
-    print("a case failed" if failed else f"{count} cases passed")
-    return int(failed)
+    shares = {info["cpu_isa"]: count - share * len(others), **dict.fromkeys(others, share)}
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        passed = all(list(pool.map(fuzz_isa, shares, shares.values())))
+    print(f"{count} cases passed" if passed else "a case failed")
+    return 0 if passed else 1
 
 
 if __name__ == "__main__":

@@ -130,10 +130,10 @@ def with_gradients(case: Case, outputs: Tensors, leaves: Tensors, data: Data) ->
     """Outputs, and the gradients of all wanted leaves; 0 where an output does not depend on one."""
     used = [n for k, n in enumerate(OUTPUTS) if case.used >> k & 1 and n in outputs and outputs[n].requires_grad]
     wanted = {name: leaves[name] for name in data.wanted}
-    if not used or not wanted:
-        return outputs, {}
-    cotangents = [laid_out(data.cotangents[n].to(outputs[n]), case.dy_layout if n == "y" else "plain") for n in used]
-    grads = torch.autograd.grad([outputs[n] for n in used], list(wanted.values()), cotangents, allow_unused=True)
+    grads: tuple[Tensor | None, ...] = (None,) * len(wanted)
+    if used and wanted:
+        cotangents = [laid_out(data.cotangents[n].to(outputs[n]), case.dy_layout if n == "y" else "plain") for n in used]
+        grads = torch.autograd.grad([outputs[n] for n in used], list(wanted.values()), cotangents, allow_unused=True)
     return outputs, {
         name: torch.zeros_like(leaf) if grad is None else grad
         for (name, leaf), grad in zip(wanted.items(), grads, strict=True)
