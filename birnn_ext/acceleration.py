@@ -42,12 +42,9 @@ def accelerate(model: nn.Module) -> Acceleration:
             continue
         if type(module) is not nn.LSTM:
             report.left[name] = f"its class {type(module).__name__} is a subclass of nn.LSTM"
-        elif module.proj_size != 0:
-            report.left[name] = f"proj_size = {module.proj_size} is not supported"
         else:
             module.__class__ = LSTM
             module._drop_flat_weights()
-            module.recompute = False
             module.accelerated = True
             report.replaced.append(name)
     return report
@@ -63,7 +60,7 @@ def restore(model: nn.Module) -> list[str]:
     for name, module in model.named_modules():
         if type(module) is LSTM and getattr(module, "accelerated", False):
             module.__class__ = nn.LSTM
-            del module.recompute, module.accelerated
+            del module.accelerated
             module._init_flat_weights()
             names.append(name)
     return names

@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from birnn_ext._compile import let_dynamo_trace
 from birnn_ext.ops import lstm_layer
+from birnn_ext.variants import Variant, Weights, lstm_variant_layer
 
 State = tuple[Tensor, Tensor]
 
@@ -22,6 +23,14 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device) if x.is_floating_point() and x.dtype != torch.float64 else None
+
+
+_LAYER_NORM = ("weight_ln_ih", "weight_ln_hh", "weight_ln_c", "bias_ln_c")  # the last one with bias only
+
+
+def _check_probability(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise ValueError(f"LSTM: {name} must be a number in [0, 1], got {value!r}")
 
 
 class LSTM(nn.LSTM):
@@ -38,16 +47,35 @@ class LSTM(nn.LSTM):
         batch_first: input and output are (B, T, .) instead of (T, B, .). States are not affected.
         dropout: probability with which outputs of all layers but the last are zeroed in training mode.
         bidirectional: D = 2 directions instead of 1.
-        proj_size: not implemented; must be 0.
+        proj_size: P, if it is not 0, is the size of h: h_t = W_hr (o tanh(c_t)) (Sak et al., arXiv:1402.1128). It must
+            be smaller than hidden_size. In what follows, P is hidden_size where there is no projection.
         device, dtype: of the parameters; float64, float32, float16 or bfloat16.
         recompute: keep only inputs, outputs and cell states for the backward pass, and compute the gates anew there:
-            less memory, more time. Where a layer is not one operator (CUDA, 16-bit types) it keeps its input alone, and
-            runs again in the backward pass.
+            less memory, more time. Where a layer is not one operator (CUDA, 16-bit types, what follows here) it keeps
+            its input alone, and runs again in the backward pass.
+        recurrent_dropout: probability with which, in training mode, values of h are dropped on their way to the next
+            step, scaled as by nn.Dropout; the same ones in all steps of a sequence (Gal & Ghahramani,
+            arXiv:1512.05287).
+        zoneout: probabilities with which values of h and of c stay as they were in the step before, or one for both;
+            in each step anew. In evaluation mode the mean over all that might happen is taken (Krueger et al.,
+            arXiv:1606.01305).
+        layer_norm: normalise W_ih x, W_hh h, and c on its way to the output, over all their values (Ba et al.,
+            arXiv:1607.06450, equations 20 to 22; eps 1e-5). Adds parameters: factors ``weight_ln_ih_l{k}``,
+            ``weight_ln_hh_l{k}`` (4H) and ``weight_ln_c_l{k}`` (H), and with bias ``bias_ln_c_l{k}`` (H), each with
+            ``_reverse`` for the other direction; the gates' biases stay b_ih + b_hh.
+        learned_state: parameters ``h_0`` (D * num_layers, P) and ``c_0`` (D * num_layers, H), zeros at first, are the
+            initial state of every sequence where forward is given none.
 
     Raises:
-        NotImplementedError: proj_size is not 0.
-        ValueError, TypeError: as `torch.nn.LSTM`.
+        ValueError, TypeError: as `torch.nn.LSTM`; a probability is not one.
     """
+
+    # Modules that were pickled, or made nn.LSTM, before these existed go without.
+    recompute = False
+    recurrent_dropout = 0.0
+    zoneout: tuple[float, float] = (0.0, 0.0)
+    layer_norm = False
+    learned_state = False
 
     def __init__(
         self,
@@ -63,9 +91,15 @@ class LSTM(nn.LSTM):
         dtype: torch.dtype | None = None,
         *,
         recompute: bool = False,
+        recurrent_dropout: float = 0.0,
+        zoneout: float | tuple[float, float] = 0.0,
+        layer_norm: bool = False,
+        learned_state: bool = False,
     ) -> None:
-        if proj_size != 0:
-            raise NotImplementedError(f"birnn_ext.LSTM: proj_size must be 0, got {proj_size}")
+        zoneout_h, zoneout_c = zoneout if isinstance(zoneout, (tuple, list)) and len(zoneout) == 2 else (zoneout,) * 2
+        _check_probability("recurrent_dropout", recurrent_dropout)
+        _check_probability("zoneout", zoneout_h)
+        _check_probability("zoneout", zoneout_c)
         super().__init__(
             input_size,
             hidden_size,
@@ -74,10 +108,57 @@ class LSTM(nn.LSTM):
             batch_first=batch_first,
             dropout=dropout,
             bidirectional=bidirectional,
+            proj_size=proj_size,
             device=device,
             dtype=dtype,
         )
         self.recompute = recompute
+        self.recurrent_dropout = recurrent_dropout
+        self.zoneout = (zoneout_h, zoneout_c)
+        self.layer_norm = layer_norm
+        self.learned_state = learned_state
+        directions = 2 if bidirectional else 1
+        new = {
+            name: (4 * hidden_size if "_ln_ih_" in name or "_ln_hh_" in name else hidden_size,)
+            for layer in range(num_layers)
+            for d in range(directions)
+            for name in self._weight_names(layer, d)
+            if "_ln_" in name
+        }
+        if learned_state:
+            rows = num_layers * directions
+            new.update(h_0=(rows, proj_size or hidden_size), c_0=(rows, hidden_size))
+        for name, shape in new.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+        self._reset_own_parameters()
+
+    def reset_parameters(self) -> None:
+        """Gives all parameters new initial values: nn.LSTM's as nn.LSTM does, the others the values that do nothing."""
+        super().reset_parameters()
+        self._reset_own_parameters()
+
+    def _weight_names(self, layer: int, d: int) -> list[str]:
+        """Of one layer and direction: nn.LSTM's in its order, then layer norm's."""
+        names: list[str] = self._all_weights[layer * (2 if self.bidirectional else 1) + d]
+        if not self.layer_norm:
+            return names
+        kinds = _LAYER_NORM if self.bias else _LAYER_NORM[:-1]
+        return [*names, *(f"{kind}_l{layer}{'_reverse' if d else ''}" for kind in kinds)]
+
+    def _reset_own_parameters(self) -> None:
+        for name, parameter in self.named_parameters():
+            if name.startswith("weight_ln_"):
+                nn.init.ones_(parameter)
+            elif name.startswith("bias_ln_") or name in ("h_0", "c_0"):
+                nn.init.zeros_(parameter)
+
+    def extra_repr(self) -> str:
+        """nn.LSTM's, and what is not its default of the rest."""
+        default = {
+            "recompute": False, "recurrent_dropout": 0, "zoneout": (0, 0), "layer_norm": False, "learned_state": False,
+        }  # fmt: skip
+        ours = [f"{name}={getattr(self, name)}" for name, value in default.items() if getattr(self, name) != value]
+        return ", ".join([super().extra_repr(), *ours])
 
     # What nn.LSTM does to keep its flattened weights, which we don't have.
 
@@ -121,31 +202,44 @@ class LSTM(nn.LSTM):
         *,
         lengths: Tensor | None = None,
         output: Literal["all", "last"] = "all",
-    ) -> tuple[Tensor | PackedSequence, State | tuple[Tensor, None] | None]:
+        reset: Tensor | PackedSequence | None = None,
+        return_cell_states: bool = False,
+    ) -> tuple[Any, ...]:
         """Runs all layers.
 
         Args:
             input: (T, B, I), with batch_first (B, T, I), unbatched (T, I), or a PackedSequence.
-            hx: (h_0, c_0), each (D * num_layers, B, H), unbatched (D * num_layers, H); None stands for zeros.
+            hx: (h_0, c_0), (D * num_layers, B, P) and (D * num_layers, B, H), unbatched without B; None stands for
+                zeros, or for the learned state.
             lengths: (B,) int64 on the input's device, in any order: sequence b is its first lengths[b] steps, as if
                 packed with enforce_sorted=False; 0 <= lengths[b] <= T. Not with a PackedSequence or unbatched input.
             output: "all" returns every step. "last" returns what ``output[:, -1]`` (batch_first; else ``output[-1]``)
                 would be, with lengths at each sequence's own last step, without computing what that does not need: of
                 the last layer's reverse direction only one step.
+            reset: (T, B) bool, with batch_first (B, T), unbatched (T,), with a PackedSequence one of bools (N,) that is
+                packed likewise: where it is True, that step begins a new sequence. The state is 0 before it, and the
+                reverse direction's after it, so that all is as if the parts were sequences by themselves.
+            return_cell_states: return the cell states of all steps of the last layer, too. Not with output="last".
 
         Returns:
-            ``(output, (h_n, c_n))`` as `torch.nn.LSTM`: output (T, B, D * H), arranged as the input; h_n and c_n
-            (D * num_layers, B, H). With output="last": ``(output, (h_n, c_n))`` with output (B, D * H) if this LSTM is
-            unidirectional, and ``(output, None)`` if it is bidirectional, as the reverse direction's final states are
-            what "last" does without. Beyond a sequence's end the output is 0.
+            ``(output, (h_n, c_n))`` as `torch.nn.LSTM`: output (T, B, D * P), arranged as the input; h_n and c_n
+            (D * num_layers, B, P) and (D * num_layers, B, H). With output="last": ``(output, (h_n, c_n))`` with output
+            (B, D * P) if this LSTM is unidirectional, and ``(output, None)`` if it is bidirectional, as the reverse
+            direction's final states are what "last" does without. With return_cell_states ``(output, (h_n, c_n),
+            cells)``, with cells (T, B, D * H) arranged as the output. Beyond a sequence's end output and cells are 0.
 
         Raises:
-            ValueError: a wrong number of dimensions, `output` or `lengths` that fit nothing.
+            ValueError: a wrong number of dimensions, `output`, `lengths` or `reset` that fit nothing, or arguments that
+                exclude each other.
             RuntimeError: sizes of input or hx that do not fit, as `torch.nn.LSTM`.
             TypeError: an argument of a wrong type or dtype.
         """
         if output not in ("all", "last"):
             raise ValueError(f'LSTM: output must be "all" or "last", got {output!r}')
+        if return_cell_states and output == "last":
+            raise ValueError('LSTM: return_cell_states must be False with output="last"')
+        if reset is not None and self.learned_state:
+            raise ValueError("LSTM: reset must be None with learned_state=True: it clears the state to 0")
         if hx is not None and not (
             isinstance(hx, (tuple, list)) and len(hx) == 2 and all(isinstance(state, Tensor) for state in hx)
         ):
@@ -153,7 +247,7 @@ class LSTM(nn.LSTM):
         if isinstance(input, PackedSequence):
             if lengths is not None:
                 raise ValueError("LSTM: lengths must be None with a PackedSequence, which has its own")
-            return self._forward_packed(input, hx, output)
+            return self._forward_packed(input, hx, output, reset, return_cell_states)
 
         if not isinstance(input, Tensor):
             raise TypeError(f"LSTM: input must be a tensor or a PackedSequence, got {type(input).__name__}")
@@ -171,29 +265,49 @@ class LSTM(nn.LSTM):
             if not batched:
                 raise ValueError("LSTM: lengths must be None with unbatched (2-D) input")
             self._check_lengths(lengths, x)
-        y, states = self._run(x, hx, lengths, output == "last")
+        if reset is not None:
+            self._check_reset(reset, input)
+            reset = reset.unsqueeze(1) if not batched else reset.transpose(0, 1) if self.batch_first else reset
+        y, states, cells = self._run(x, hx, lengths, output == "last", reset, return_cell_states)
 
         if not batched:
             y = y.squeeze(0 if output == "last" else 1)
+            cells = cells if cells is None else cells.squeeze(1)
             if states is not None:
                 states = (states[0].squeeze(1), states[1].squeeze(1))
         elif self.batch_first and output == "all":
             y = y.transpose(0, 1)
-        return y, states
+            cells = cells if cells is None else cells.transpose(0, 1)
+        return (y, states) if cells is None else (y, states, cells)
 
-    def _forward_packed(self, packed: PackedSequence, hx: State | None, output: str):
+    def _forward_packed(
+        self, packed: PackedSequence, hx: State | None, output: str, reset: Any, return_cell_states: bool
+    ) -> tuple[Any, ...]:
         """Works on the padded batch in packed (sorted) order; hx and all results but a packed one are in the user's."""
+        if reset is not None:
+            if not isinstance(reset, PackedSequence):
+                raise TypeError(f"LSTM: reset must be a PackedSequence with a packed input, got {type(reset).__name__}")
+            if reset.data.shape != packed.data.shape[:1] or not torch.equal(reset.batch_sizes, packed.batch_sizes):
+                raise ValueError("LSTM: reset must be packed as the input, with data of shape (N,)")
+            self._check_reset(reset.data, packed.data)
+            reset = pad_packed_sequence(PackedSequence(reset.data, reset.batch_sizes))[0]
         x, lengths = pad_packed_sequence(PackedSequence(packed.data, packed.batch_sizes))
         if hx is not None:
             self._check_sizes(x, hx)  # before it is put into order: that may hide a wrong size
             hx = self.permute_hidden(hx, packed.sorted_indices)
-        y, states = self._run(x, hx, lengths.to(x.device, non_blocking=True), output == "last")
+        y, states, cells = self._run(
+            x, hx, lengths.to(x.device, non_blocking=True), output == "last", reset, return_cell_states
+        )
         if states is not None:
             states = self.permute_hidden(states, packed.unsorted_indices)
         if output == "last":
             return (y if packed.unsorted_indices is None else y[packed.unsorted_indices]), states
-        y = pack_padded_sequence(y, lengths)
-        return PackedSequence(y.data, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices), states
+
+        def pack(padded: Tensor) -> PackedSequence:
+            data = pack_padded_sequence(padded, lengths).data
+            return PackedSequence(data, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices)
+
+        return (pack(y), states) if cells is None else (pack(y), states, pack(cells))
 
     def _check_state_dims(self, hx: State, batched: bool) -> None:
         if hx[0].dim() != (3 if batched else 2) or hx[1].dim() != hx[0].dim():
@@ -214,23 +328,46 @@ class LSTM(nn.LSTM):
         if lengths.device != x.device:
             raise ValueError(f"LSTM: lengths must be on the input's device {x.device}, got {lengths.device}")
 
-    def _run(self, x: Tensor, hx: State | None, lengths: Tensor | None, last: bool) -> tuple[Tensor, State | None]:
-        """x (T, B, I), hx (D * num_layers, B, H) -> y (T, B, D * H) or, if last, (B, D * H), and the final states."""
+    @staticmethod
+    def _check_reset(reset: Tensor, input: Tensor) -> None:
+        if not isinstance(reset, Tensor):
+            raise TypeError(f"LSTM: reset must be a tensor, got {type(reset).__name__}")
+        if reset.shape != input.shape[:-1]:
+            raise ValueError(f"LSTM: reset must have shape {tuple(input.shape[:-1])}, got {tuple(reset.shape)}")
+        if reset.dtype != torch.bool:
+            raise TypeError(f"LSTM: reset must be bool, got {reset.dtype}")
+        if reset.device != input.device:
+            raise ValueError(f"LSTM: reset must be on the input's device {input.device}, got {reset.device}")
+
+    def _run(
+        self,
+        x: Tensor,
+        hx: State | None,
+        lengths: Tensor | None,
+        last: bool,
+        reset: Tensor | None = None,
+        return_cells: bool = False,
+    ) -> tuple[Tensor, State | None, Tensor | None]:
+        """x (T, B, I), hx as in forward -> y (T, B, D * P) or, if last, (B, D * P), the final states, and the cells."""
         if x.shape[0] == 0:
             raise RuntimeError("LSTM: Expected sequence length to be larger than 0 in RNN")
         self._check_sizes(x, hx)
         directions = 2 if self.bidirectional else 1
         dtype = _autocast_dtype(x)
+        if hx is None and self.learned_state:
+            hx = tuple(state.unsqueeze(1).expand(-1, x.shape[1], -1) for state in (self.h_0, self.c_0))
         if dtype is not None:
             x = x.to(dtype)
             hx = None if hx is None else (hx[0].to(dtype), hx[1].to(dtype))
-        h_ns, c_ns = [], []
+        h_ns, c_ns, cells = [], [], None
         for layer in range(self.num_layers):
             h0, c0 = (None, None) if hx is None else (s.unflatten(0, (-1, directions))[layer] for s in hx)
+            want_cells = return_cells and layer == self.num_layers - 1
+            variant = self._variant(x, reset, want_cells)
             if last and layer == self.num_layers - 1:
-                y, h_n, c_n = self._last_output(layer, x, h0, c0, lengths)
+                y, h_n, c_n = self._last_output(layer, x, h0, c0, lengths, variant)
             else:
-                y, h_n, c_n = self._layer(layer, range(directions), x, h0, c0, lengths)
+                y, h_n, c_n, cells = self._layer(layer, range(directions), x, h0, c0, lengths, variant, want_cells)
                 y = y.flatten(2)
             if self.dropout > 0 and layer < self.num_layers - 1:
                 y = F.dropout(y, self.dropout, self.training)
@@ -238,10 +375,31 @@ class LSTM(nn.LSTM):
             c_ns.append(c_n)
             x = y
         if last and self.bidirectional:
-            return x, None
+            return x, None, None
         if not last and (x.requires_grad or torch._C._are_functorch_transforms_active()):
             x = x.clone()  # the layer keeps its y for the backward pass, and users may change theirs in place
-        return x, (torch.cat(h_ns), torch.cat(c_ns))
+        if cells is not None:
+            cells = cells.flatten(2).to(x.dtype, copy=cells.requires_grad)  # likewise
+        return x, (torch.cat(h_ns), torch.cat(c_ns)), cells
+
+    def _variant(self, x: Tensor, reset: Tensor | None, want_cells: bool) -> Variant | None:
+        """What a layer with input x (T, B, .) does beyond nn.LSTM, with masks drawn; None for nothing."""
+        zoneout = self.zoneout != (0, 0)
+        dropout = self.recurrent_dropout > 0 and self.training
+        if not (dropout or zoneout or self.layer_norm or self.proj_size or want_cells or reset is not None):
+            return None
+        steps, batch, _ = x.shape
+        directions, outputs = 2 if self.bidirectional else 1, self.proj_size or self.hidden_size
+        h_mask = None
+        if dropout:
+            h_mask = F.dropout(x.new_ones(directions, batch, outputs), self.recurrent_dropout)
+        if not (zoneout and self.training):
+            return Variant(reset, h_mask, zoneout_h_mean=self.zoneout[0], zoneout_c_mean=self.zoneout[1])
+        masks = [
+            torch.empty(steps, batch, directions, n, dtype=torch.bool, device=x.device).bernoulli_(p) if p else None
+            for p, n in zip(self.zoneout, (outputs, self.hidden_size), strict=True)
+        ]
+        return Variant(reset, h_mask, *masks)
 
     def _check_sizes(self, x: Tensor, hx: State | None) -> None:
         weight = self.weight_ih_l0
@@ -259,8 +417,10 @@ class LSTM(nn.LSTM):
             raise ValueError(f"LSTM: input must be on the weights' device {weight.device}, got {x.device}")
         if hx is None:
             return
-        expected = (self.num_layers * (2 if self.bidirectional else 1), x.shape[1], self.hidden_size)
-        for name, state in zip(("hidden[0]", "hidden[1]"), hx, strict=True):
+        for name, state, size in zip(
+            ("hidden[0]", "hidden[1]"), hx, (self.proj_size or self.hidden_size, self.hidden_size), strict=True
+        ):
+            expected = (self.num_layers * (2 if self.bidirectional else 1), x.shape[1], size)
             if state.shape != expected:
                 raise RuntimeError(f"Expected {name} size {expected}, got {list(state.shape)}")
             if state.dtype != x.dtype and not (autocasts and _autocast_dtype(state) is not None):
@@ -268,10 +428,19 @@ class LSTM(nn.LSTM):
             if state.device != x.device:
                 raise ValueError(f"LSTM: {name} must be on the input's device {x.device}, got {state.device}")
 
-    def _layer(self, layer: int, directions: range, x: Tensor, h0: Tensor | None, c0: Tensor | None, lengths):
-        """One layer's given directions: x (T, B, .) -> y (T, B, D, H), h_n, c_n (D, B, H)."""
-        per_layer = 2 if self.bidirectional else 1
-        names = [name for d in directions for name in self._all_weights[layer * per_layer + d]]
+    def _layer(
+        self,
+        layer: int,
+        directions: range,
+        x: Tensor,
+        h0: Tensor | None,
+        c0: Tensor | None,
+        lengths: Tensor | None,
+        variant: Variant | None,
+        want_cells: bool = False,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """One layer's given directions: x (T, B, .) -> y (T, B, D, P), h_n and c_n (D, B, .), cells (T, B, D, H)."""
+        names = [name for d in directions for name in self._weight_names(layer, d)]
         weights = [getattr(self, name) for name in names]
         first = self.weight_ih_l0
         dtype, device = first.dtype, first.device
@@ -282,10 +451,30 @@ class LSTM(nn.LSTM):
                 )
         if dtype != x.dtype:  # autocast
             weights = [w.to(x.dtype) for w in weights]
-        return lstm_layer(x, weights, self.bias, h0, c0, lengths, self.recompute)
+        if variant is None:
+            return *lstm_layer(x, weights, self.bias, h0, c0, lengths, self.recompute), None
 
-    def _last_output(self, layer: int, x: Tensor, h0: Tensor | None, c0: Tensor | None, lengths: Tensor | None):
-        """The last layer's output at each sequence's last step, (B, D * H), and the forward direction's h_n, c_n.
+        kinds = [name.rpartition("_l")[0] for name in names[: len(names) // len(directions)]]
+        of = {kind: torch.stack(weights[k :: len(kinds)]) for k, kind in enumerate(kinds)}
+        ln_c = None
+        if self.layer_norm:
+            factor = of["weight_ln_c"]
+            ln_c = torch.stack([factor, of["bias_ln_c"] if self.bias else torch.zeros_like(factor)], 1)
+        bias = of["bias_ih"] + of["bias_hh"] if self.bias else None
+        optional = (of.get(kind) for kind in ("weight_hr", "weight_ln_ih", "weight_ln_hh"))
+        stacked = Weights(of["weight_ih"], of["weight_hh"], bias, *optional, ln_c)
+        return lstm_variant_layer(x, stacked, h0, c0, lengths, variant, want_cells, self.recompute)
+
+    def _last_output(
+        self,
+        layer: int,
+        x: Tensor,
+        h0: Tensor | None,
+        c0: Tensor | None,
+        lengths: Tensor | None,
+        variant: Variant | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The last layer's output at each sequence's last step, (B, D * P), and the forward direction's h_n, c_n.
 
         The reverse direction begins at that step, so one step of it is all that is needed.
         """
@@ -293,7 +482,8 @@ class LSTM(nn.LSTM):
         def state_of(d: int) -> tuple[Tensor | None, Tensor | None]:
             return (None, None) if h0 is None else (h0[d : d + 1], c0[d : d + 1])
 
-        y, h_n, c_n = self._layer(layer, range(1), x, *state_of(0), lengths)
+        share = None if variant is None else variant.direction(0)
+        _, h_n, c_n, _ = self._layer(layer, range(1), x, *state_of(0), lengths, share)
         outputs = [h_n[0] if lengths is None else h_n[0].masked_fill((lengths == 0).unsqueeze(-1), 0)]
         if self.bidirectional:
             if lengths is None:
@@ -301,9 +491,9 @@ class LSTM(nn.LSTM):
             else:
                 batch = torch.arange(x.shape[1], device=x.device)
                 at_last = x[(lengths - 1).clamp(min=0), batch].unsqueeze(0)
-            y, _, _ = self._layer(
-                layer, range(1, 2), at_last, *state_of(1), None if lengths is None else lengths.clamp(max=1)
-            )
+            share = None if variant is None else variant.first_reverse_step(lengths)
+            at_most_1 = None if lengths is None else lengths.clamp(max=1)
+            y, *_ = self._layer(layer, range(1, 2), at_last, *state_of(1), at_most_1, share)
             outputs.append(y[0, :, 0])
         return torch.cat(outputs, -1), h_n, c_n
 

@@ -244,8 +244,9 @@ def _weight_grad(dz: Tensor, y: Tensor, h0: Tensor | None, lengths: Tensor | Non
 
     dz (T, B, D, 4H) is 0 beyond a sequence's end, y (T, B, D, H) too.
     """
-    _, batch, directions, _ = dz.shape
-    dz_rows, y_rows = dz.flatten(0, 1), y.flatten(0, 1)  # a step is batch rows; torch.compile takes T - 1 steps badly
+    steps, batch, directions, _ = dz.shape
+    # a step is batch rows; torch.compile takes T - 1 steps badly, and PyTorch's older vmap knows no flatten
+    dz_rows, y_rows = (t.reshape(steps * batch, directions, t.shape[-1]) for t in (dz, y))
     grads = []
     for d in range(directions):
         if d == 0:

@@ -8,6 +8,7 @@ the arguments are those of the operators (`birnn_ext.ops`). Values are computed 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -120,3 +121,67 @@ def lstm_recurrence_backward(
     if not state_grads:
         return d_gates_x, gates.new_empty(0), gates.new_empty(0)
     return d_gates_x, torch.stack(dh0).to(dtype), torch.stack(dc0).to(dtype)
+
+
+def lstm_variant(
+    gates_x: Tensor,
+    w_hh: Tensor,
+    w_hr: Tensor | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor | None,
+    h_mask: Tensor | None,
+    zoneout_h: Tensor | None,
+    zoneout_c: Tensor | None,
+    zoneout_h_mean: float,
+    zoneout_c_mean: float,
+    ln_hh: Tensor | None,
+    ln_c: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `birnn_ext.variants.lstm_variant`; returns (y, h_n, c_n, cells)."""
+    steps, batch, directions, size = gates_x.shape
+    hidden, outputs = size // 4, w_hh.shape[-1]
+    dtype, acc = gates_x.dtype, _accumulate_type(gates_x.dtype)
+    no_h, no_c = (gates_x.new_zeros(batch, n, dtype=acc) for n in (outputs, hidden))
+
+    def kept(mask: Tensor | None, mean: float, t: int, d: int) -> Tensor | float:
+        return mean if mask is None else mask[t, :, d].to(acc)
+
+    per_direction = []
+    for d in range(directions):
+        h = no_h if h0 is None else h0[d].to(acc)
+        c = no_c if c0 is None else c0[d].to(acc)
+        ys, cells = [], []
+        for t in range(steps) if d == 0 else range(steps - 1, -1, -1):
+            begins = t + d  # the step at which a new sequence begins, if this one comes to it without a state
+            if reset is not None and begins < steps:
+                clear = reset[begins].unsqueeze(-1)
+                if lengths is not None:
+                    clear = clear & _active(lengths, begins)
+                h, c = torch.where(clear, no_h, h), torch.where(clear, no_c, c)
+            products = (h if h_mask is None else h * h_mask[d].to(acc)) @ w_hh[d].to(acc).T
+            if ln_hh is not None:
+                products = F.layer_norm(products, (size,), eps=eps) * ln_hh[d].to(acc)
+            i, f, g, o = (gates_x[t, :, d].to(acc) + products).chunk(4, -1)
+            new_c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+            shown = new_c
+            if ln_c is not None:
+                shown = F.layer_norm(new_c, (hidden,), ln_c[d, 0].to(acc), ln_c[d, 1].to(acc), eps)
+            new_h = o.sigmoid() * shown.tanh()
+            if w_hr is not None:
+                new_h = new_h @ w_hr[d].to(acc).T
+            z_h, z_c = kept(zoneout_h, zoneout_h_mean, t, d), kept(zoneout_c, zoneout_c_mean, t, d)
+            new_h, new_c = z_h * h + (1 - z_h) * new_h, z_c * c + (1 - z_c) * new_c
+            mask = _active(lengths, t)
+            h, c = _where(mask, new_h, h), _where(mask, new_c, c)
+            ys.append(_where(mask, new_h, no_h))
+            cells.append(_where(mask, new_c, no_c))
+        if d == 1:
+            ys, cells = ys[::-1], cells[::-1]
+        per_direction.append((torch.stack(ys), torch.stack(cells), h, c))
+    y, all_cells, h_n, c_n = (
+        torch.stack(part, dim) for part, dim in zip(zip(*per_direction, strict=True), (2, 2, 0, 0), strict=True)
+    )
+    return y.to(dtype), h_n.to(dtype), c_n.to(dtype), all_cells

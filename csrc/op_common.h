@@ -54,9 +54,17 @@ inline void check(const OptionalTensor& t, const char* name, at::IntArrayRef sha
   if (t) check(*t, name, shape, type, device);
 }
 
+// Of lengths on the CPU.
+inline void check_lengths(const int64_t* lengths, const RecurrenceSizes& sizes) {
+  for (int64_t b = 0; lengths && b < sizes.B; ++b)
+    TORCH_CHECK_VALUE(0 <= lengths[b] && lengths[b] <= sizes.T,
+                      "lstm_recurrence: lengths must be between 0 and T = ", sizes.T, ", got lengths[", b,
+                      "] = ", lengths[b]);
+}
+
 // Tensors kept alive as long as the params that point into them.
 struct Held {
-  Tensor tensors[8];
+  Tensor tensors[16];
   int count = 0;
   const Tensor& hold(Tensor t) { return tensors[count++] = std::move(t); }
   // of a tensor made contiguous

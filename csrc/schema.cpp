@@ -1,5 +1,5 @@
-// The operators' schemas. Implementations: cpu/recurrence_op.cpp, cuda/recurrence_op.cpp; for every other device, and
-// for fake tensors and autograd: birnn_ext/ops.py.
+// The operators' schemas. Implementations: cpu/*_op.cpp, cuda/*_op.cpp; for every other device, and for fake tensors
+// and autograd: birnn_ext/ops.py and birnn_ext/variants.py.
 #include <torch/library.h>
 
 TORCH_LIBRARY(birnn_ext, m) {
@@ -23,4 +23,20 @@ TORCH_LIBRARY(birnn_ext, m) {
       "lstm_layer_backward(Tensor x, Tensor[] weights, bool bias, Tensor? h0, Tensor? c0, Tensor? lengths, Tensor y,"
       " Tensor gates, Tensor cells, Tensor? dy, Tensor? dh_n, Tensor? dc_n, bool x_grad, bool weight_grads,"
       " bool state_grads) -> (Tensor dx, Tensor[] d_weights, Tensor dh0, Tensor dc0)");
+
+  // The recurrence with what nn.LSTM does without, and with a projection. Shapes and meanings: core/variant.h. save: 0
+  // leaves cells and what follows empty, 1 returns the cells, 2 all that the backward pass needs.
+  m.def(
+      "lstm_variant(Tensor gates_x, Tensor w_hh, Tensor? w_hr, Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? reset,"
+      " Tensor? h_mask, Tensor? zoneout_h, Tensor? zoneout_c, float zoneout_h_mean, float zoneout_c_mean,"
+      " Tensor? ln_hh, Tensor? ln_c, float eps, int save) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor cells,"
+      " Tensor gates, Tensor normed, Tensor rstd)");
+  // Left empty: dh0 and dc0 with state_grads=False, d_products where it is d_gates_x, and what there is no w_hr, ln_hh
+  // or ln_c for. d_ln_hh (D, B, 4H) and d_ln_c (D, B, 2, H) are to be summed over B.
+  m.def(
+      "lstm_variant_backward(Tensor w_hh, Tensor? w_hr, Tensor? c0, Tensor? lengths, Tensor? reset, Tensor? h_mask,"
+      " Tensor? zoneout_h, Tensor? zoneout_c, float zoneout_h_mean, float zoneout_c_mean, Tensor? ln_hh, Tensor? ln_c,"
+      " float eps, Tensor cells, Tensor gates, Tensor normed, Tensor rstd, Tensor? dy, Tensor? dh_n, Tensor? dc_n,"
+      " Tensor? d_cells, bool state_grads) -> (Tensor d_gates_x, Tensor d_products, Tensor dh0, Tensor dc0,"
+      " Tensor d_projected, Tensor hidden, Tensor d_ln_hh, Tensor d_ln_c)");
 }

@@ -188,7 +188,8 @@ def test_autocast_leaves_float64_alone(device):
 def test_signature_is_that_of_the_documentation():
     expected = (
         "(input_size, hidden_size, num_layers=1, bias=True, batch_first=False, dropout=0.0, bidirectional=False, "
-        "proj_size=0, device=None, dtype=None, *, recompute=False)"
+        "proj_size=0, device=None, dtype=None, *, recompute=False, recurrent_dropout=0.0, zoneout=0.0, "
+        "layer_norm=False, learned_state=False)"
     )
     parameters = list(inspect.signature(LSTM).parameters.values())
     plain = inspect.Signature([p.replace(annotation=inspect.Parameter.empty) for p in parameters])
@@ -524,7 +525,6 @@ ERRORS = [
     (lambda m: with_weight(m, torch.zeros(20, 5, dtype=torch.float64))(torch.randn(4, 2, 3)), ValueError, "weight_hh_l0 must be torch.float32 on cpu as weight_ih_l0, got torch.float64"),
     (lambda m: with_weight(m, torch.zeros(20, 5, device="meta"))(torch.randn(4, 2, 3)), ValueError, "weight_hh_l0 must be torch.float32 on cpu as weight_ih_l0, got torch.float32 on meta"),
     (lambda m: m(torch.randn(4, 2, 3), (torch.zeros(1, 2, 5), None)), TypeError, "hx must be None or a pair of tensors"),
-    (lambda m: LSTM(3, 5, proj_size=2), NotImplementedError, "proj_size must be 0, got 2"),
     (lambda m: LSTM(3, 0), ValueError, "hidden_size must be greater than zero"),
     (lambda m: LSTM(3, 5, dropout=2), ValueError, "dropout should be a number in range"),
     (lambda m: LSTM(3, 5, 0), ValueError, "num_layers must be greater than zero"),

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "../core/recurrence.h"
+#include "../core/variant.h"
 #include "barrier.h"
 
 namespace birnn::cpu {
@@ -84,6 +85,12 @@ struct Kernels {
   int64_t (*backward_scratch)(DType, const BackwardParams&, int64_t rows, int64_t steps);
   void (*backward)(DType, const BackwardParams&, const Chain&, const Panels&, const Slots&, int64_t steps,
                    int64_t begin, int64_t end, const Member&);
+
+  // A pass of one step, over the rows begin <= state < end of (D, B). See core/variant.h.
+  void (*variant_forward)(DType, const VariantForward&, int64_t begin, int64_t end);
+  void (*variant_forward_projected)(DType, const VariantForward&, int64_t begin, int64_t end);
+  void (*variant_backward_output)(DType, const VariantBackward&, int64_t begin, int64_t end);
+  void (*variant_backward)(DType, const VariantBackward&, int64_t begin, int64_t end);
 
   // What follows is null in a table without float32, and the last three in one without the plain float32.
 

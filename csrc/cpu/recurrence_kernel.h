@@ -20,6 +20,7 @@
 #include <utility>
 
 #include "../core/lstm_cell.h"
+#include "../core/variant_row.h"
 #include "kernels.h"
 
 #ifndef BIRNN_ISA_BF16
@@ -68,6 +69,7 @@ class FlushDenormals {
 #include "tiles.h"
 #include "forward.h"
 #include "backward.h"
+#include "variant.h"
 #if BIRNN_ISA_LAYERS
 #include "gradients.h"
 #endif
@@ -149,6 +151,40 @@ void backward(DType dtype, const BackwardParams& p, const Chain& chain, const Pa
   with_storage(dtype, [&]<class S>(S) { Backward<S>(p, chain, panels, slots, steps, member).run(steps, begin, end); });
 }
 
+// All rows begin <= state < end of (D, B): one pass of a step.
+template <class F>
+void variant_rows(DType dtype, int64_t begin, int64_t end, const F& row) {
+  FlushDenormals flush;
+  with_storage(dtype, [&]<class S>(S) {
+    if constexpr (!kSplit<S>)
+      for (int64_t state = begin; state < end; ++state) row(S(), Row<Accumulate<S>>(), state);
+  });
+}
+
+void variant_forward(DType dtype, const VariantForward& p, int64_t begin, int64_t end) {
+  variant_rows(dtype, begin, end, [&]<class S, class X>(S, const X& x, int64_t state) INLINE_LAMBDA {
+    variant_forward_row<S, typename X::A>(p, x, state);
+  });
+}
+
+void variant_forward_projected(DType dtype, const VariantForward& p, int64_t begin, int64_t end) {
+  variant_rows(dtype, begin, end, [&]<class S, class X>(S, const X& x, int64_t state) INLINE_LAMBDA {
+    variant_forward_projected_row<S, typename X::A>(p, x, state);
+  });
+}
+
+void variant_backward_output(DType dtype, const VariantBackward& p, int64_t begin, int64_t end) {
+  variant_rows(dtype, begin, end, [&]<class S, class X>(S, const X& x, int64_t state) INLINE_LAMBDA {
+    variant_backward_output_row<S, typename X::A>(p, x, state);
+  });
+}
+
+void variant_backward(DType dtype, const VariantBackward& p, int64_t begin, int64_t end) {
+  variant_rows(dtype, begin, end, [&]<class S, class X>(S, const X& x, int64_t state) INLINE_LAMBDA {
+    variant_backward_row<S, typename X::A>(p, x, state);
+  });
+}
+
 #if !BIRNN_ISA_BF16
 template <Vec<float> (*function)(Vec<float>)>
 void apply(const float* x, float* y, int64_t n) {
@@ -227,6 +263,10 @@ const Kernels kernels = {
     .forward = forward,
     .backward_scratch = backward_scratch,
     .backward = backward,
+    .variant_forward = variant_forward,
+    .variant_forward_projected = variant_forward_projected,
+    .variant_backward_output = variant_backward_output,
+    .variant_backward = variant_backward,
 #if BIRNN_ISA_LAYERS
     .gradient_scratch = gradient_scratch,
     .input_gradient = input_gradient,

@@ -45,13 +45,6 @@ int64_t parallel(int64_t threads, const std::function<void(int64_t)>& work) {
   return got;
 }
 
-void check_lengths(const int64_t* lengths, const RecurrenceSizes& sizes) {
-  for (int64_t b = 0; lengths && b < sizes.B; ++b)
-    TORCH_CHECK_VALUE(0 <= lengths[b] && lengths[b] <= sizes.T,
-                      "lstm_recurrence: lengths must be between 0 and T = ", sizes.T, ", got lengths[", b,
-                      "] = ", lengths[b]);
-}
-
 // float32 with products of 16 bits where torch.set_float32_matmul_precision allows it and the CPU gains by it.
 DType effective(DType dtype) {
   const bool allowed = at::globalContext().float32MatmulPrecision() != at::Float32MatmulPrecision::HIGHEST;

@@ -29,23 +29,10 @@
 #include "cell_kernels.h"
 #include "choice.h"
 #include "persistent.h"
+#include "product.h"
 
 namespace birnn::cuda {
 namespace {
-
-// The weights as product() takes them: before compute capability 8.0 no bfloat16 product has a float32 result.
-Tensor multiplied(const Tensor& w) {
-  const bool widen = w.scalar_type() == at::kBFloat16 && at::cuda::getCurrentDeviceProperties()->major < 8;
-  return widen ? w.to(at::kFloat) : w;
-}
-
-// out = a b. 16-bit products go to a float32 out unrounded.
-void product(Tensor& out, const Tensor& a, const Tensor& b) {
-  if (out.scalar_type() == b.scalar_type())
-    at::bmm_out(out, a.to(b.scalar_type()), b);
-  else
-    at::bmm_out(out, a, b, out.scalar_type());
-}
 
 void stepwise_forward(birnn::Forward& call, const Tensor& w_hh, const OptionalTensor& h0, const OptionalTensor& c0,
                       cudaStream_t stream) {

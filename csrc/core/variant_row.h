@@ -1,0 +1,338 @@
+// One step of the LSTM of variant.h for one row: one direction of one sequence. A row's units are visited by X: a SIMD
+// loop on the CPU, the threads of a block on the GPU. The cell's equations are lstm_cell.h's.
+//
+// Types S, A and F as in variant.h. X has V, some units' values of type A, M, their functions (lstm_cell.h), and
+//   each(n, f)             f(u, count) for the units u .. u+count-1 of n, count being all that V holds, or what is left
+//   load<T>(p, at, count)  store<T>(p, at, v, count)
+//   only(v, count)         v with 0 for units beyond count
+//   sum(v)                 over all units, for all that take part in the row; all before it has been done by all of
+//   them store_one<T>(p, at, value) inverse_root(a)        1 / sqrt(a)
+#pragma once
+
+#include "lstm_cell.h"
+#include "variant.h"
+
+#if defined(__CUDACC__)
+#define BIRNN_INLINE_LAMBDA
+#else
+#define BIRNN_INLINE_LAMBDA __attribute__((always_inline))
+#endif
+
+namespace birnn {
+
+// Where a row is in a pass.
+struct RowPlace {
+  int64_t d, b, t;
+  int64_t row;    // of (T, B, D)
+  int64_t state;  // of (D, B)
+  bool active;    // the sequence has a step t
+  bool first;     // and it is its first
+  bool cleared;   // and it begins with h = c = 0
+};
+
+BIRNN_INLINE RowPlace row_place(const Variant& p, int64_t state, bool forward) {
+  RowPlace at;
+  at.state = state;
+  at.d = state / p.B;
+  at.b = state % p.B;
+  at.t = (at.d == 0) == forward ? p.s : p.T - 1 - p.s;
+  at.row = (at.t * p.B + at.b) * p.D + at.d;
+  const int64_t length = p.lengths ? p.lengths[at.b] : p.T;
+  at.active = at.t < length;
+  at.first = at.t == (at.d == 0 ? 0 : length - 1);
+  const int64_t begins = at.d == 0 ? at.t : at.t + 1;  // the step that reset speaks of
+  at.cleared = p.reset && begins < length && p.reset[begins * p.B + at.b];
+  return at;
+}
+
+template <class X>
+BIRNN_INLINE typename X::V zoneout(const X& x, const bool* mask, double mean, int64_t index, int64_t count) {
+  using V = typename X::V;
+  return mask ? x.template load<bool>(mask, index, count) : V{} + typename X::A(mean);
+}
+
+template <class T, class X>
+BIRNN_INLINE void store_zeros(const X& x, void* p, int64_t at, int64_t n) {
+  const typename X::V zeros{};
+  if (p) x.each(n, [&](int64_t u, int64_t count) BIRNN_INLINE_LAMBDA { x.template store<T>(p, at + u, zeros, count); });
+}
+
+template <class T, class X>
+BIRNN_INLINE Gates<typename X::V> load_gates(const X& x, const void* p, int64_t at, int64_t H, int64_t count) {
+  return {x.template load<T>(p, at, count), x.template load<T>(p, at + H, count),
+          x.template load<T>(p, at + 2 * H, count), x.template load<T>(p, at + 3 * H, count)};
+}
+
+template <class T, class X>
+BIRNN_INLINE void store_gates(const X& x, void* p, int64_t at, int64_t H, const Gates<typename X::V>& gates,
+                              int64_t count) {
+  x.template store<T>(p, at, gates.i, count);
+  x.template store<T>(p, at + H, gates.f, count);
+  x.template store<T>(p, at + 2 * H, gates.g, count);
+  x.template store<T>(p, at + 3 * H, gates.o, count);
+}
+
+// Mean and inverse standard deviation of n values, value(u, count) giving some of them.
+template <class A>
+struct Moments {
+  A mean, rstd;
+};
+
+template <class X, class F>
+BIRNN_INLINE Moments<typename X::A> moments(const X& x, int64_t n, double eps, const F& value) {
+  using A = typename X::A;
+  using V = typename X::V;
+  V sum{}, squares{};
+  x.each(n, [&](int64_t u, int64_t count) BIRNN_INLINE_LAMBDA { sum = sum + x.only(value(u, count), count); });
+  const A mean = x.sum(sum) / A(n);
+  x.each(n, [&](int64_t u, int64_t count) BIRNN_INLINE_LAMBDA {
+    const V from_mean = x.only(value(u, count) - mean, count);
+    squares = squares + from_mean * from_mean;
+  });
+  return {mean, x.inverse_root(x.sum(squares) / A(n) + A(eps))};
+}
+
+// --- forward ---------------------------------------------------------------------------------------------------------
+
+// h' of some units -> h_t.
+template <class S, class F, class X>
+BIRNN_INLINE void store_output(const VariantForward& p, const X& x, const RowPlace& at, int64_t u, int64_t count,
+                               typename X::V h) {
+  using A = typename X::A;
+  using V = typename X::V;
+  const int64_t state = at.state * p.P + u, row = at.row * p.P + u;
+  if (p.zoneout_h || p.zoneout_h_mean != 0) {
+    const V z = zoneout(x, p.zoneout_h, p.zoneout_h_mean, row, count);
+    const V h_prev = at.cleared ? V{} : x.template load<A>(p.h, state, count);
+    h = z * h_prev + (A(1) - z) * h;
+  }
+  x.template store<A>(p.h, state, h, count);
+  x.template store<S>(p.y, row, h, count);
+  if (p.operand)
+    x.template store<F>(p.operand, state, p.h_mask ? h * x.template load<S>(p.h_mask, state, count) : h, count);
+}
+
+// One step, up to o tanh(c') if there is a projection.
+template <class S, class F, class X>
+BIRNN_INLINE void variant_forward_row(const VariantForward& p, const X& x, int64_t state) {
+  using A = typename X::A;
+  using V = typename X::V;
+  using M = typename X::M;
+  const RowPlace at = row_place(p, state, true);
+  const int64_t H = p.H, in_4h = at.row * 4 * H;
+  if (!at.active) {
+    if (!p.projects) store_zeros<S>(x, p.y, at.row * p.P, p.P);
+    store_zeros<S>(x, p.gates, in_4h, 4 * H);
+    store_zeros<A>(x, p.cells, at.row * H, H);
+    store_zeros<S>(x, p.normed, in_4h, 4 * H);
+    if (p.rstd) x.template store_one<A>(p.rstd, at.row, A(0));
+    return;
+  }
+  const int64_t products = state * 4 * H;
+  const bool has_products = p.has_products && !at.cleared;
+  Moments<A> of_products{A(0), x.inverse_root(A(p.eps))};
+  if (p.ln_hh && has_products)
+    of_products = moments(x, 4 * H, p.eps, [&](int64_t u, int64_t count) BIRNN_INLINE_LAMBDA {
+      return x.template load<A>(p.products, products + u, count);
+    });
+  if (p.rstd) x.template store_one<A>(p.rstd, at.row, of_products.rstd);
+
+  const auto hidden = [&](int64_t u, int64_t count, V value) BIRNN_INLINE_LAMBDA {
+    if (p.projects)
+      x.template store<F>(p.hidden, state * H + u, value, count);
+    else
+      store_output<S, F>(p, x, at, u, count, value);
+  };
+  x.each(H, [&](int64_t u, int64_t count) BIRNN_INLINE_LAMBDA {
+    Gates<V> gates = load_gates<S>(x, p.gates_x, in_4h + u, H, count), products_h{};
+    if (has_products) products_h = load_gates<A>(x, p.products, products + u, H, count);
+    if (p.ln_hh) {
+      const A mean = of_products.mean, rstd = of_products.rstd;
+      products_h = {(products_h.i - mean) * rstd, (products_h.f - mean) * rstd, (products_h.g - mean) * rstd,
+                    (products_h.o - mean) * rstd};
+      if (p.normed) store_gates<S>(x, p.normed, in_4h + u, H, products_h, count);
+      const Gates<V> factor = load_gates<S>(x, p.ln_hh, at.d * 4 * H + u, H, count);
+      products_h = {products_h.i * factor.i, products_h.f * factor.f, products_h.g * factor.g, products_h.o * factor.o};
+    }
+    gates = {gates.i + products_h.i, gates.f + products_h.f, gates.g + products_h.g, gates.o + products_h.o};
+    const V c_prev = at.cleared ? V{} : x.template load<A>(p.c, state * H + u, count);
+    V c = c_prev;
+    lstm_state<M>(gates, c);
+    if (p.gates) store_gates<S>(x, p.gates, in_4h + u, H, gates, count);
+    if (p.ln_c) {  // the products' place keeps what the normalised cell needs
+      x.template store<A>(p.products, products + u, c, count);
+      x.template store<A>(p.products, products + 3 * H + u, gates.o, count);
+    } else {
+      hidden(u, count, lstm_output<M>(gates, c));
+    }
+    if (p.zoneout_c || p.zoneout_c_mean != 0) {
+      const V z = zoneout(x, p.zoneout_c, p.zoneout_c_mean, at.row * H + u, count);
+      c = z * c_prev + (A(1) - z) * c;
+    }
+    x.template store<A>(p.c, state * H + u, c, count);
+    if (p.cells) x.template store<A>(p.cells, at.row * H + u, c, count);
+  });
+  if (!p.ln_c) return;
+  const auto cell = [&](int64_t u, int64_t count)
+                        BIRNN_INLINE_LAMBDA { return x.template load<A>(p.products, products + u, count); };
+  const Moments<A> of_cell = moments(x, H, p.eps, cell);
+  x.each(H, [&](int64_t u, int64_t count) BIRNN_INLINE_LAMBDA {
+    Gates<V> gates{};
+    gates.o = x.template load<A>(p.products, products + 3 * H + u, count);
+    const V c = (cell(u, count) - of_cell.mean) * of_cell.rstd * x.template load<S>(p.ln_c, at.d * 2 * H + u, count) +
+                x.template load<S>(p.ln_c, (at.d * 2 + 1) * H + u, count);
+    hidden(u, count, lstm_output<M>(gates, c));
+  });
+}
+
+// The rest of a step with a projection.
+template <class S, class F, class X>
+BIRNN_INLINE void variant_forward_projected_row(const VariantForward& p, const X& x, int64_t state) {
+  using A = typename X::A;
+  const RowPlace at = row_place(p, state, true);
+  if (!at.active) return store_zeros<S>(x, p.y, at.row * p.P, p.P);
+  x.each(p.P, [&](int64_t u, int64_t count) BIRNN_INLINE_LAMBDA {
+    store_output<S, F>(p, x, at, u, count, x.template load<A>(p.projected, state * p.P + u, count));
+  });
+}
+
+// --- backward --------------------------------------------------------------------------------------------------------
+
+// The gradient of h_t -> those of h' and, directly, of h_{t-1}.
+template <class S, class F, class X>
+BIRNN_INLINE void variant_backward_output_row(const VariantBackward& p, const X& x, int64_t state) {
+  using A = typename X::A;
+  using V = typename X::V;
+  const RowPlace at = row_place(p, state, false);
+  x.each(p.P, [&](int64_t u, int64_t count) BIRNN_INLINE_LAMBDA {
+    const int64_t in_state = state * p.P + u, in_row = at.row * p.P + u;
+    V dh = x.template load<A>(p.dh, in_state, count), direct = dh;
+    if (p.dh_products) {
+      const V product = x.template load<A>(p.dh_products, in_state, count);
+      direct = dh = dh + (p.h_mask ? product * x.template load<S>(p.h_mask, in_state, count) : product);
+    }
+    if (at.active) {
+      if (p.dy) dh = dh + x.template load<S>(p.dy, in_row, count);
+      const V z = zoneout(x, p.zoneout_h, p.zoneout_h_mean, in_row, count);
+      direct = at.cleared ? V{} : z * dh;
+      dh = (A(1) - z) * dh;
+    } else {
+      dh = V{};
+    }
+    x.template store<A>(p.dh, in_state, direct, count);
+    if (p.projects) {
+      x.template store<F>(p.d_projected_operand, in_state, dh, count);
+      x.template store<S>(p.d_projected, in_row, dh, count);
+    } else {
+      x.template store<A>(p.d_hidden, in_state, dh, count);
+    }
+  });
+}
+
+// The gradient of o tanh(c') -> those of gates_x, of W_hh h_{t-1} and of c_{t-1}.
+template <class S, class F, class X>
+BIRNN_INLINE void variant_backward_row(const VariantBackward& p, const X& x, int64_t state) {
+  using A = typename X::A;
+  using V = typename X::V;
+  using M = typename X::M;
+  const RowPlace at = row_place(p, state, false);
+  const int64_t H = p.H, in_4h = at.row * 4 * H;
+  if (!at.active) {
+    store_zeros<S>(x, p.d_gates_x, in_4h, 4 * H);
+    store_zeros<S>(x, p.d_products, in_4h, 4 * H);
+    store_zeros<S>(x, p.hidden, at.row * H, H);
+    store_zeros<F>(x, p.operand, state * 4 * H, 4 * H);
+    return;
+  }
+  const auto c_before = [&](int64_t u, int64_t count) BIRNN_INLINE_LAMBDA {
+    if (at.cleared) return V{};
+    if (at.first) return p.c0 ? x.template load<S>(p.c0, state * H + u, count) : V{};
+    const int64_t before = at.d == 0 ? at.row - p.B * p.D : at.row + p.B * p.D;
+    return x.template load<A>(p.cells, before * H + u, count);
+  };
+  const auto cell = [&](int64_t u, int64_t count) BIRNN_INLINE_LAMBDA {  // c', which zoneout may have put aside
+    const Gates<V> gates = load_gates<S>(x, p.gates, in_4h + u, H, count);
+    return gates.f * c_before(u, count) + gates.i * gates.g;
+  };
+  const int64_t ln_c = at.d * 2 * H;
+  Moments<A> of_cell{};
+  A mean_d = 0, mean_d_normed = 0;  // of the gradient of LN(c'), and of it times LN(c')
+  if (p.ln_c) {
+    of_cell = moments(x, H, p.eps, cell);
+    V sum_d{}, sum_d_normed{};
+    x.each(H, [&](int64_t u, int64_t count) BIRNN_INLINE_LAMBDA {
+      const Gates<V> gates = load_gates<S>(x, p.gates, in_4h + u, H, count);
+      const V normed = (cell(u, count) - of_cell.mean) * of_cell.rstd,
+              factor = x.template load<S>(p.ln_c, ln_c + u, count);
+      V d_o, dn;
+      lstm_output_backward<M>(gates, normed * factor + x.template load<S>(p.ln_c, ln_c + H + u, count),
+                              x.template load<A>(p.d_hidden, state * H + u, count), d_o, dn);
+      const int64_t sums = state * 2 * H + u;
+      x.template store<A>(p.d_ln_c, sums, x.template load<A>(p.d_ln_c, sums, count) + dn * normed, count);
+      x.template store<A>(p.d_ln_c, sums + H, x.template load<A>(p.d_ln_c, sums + H, count) + dn, count);
+      const V d = x.only(dn * factor, count);
+      sum_d = sum_d + d;
+      sum_d_normed = sum_d_normed + d * normed;
+    });
+    mean_d = x.sum(sum_d) / A(H);
+    mean_d_normed = x.sum(sum_d_normed) / A(H);
+  }
+
+  V sum_dz{}, sum_dz_normed{};
+  x.each(H, [&](int64_t u, int64_t count) BIRNN_INLINE_LAMBDA {
+    const Gates<V> gates = load_gates<S>(x, p.gates, in_4h + u, H, count);
+    const V c_prev = c_before(u, count), c = gates.f * c_prev + gates.i * gates.g,
+            d_hidden = x.template load<A>(p.d_hidden, state * H + u, count);
+    V d_o, d_cell, read = c;  // read: what tanh is taken of
+    if (p.ln_c) {
+      const V normed = (c - of_cell.mean) * of_cell.rstd, factor = x.template load<S>(p.ln_c, ln_c + u, count);
+      read = normed * factor + x.template load<S>(p.ln_c, ln_c + H + u, count);
+      lstm_output_backward<M>(gates, read, d_hidden, d_o, d_cell);
+      d_cell = (d_cell * factor - mean_d - normed * mean_d_normed) * of_cell.rstd;
+    } else {
+      lstm_output_backward<M>(gates, c, d_hidden, d_o, d_cell);
+    }
+    if (p.hidden) x.template store<S>(p.hidden, at.row * H + u, lstm_output<M>(gates, read), count);
+    V dc = x.template load<A>(p.dc, state * H + u, count);
+    if (p.d_cells) dc = dc + x.template load<A>(p.d_cells, at.row * H + u, count);
+    const V z = zoneout(x, p.zoneout_c, p.zoneout_c_mean, at.row * H + u, count);
+    d_cell = d_cell + (A(1) - z) * dc;
+    const Gates<V> dz = lstm_state_backward<M>(gates, c_prev, d_o, d_cell);
+    x.template store<A>(p.dc, state * H + u, at.cleared ? V{} : d_cell + z * dc, count);
+    store_gates<S>(x, p.d_gates_x, in_4h + u, H, dz, count);
+    if (p.ln_hh) {
+      const Gates<V> normed = load_gates<S>(x, p.normed, in_4h + u, H, count),
+                     factor = load_gates<S>(x, p.ln_hh, at.d * 4 * H + u, H, count);
+      Gates<V> sums = load_gates<A>(x, p.d_ln_hh, state * 4 * H + u, H, count);
+      const Gates<V> more{dz.i * normed.i, dz.f * normed.f, dz.g * normed.g, dz.o * normed.o};
+      sums = {sums.i + more.i, sums.f + more.f, sums.g + more.g, sums.o + more.o};
+      store_gates<A>(x, p.d_ln_hh, state * 4 * H + u, H, sums, count);
+      sum_dz = sum_dz + x.only(dz.i * factor.i + dz.f * factor.f + dz.g * factor.g + dz.o * factor.o, count);
+      sum_dz_normed =
+          sum_dz_normed + x.only(more.i * factor.i + more.f * factor.f + more.g * factor.g + more.o * factor.o, count);
+    } else {
+      const Gates<V> d = at.cleared ? Gates<V>{} : dz;
+      store_gates<F>(x, p.operand, state * 4 * H + u, H, d, count);
+      if (p.d_products) store_gates<S>(x, p.d_products, in_4h + u, H, d, count);
+    }
+  });
+  if (!p.ln_hh) return;
+  const A mean_dz = x.sum(sum_dz) / A(4 * H), mean_dz_normed = x.sum(sum_dz_normed) / A(4 * H),
+          rstd = static_cast<const A*>(p.rstd)[at.row];
+  x.each(H, [&](int64_t u, int64_t count) BIRNN_INLINE_LAMBDA {
+    Gates<V> d{};
+    if (!at.cleared) {
+      const Gates<V> dz = load_gates<S>(x, p.d_gates_x, in_4h + u, H, count),
+                     normed = load_gates<S>(x, p.normed, in_4h + u, H, count),
+                     factor = load_gates<S>(x, p.ln_hh, at.d * 4 * H + u, H, count);
+      d = {(dz.i * factor.i - mean_dz - normed.i * mean_dz_normed) * rstd,
+           (dz.f * factor.f - mean_dz - normed.f * mean_dz_normed) * rstd,
+           (dz.g * factor.g - mean_dz - normed.g * mean_dz_normed) * rstd,
+           (dz.o * factor.o - mean_dz - normed.o * mean_dz_normed) * rstd};
+    }
+    store_gates<F>(x, p.operand, state * 4 * H + u, H, d, count);
+    store_gates<S>(x, p.d_products, in_4h + u, H, d, count);
+  });
+}
+
+}  // namespace birnn
