@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import re
-import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+from helpers import all_near, twins
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
+from torch.nn.utils.rnn import pack_sequence
 
 import birnn_ext
 from birnn_ext import LSTM, BiRNN
@@ -40,112 +38,135 @@ def integers(*values: int, dtype: torch.dtype = torch.int64, device: str = "cpu"
 
 
 class Wrong(NamedTuple):
-    """A call that must fail.
-
-    With `call` a function of a class, nn.LSTM makes the same call too, and must raise the same kind of error.
-    """
+    """A call that must fail."""
 
     name: str
     call: Callable[..., Any]
     kind: type[Exception]
     message: str
-    torch: bool | type[Exception] = False  # nn.LSTM raises this; True: the same kind
+    theirs: type[Exception] | str | None = "the same"  # what nn.LSTM raises for the same call; None: nothing
 
 
 # Of the module's constructor: called with nn.LSTM too.
 CONSTRUCTORS = [
-    Wrong("input_size 0", lambda cls: cls(0, 5), ValueError, "input_size must be greater than zero", True),
-    Wrong("input_size -3", lambda cls: cls(-3, 5), ValueError, "input_size must be greater than zero", True),
-    Wrong("hidden_size 0", lambda cls: cls(3, 0), ValueError, "hidden_size must be greater than zero", True),
-    Wrong("hidden_size -1", lambda cls: cls(3, -1), ValueError, "hidden_size must be greater than zero", True),
-    Wrong("hidden_size 2.5", lambda cls: cls(3, 2.5), TypeError, "hidden_size should be of type int, got: float", True),
-    Wrong("hidden_size text", lambda cls: cls(3, "5"), TypeError, "hidden_size should be of type int, got: str", True),
-    Wrong("input_size text", lambda cls: cls("3", 5), TypeError, "'<=' not supported|input_size", True),
-    Wrong("num_layers 0", lambda cls: cls(3, 5, 0), ValueError, "num_layers must be greater than zero", True),
-    Wrong("num_layers -1", lambda cls: cls(3, 5, num_layers=-1), ValueError, "num_layers must be greater", True),
-    Wrong("num_layers 1.5", lambda cls: cls(3, 5, 1.5), TypeError, "float", True),
-    Wrong("dropout 2", lambda cls: cls(3, 5, 2, dropout=2), ValueError, "dropout should be a number in range", True),
-    Wrong("dropout -0.1", lambda cls: cls(3, 5, 2, dropout=-0.1), ValueError, "dropout should be a number in", True),
-    Wrong("dropout True", lambda cls: cls(3, 5, 2, dropout=True), ValueError, "dropout should be a number in", True),
-    Wrong("proj_size -1", lambda cls: cls(3, 5, proj_size=-1), ValueError, "proj_size should be a positive", True),
-    Wrong("proj_size 5", lambda cls: cls(3, 5, proj_size=5), ValueError, "proj_size has to be smaller than", True),
-    Wrong("proj_size 9", lambda cls: cls(3, 5, proj_size=9), ValueError, "proj_size has to be smaller than", True),
-    Wrong("dtype int32", lambda cls: cls(3, 5, dtype=torch.int32), RuntimeError, "floating point", True),
-    Wrong("device nowhere", lambda cls: cls(3, 5, device="nowhere"), RuntimeError, "device type", True),
-    Wrong("unknown argument", lambda cls: cls(3, 5, layers=2), TypeError, "layers", True),
-    Wrong("no hidden_size", lambda cls: cls(3), TypeError, "hidden_size", True),
+    Wrong("input_size 0", lambda cls: cls(0, 5), ValueError, "input_size must be greater than zero"),
+    Wrong("input_size -3", lambda cls: cls(-3, 5), ValueError, "input_size must be greater than zero"),
+    Wrong("hidden_size 0", lambda cls: cls(3, 0), ValueError, "hidden_size must be greater than zero"),
+    Wrong("hidden_size -1", lambda cls: cls(3, -1), ValueError, "hidden_size must be greater than zero"),
+    Wrong("hidden_size 2.5", lambda cls: cls(3, 2.5), TypeError, "hidden_size should be of type int, got: float"),
+    Wrong("hidden_size text", lambda cls: cls(3, "5"), TypeError, "hidden_size should be of type int, got: str"),
+    Wrong("input_size text", lambda cls: cls("3", 5), TypeError, "input_size should be of type int, got: str"),
+    Wrong("num_layers 0", lambda cls: cls(3, 5, 0), ValueError, "num_layers must be greater than zero"),
+    Wrong("num_layers -1", lambda cls: cls(3, 5, num_layers=-1), ValueError, "num_layers must be greater"),
+    Wrong("num_layers 1.5", lambda cls: cls(3, 5, 1.5), TypeError, "float"),
+    Wrong("dropout 2", lambda cls: cls(3, 5, 2, dropout=2), ValueError, "dropout should be a number in range"),
+    Wrong("dropout -0.1", lambda cls: cls(3, 5, 2, dropout=-0.1), ValueError, "dropout should be a number in"),
+    Wrong("dropout True", lambda cls: cls(3, 5, 2, dropout=True), ValueError, "dropout should be a number in"),
+    Wrong("proj_size -1", lambda cls: cls(3, 5, proj_size=-1), ValueError, "proj_size should be a positive"),
+    Wrong("proj_size 5", lambda cls: cls(3, 5, proj_size=5), ValueError, "proj_size has to be smaller than"),
+    Wrong("proj_size 9", lambda cls: cls(3, 5, proj_size=9), ValueError, "proj_size has to be smaller than"),
+    Wrong("dtype int32", lambda cls: cls(3, 5, dtype=torch.int32), RuntimeError, "floating point"),
+    Wrong("device nowhere", lambda cls: cls(3, 5, device="nowhere"), RuntimeError, "device type"),
+    Wrong("unknown argument", lambda cls: cls(3, 5, layers=2), TypeError, "layers"),
+    Wrong("no hidden_size", lambda cls: cls(3), TypeError, "hidden_size"),
+]  # fmt: skip
+
+# Of what LSTM has and nn.LSTM has not.
+OPTIONS = [
+    Wrong("recurrent_dropout 2", lambda: LSTM(3, 5, recurrent_dropout=2), ValueError, "recurrent_dropout must be a number in [0, 1], got 2"),
+    Wrong("recurrent_dropout True", lambda: LSTM(3, 5, recurrent_dropout=True), ValueError, "recurrent_dropout must be a number in [0, 1], got True"),
+    Wrong("recurrent_dropout text", lambda: LSTM(3, 5, recurrent_dropout="0.5"), ValueError, "recurrent_dropout must be a number in [0, 1], got '0.5'"),
+    Wrong("zoneout -1", lambda: LSTM(3, 5, zoneout=-1), ValueError, "zoneout must be a number in [0, 1], got -1"),
+    Wrong("zoneout NaN", lambda: LSTM(3, 5, zoneout=float("nan")), ValueError, "zoneout must be a number in [0, 1], got nan"),
+    Wrong("zoneout of three", lambda: LSTM(3, 5, zoneout=(0.1, 0.2, 0.3)), ValueError, "zoneout must be a number in [0, 1], got (0.1, 0.2, 0.3)"),
+    Wrong("zoneout pair", lambda: LSTM(3, 5, zoneout=(0.1, 1.2)), ValueError, "zoneout must be a number in [0, 1], got 1.2"),
+    Wrong("reset list", lambda: LSTM(3, 5)(x(), reset=[True]), TypeError, "reset must be a tensor, got list"),
+    Wrong("reset shape", lambda: LSTM(3, 5)(x(), reset=ok(2, 4, dtype=torch.bool)), ValueError, "reset must have shape (4, 2), got (2, 4)"),
+    Wrong("reset int64", lambda: LSTM(3, 5)(x(), reset=ok(4, 2, dtype=torch.int64)), TypeError, "reset must be bool, got torch.int64"),
+    Wrong("reset meta", lambda: LSTM(3, 5)(x(), reset=ok(4, 2, dtype=torch.bool, device="meta")), ValueError, "reset must be on the input's device cpu, got meta"),
+    Wrong("reset with a packed input", lambda: LSTM(3, 5)(pack_sequence([ok(2, 3)]), reset=ok(2, dtype=torch.bool)), TypeError, "reset must be a PackedSequence with a packed input, got Tensor"),
+    Wrong("reset packed otherwise", lambda: LSTM(3, 5)(pack_sequence([ok(2, 3)]), reset=pack_sequence([ok(1, dtype=torch.bool)])), ValueError, "reset must be packed as the input, with data of shape (N,)"),
+    Wrong("packed reset with a tensor", lambda: LSTM(3, 5)(x(), reset=pack_sequence([ok(2, dtype=torch.bool)])), TypeError, "reset must be a tensor, got PackedSequence"),
+    Wrong("reset with learned_state", lambda: LSTM(3, 5, learned_state=True)(x(), reset=ok(4, 2, dtype=torch.bool)), ValueError, "reset must be None with learned_state=True"),
+    Wrong("cells with last", lambda: LSTM(3, 5)(x(), output="last", return_cell_states=True), ValueError, "return_cell_states must be False with output=\"last\""),
+    Wrong("h_0 of H with proj_size", lambda: LSTM(3, 5, proj_size=2)(x(), hx()), RuntimeError, "Expected hidden[0] size (1, 2, 2), got [1, 2, 5]"),
+    Wrong("c_0 of P with proj_size", lambda: LSTM(3, 5, proj_size=2)(x(), (ok(1, 2, 2), ok(1, 2, 2))), RuntimeError, "Expected hidden[1] size (1, 2, 5), got [1, 2, 2]"),
+    Wrong("weight_hr float64", lambda: with_weight(LSTM(3, 5, proj_size=2), "weight_hr_l0", ok(2, 5).double())(x()), ValueError, "weight_hr_l0 must be torch.float32 on cpu as weight_ih_l0, got torch.float64"),
+    Wrong("weight_hr shape", lambda: with_weight(LSTM(3, 5, proj_size=2), "weight_hr_l0", ok(2, 4))(x()), ValueError, "w_hr must have shape [1, 2, 5], got [1, 2, 4]"),
+    Wrong("weight_ln_c shape", lambda: with_weight(LSTM(3, 5, layer_norm=True, bias=False), "weight_ln_c_l0", ok(4))(x()), ValueError, "ln_c must have shape [1, 2, 5], got [1, 2, 4]"),
+    Wrong("lengths 5 of 4, zoneout", lambda: LSTM(3, 5, zoneout=0.1)(x(), lengths=integers(1, 5)), ValueError, "lengths must be between 0 and T = 4, got lengths[1] = 5"),
 ]  # fmt: skip
 
 # Of LSTM(3, 5) or nn.LSTM(3, 5).
 CALLS = [
-    Wrong("features 5", lambda m: m(ok(4, 2, 5)), RuntimeError, "input.size(-1) must be equal to input_size. Expected 3, got 5", True),
-    Wrong("features 0", lambda m: m(ok(4, 2, 0)), RuntimeError, "input.size(-1) must be equal to input_size. Expected 3, got 0", True),
-    Wrong("features 5 unbatched", lambda m: m(ok(4, 5)), RuntimeError, "input.size(-1) must be equal to input_size", True),
-    Wrong("1-D", lambda m: m(ok(3)), ValueError, "Expected input to be 2D or 3D, got 1D", True),
-    Wrong("0-D", lambda m: m(torch.tensor(1.0)), ValueError, "Expected input to be 2D or 3D, got 0D", True),
-    Wrong("4-D", lambda m: m(ok(1, 4, 2, 3)), ValueError, "Expected input to be 2D or 3D, got 4D", True),
-    Wrong("no steps", lambda m: m(ok(0, 2, 3)), RuntimeError, "Expected sequence length to be larger than 0", True),
-    Wrong("no steps unbatched", lambda m: m(ok(0, 3)), RuntimeError, "Expected sequence length to be larger than 0", True),
-    Wrong("float64 input", lambda m: m(x(dtype=torch.float64)), ValueError, "input and weights must have the same dtype, got torch.float64 and torch.float32", True),
-    Wrong("float16 input", lambda m: m(x(dtype=torch.float16)), ValueError, "input and weights must have the same dtype, got torch.float16", True),
-    Wrong("int64 input", lambda m: m(x(dtype=torch.int64)), ValueError, "input and weights must have the same dtype, got torch.int64", True),
-    Wrong("bool input", lambda m: m(x(dtype=torch.bool)), ValueError, "input and weights must have the same dtype, got torch.bool", True),
-    Wrong("complex input", lambda m: m(x(dtype=torch.complex64)), ValueError, "input and weights must have the same dtype, got torch.complex64", True),
-    Wrong("meta input", lambda m: m(x(device="meta")), ValueError, "input must be on the weights' device cpu, got meta"),
-    Wrong("meta weights", lambda m: m.to("meta")(x()), ValueError, "input must be on the weights' device meta, got cpu"),
-    Wrong("list input", lambda m: m([1.0]), TypeError, "input must be a tensor or a PackedSequence, got list"),
-    Wrong("None input", lambda m: m(None), TypeError, "input must be a tensor or a PackedSequence, got NoneType"),
-    Wrong("array input", lambda m: m(x().numpy()), TypeError, "input must be a tensor or a PackedSequence, got ndarray"),
-    Wrong("no input", lambda m: m(), TypeError, "input", True),
-    Wrong("sparse input", lambda m: m(x().to_sparse()), TypeError, "input must be a dense tensor"),
-    Wrong("hx h_0 size", lambda m: m(x(), hx(first=ok(1, 2, 6))), RuntimeError, "Expected hidden[0] size (1, 2, 5), got [1, 2, 6]", True),
-    Wrong("hx c_0 size", lambda m: m(x(), hx(second=ok(1, 2, 6))), RuntimeError, "Expected hidden[1] size (1, 2, 5), got [1, 2, 6]", True),
-    Wrong("hx c_0 layers", lambda m: m(x(), hx(second=ok(2, 2, 5))), RuntimeError, "Expected hidden[1] size (1, 2, 5), got [2, 2, 5]", True),
-    Wrong("hx batch", lambda m: m(x(), hx(first=ok(1, 3, 5))), RuntimeError, "Expected hidden[0] size (1, 2, 5), got [1, 3, 5]", True),
-    Wrong("hx batch 1", lambda m: m(x(), (ok(1, 1, 5), ok(1, 1, 5))), RuntimeError, "Expected hidden[0] size (1, 2, 5), got [1, 1, 5]", True),
-    Wrong("hx 2-D", lambda m: m(x(), (ok(1, 5), ok(1, 5))), RuntimeError, "For batched 3-D input, hx and cx should also be 3-D but got (2-D, 2-D)", True),
-    Wrong("hx c_0 2-D", lambda m: m(x(), (ok(1, 2, 5), ok(1, 5))), RuntimeError, "For batched 3-D input, hx and cx should also be 3-D but got (3-D, 2-D)", True),
-    Wrong("hx 3-D unbatched", lambda m: m(ok(4, 3), hx()), RuntimeError, "For unbatched 2-D input, hx and cx should also be 2-D", True),
-    Wrong("hx float64", lambda m: m(x(), hx(first=ok(1, 2, 5, dtype=torch.float64))), ValueError, "hidden[0] must be torch.float32 as the input, got torch.float64"),
-    Wrong("hx c_0 int64", lambda m: m(x(), hx(second=ok(1, 2, 5, dtype=torch.int64))), ValueError, "hidden[1] must be torch.float32 as the input, got torch.int64"),
-    Wrong("hx meta", lambda m: m(x(), hx(second=ok(1, 2, 5, device="meta"))), ValueError, "hidden[1] must be on the input's device cpu, got meta"),
-    Wrong("hx one tensor", lambda m: m(x(), ok(1, 2, 5)), TypeError, "hx must be None or a pair of tensors (h_0, c_0)"),
-    Wrong("hx number", lambda m: m(x(), 5), TypeError, "hx must be None or a pair of tensors (h_0, c_0)", True),
-    Wrong("hx of one", lambda m: m(x(), (ok(1, 2, 5),)), TypeError, "hx must be None or a pair of tensors (h_0, c_0)"),
-    Wrong("hx of three", lambda m: m(x(), (ok(1, 2, 5),) * 3), TypeError, "hx must be None or a pair of tensors (h_0, c_0)"),
-    Wrong("hx with None", lambda m: m(x(), (ok(1, 2, 5), None)), TypeError, "hx must be None or a pair of tensors (h_0, c_0)"),
-    Wrong("hx of lists", lambda m: m(x(), ([0.0], [0.0])), TypeError, "hx must be None or a pair of tensors (h_0, c_0)"),
-    Wrong("hx text", lambda m: m(x(), "hc"), TypeError, "hx must be None or a pair of tensors (h_0, c_0)"),
-    Wrong("packed features", lambda m: m(pack_sequence([ok(2, 4)])), RuntimeError, "input.size(-1) must be equal to input_size. Expected 3, got 4"),
-    Wrong("packed hx batch", lambda m: m(pack_sequence([ok(2, 3)]), hx()), RuntimeError, "Expected hidden[0] size (1, 1, 5), got [1, 2, 5]", True),
-    Wrong("packed hx batch, sorted", lambda m: m(pack_sequence([ok(1, 3), ok(2, 3)], False), (ok(1, 1, 5),) * 2), RuntimeError, "Expected hidden[0] size (1, 2, 5), got [1, 1, 5]", (RuntimeError, IndexError)),
-    Wrong("packed hx 2-D", lambda m: m(pack_sequence([ok(2, 3)]), (ok(1, 5),) * 2), RuntimeError, "hidden[0]", (RuntimeError,)),
-    Wrong("packed dtype", lambda m: m(pack_sequence([ok(2, 3).double()])), ValueError, "input and weights must have the same dtype, got torch.float64", True),
-    Wrong("output first", lambda m: m(x(), output="first"), ValueError, "output must be \"all\" or \"last\", got 'first'"),
-    Wrong("output None", lambda m: m(x(), output=None), ValueError, "output must be \"all\" or \"last\", got None"),
-    Wrong("output list", lambda m: m(x(), output=["last"]), ValueError, "output must be \"all\" or \"last\", got ['last']"),
-    Wrong("lengths list", lambda m: m(x(), lengths=[1, 2]), TypeError, "lengths must be a tensor, got list"),
-    Wrong("lengths number", lambda m: m(x(), lengths=4), TypeError, "lengths must be a tensor, got int"),
-    Wrong("lengths 1", lambda m: m(x(), lengths=integers(1)), ValueError, "lengths must have shape (2,), got (1,)"),
-    Wrong("lengths 2-D", lambda m: m(x(), lengths=integers(1, 2).unsqueeze(0)), ValueError, "lengths must have shape (2,), got (1, 2)"),
-    Wrong("lengths 0-D", lambda m: m(x(), lengths=torch.tensor(2)), ValueError, "lengths must have shape (2,), got ()"),
-    Wrong("lengths of steps", lambda m: m(x(), lengths=integers(1, 1, 1, 1)), ValueError, "lengths must have shape (2,), got (4,)"),
-    Wrong("lengths float", lambda m: m(x(), lengths=torch.tensor([1.0, 2.0])), TypeError, "lengths must be int64, got torch.float32"),
-    Wrong("lengths int32", lambda m: m(x(), lengths=integers(1, 2, dtype=torch.int32)), TypeError, "lengths must be int64, got torch.int32"),
-    Wrong("lengths bool", lambda m: m(x(), lengths=torch.tensor([True, True])), TypeError, "lengths must be int64, got torch.bool"),
-    Wrong("lengths meta", lambda m: m(x(), lengths=integers(1, 2, device="meta")), ValueError, "lengths must be on the input's device cpu, got meta"),
-    Wrong("lengths 5 of 4", lambda m: m(x(), lengths=integers(1, 5)), ValueError, "lengths must be between 0 and T = 4, got lengths[1] = 5"),
-    Wrong("lengths -1", lambda m: m(x(), lengths=integers(-1, 4)), ValueError, "lengths must be between 0 and T = 4, got lengths[0] = -1"),
-    Wrong("lengths huge", lambda m: m(x(), lengths=integers(4, 2**62)), ValueError, "lengths must be between 0 and T = 4, got lengths[1] = 4611686018427387904"),
-    Wrong("lengths lowest", lambda m: m(x(), lengths=integers(-(2**63), 4)), ValueError, "lengths must be between 0 and T = 4, got lengths[0] = -9223372036854775808"),
-    Wrong("lengths 5 of 4, last", lambda m: m(x(), lengths=integers(1, 5), output="last"), ValueError, "lengths must be between 0 and T = 4, got lengths[1] = 5"),
-    Wrong("lengths -1, last", lambda m: m(x(), lengths=integers(-1, 4), output="last"), ValueError, "lengths must be between 0 and T = 4, got lengths[0] = -1"),
-    Wrong("lengths 5 of 4, no_grad", lambda m: torch.no_grad()(m)(x(), lengths=integers(1, 5)), ValueError, "lengths must be between 0 and T = 4, got lengths[1] = 5"),
-    Wrong("lengths 5 of 4, bfloat16", lambda m: m.bfloat16()(x(dtype=torch.bfloat16), lengths=integers(1, 5)), ValueError, "lengths must be between 0 and T = 4, got lengths[1] = 5"),
-    Wrong("lengths unbatched", lambda m: m(ok(4, 3), lengths=integers(4)), ValueError, "lengths must be None with unbatched"),
-    Wrong("lengths packed", lambda m: m(pack_sequence([ok(2, 3)]), lengths=integers(2)), ValueError, "lengths must be None with a PackedSequence"),
-    Wrong("requires_grad on integers", lambda m: m(x(dtype=torch.int64).requires_grad_()), RuntimeError, "floating point", True),
-    Wrong("unknown argument", lambda m: m(x(), mask=x()), TypeError, "mask", True),
+    Wrong("features 5", lambda m: m(ok(4, 2, 5)), RuntimeError, "input.size(-1) must be equal to input_size. Expected 3, got 5"),
+    Wrong("features 0", lambda m: m(ok(4, 2, 0)), RuntimeError, "input.size(-1) must be equal to input_size. Expected 3, got 0"),
+    Wrong("features 5 unbatched", lambda m: m(ok(4, 5)), RuntimeError, "input.size(-1) must be equal to input_size"),
+    Wrong("1-D", lambda m: m(ok(3)), ValueError, "Expected input to be 2D or 3D, got 1D"),
+    Wrong("0-D", lambda m: m(torch.tensor(1.0)), ValueError, "Expected input to be 2D or 3D, got 0D"),
+    Wrong("4-D", lambda m: m(ok(1, 4, 2, 3)), ValueError, "Expected input to be 2D or 3D, got 4D"),
+    Wrong("no steps", lambda m: m(ok(0, 2, 3)), RuntimeError, "Expected sequence length to be larger than 0"),
+    Wrong("no steps unbatched", lambda m: m(ok(0, 3)), RuntimeError, "Expected sequence length to be larger than 0"),
+    Wrong("float64 input", lambda m: m(x(dtype=torch.float64)), ValueError, "input dtype (torch.float64) does not match weight dtype (torch.float32)"),
+    Wrong("float16 input", lambda m: m(x(dtype=torch.float16)), ValueError, "input dtype (torch.float16) does not match weight dtype"),
+    Wrong("int64 input", lambda m: m(x(dtype=torch.int64)), ValueError, "input dtype (torch.int64) does not match weight dtype"),
+    Wrong("bool input", lambda m: m(x(dtype=torch.bool)), ValueError, "input dtype (torch.bool) does not match weight dtype"),
+    Wrong("complex input", lambda m: m(x(dtype=torch.complex64)), ValueError, "input dtype (torch.complex64) does not match weight dtype"),
+    Wrong("meta input", lambda m: m(x(device="meta")), RuntimeError, "input must be on the weights' device cpu, got meta"),
+    Wrong("meta weights", lambda m: m.to("meta")(x()), RuntimeError, "input must be on the weights' device meta, got cpu"),
+    Wrong("list input", lambda m: m([1.0]), TypeError, "input must be a tensor or a PackedSequence, got list", AttributeError),
+    Wrong("None input", lambda m: m(None), TypeError, "input must be a tensor or a PackedSequence, got NoneType", AttributeError),
+    Wrong("array input", lambda m: m(x().numpy()), TypeError, "input must be a tensor or a PackedSequence, got ndarray", AttributeError),
+    Wrong("no input", lambda m: m(), TypeError, "input"),
+    Wrong("sparse input", lambda m: m(x().to_sparse()), NotImplementedError, "from the 'SparseCPU' backend", RuntimeError),
+    Wrong("hx h_0 size", lambda m: m(x(), hx(first=ok(1, 2, 6))), RuntimeError, "Expected hidden[0] size (1, 2, 5), got [1, 2, 6]"),
+    Wrong("hx c_0 size", lambda m: m(x(), hx(second=ok(1, 2, 6))), RuntimeError, "Expected hidden[1] size (1, 2, 5), got [1, 2, 6]"),
+    Wrong("hx c_0 layers", lambda m: m(x(), hx(second=ok(2, 2, 5))), RuntimeError, "Expected hidden[1] size (1, 2, 5), got [2, 2, 5]"),
+    Wrong("hx batch", lambda m: m(x(), hx(first=ok(1, 3, 5))), RuntimeError, "Expected hidden[0] size (1, 2, 5), got [1, 3, 5]"),
+    Wrong("hx batch 1", lambda m: m(x(), (ok(1, 1, 5), ok(1, 1, 5))), RuntimeError, "Expected hidden[0] size (1, 2, 5), got [1, 1, 5]"),
+    Wrong("hx 2-D", lambda m: m(x(), (ok(1, 5), ok(1, 5))), RuntimeError, "For batched 3-D input, hx and cx should also be 3-D but got (2-D, 2-D)"),
+    Wrong("hx c_0 2-D", lambda m: m(x(), (ok(1, 2, 5), ok(1, 5))), RuntimeError, "For batched 3-D input, hx and cx should also be 3-D but got (3-D, 2-D)"),
+    Wrong("hx 3-D unbatched", lambda m: m(ok(4, 3), hx()), RuntimeError, "For unbatched 2-D input, hx and cx should also be 2-D"),
+    Wrong("hx float64", lambda m: m(x(), hx(first=ok(1, 2, 5, dtype=torch.float64))), RuntimeError, "hidden[0] must be torch.float32 as the input, got torch.float64"),
+    Wrong("hx c_0 int64", lambda m: m(x(), hx(second=ok(1, 2, 5, dtype=torch.int64))), RuntimeError, "hidden[1] must be torch.float32 as the input, got torch.int64"),
+    Wrong("hx meta", lambda m: m(x(), hx(second=ok(1, 2, 5, device="meta"))), RuntimeError, "hidden[1] must be on the input's device cpu, got meta"),
+    Wrong("hx one tensor", lambda m: m(x(), ok(1, 2, 5)), TypeError, "hx must be None or a pair of tensors (h_0, c_0)", IndexError),
+    Wrong("hx number", lambda m: m(x(), 5), TypeError, "hx must be None or a pair of tensors (h_0, c_0)"),
+    Wrong("hx of one", lambda m: m(x(), (ok(1, 2, 5),)), TypeError, "hx must be None or a pair of tensors (h_0, c_0)", IndexError),
+    Wrong("hx of three", lambda m: m(x(), (ok(1, 2, 5),) * 3), TypeError, "hx must be None or a pair of tensors (h_0, c_0)", RuntimeError),
+    Wrong("hx with None", lambda m: m(x(), (ok(1, 2, 5), None)), TypeError, "hx must be None or a pair of tensors (h_0, c_0)", AttributeError),
+    Wrong("hx of lists", lambda m: m(x(), ([0.0], [0.0])), TypeError, "hx must be None or a pair of tensors (h_0, c_0)", AttributeError),
+    Wrong("hx text", lambda m: m(x(), "hc"), TypeError, "hx must be None or a pair of tensors (h_0, c_0)", AttributeError),
+    Wrong("packed features", lambda m: m(pack_sequence([ok(2, 4)])), RuntimeError, "input.size(-1) must be equal to input_size. Expected 3, got 4", None),
+    Wrong("packed hx batch", lambda m: m(pack_sequence([ok(2, 3)]), hx()), RuntimeError, "Expected hidden[0] size (1, 1, 5), got [1, 2, 5]", None),
+    Wrong("packed hx batch, sorted", lambda m: m(pack_sequence([ok(1, 3), ok(2, 3)], False), (ok(1, 1, 5),) * 2), RuntimeError, "Expected hidden[0] size (1, 2, 5), got [1, 1, 5]"),
+    Wrong("packed hx 2-D", lambda m: m(pack_sequence([ok(2, 3)]), (ok(1, 5),) * 2), RuntimeError, "Expected hidden[0] size (1, 1, 5), got [1, 5]", IndexError),
+    Wrong("packed dtype", lambda m: m(pack_sequence([ok(2, 3).double()])), ValueError, "input dtype (torch.float64) does not match weight dtype", RuntimeError),
+    Wrong("output first", lambda m: m(x(), output="first"), ValueError, "output must be \"all\" or \"last\", got 'first'", TypeError),
+    Wrong("output None", lambda m: m(x(), output=None), ValueError, "output must be \"all\" or \"last\", got None", TypeError),
+    Wrong("output list", lambda m: m(x(), output=["last"]), ValueError, "output must be \"all\" or \"last\", got ['last']", TypeError),
+    Wrong("lengths list", lambda m: m(x(), lengths=[1, 2]), TypeError, "lengths must be a tensor, got list", TypeError),
+    Wrong("lengths number", lambda m: m(x(), lengths=4), TypeError, "lengths must be a tensor, got int", TypeError),
+    Wrong("lengths 1", lambda m: m(x(), lengths=integers(1)), ValueError, "lengths must have shape (2,), got (1,)", TypeError),
+    Wrong("lengths 2-D", lambda m: m(x(), lengths=integers(1, 2).unsqueeze(0)), ValueError, "lengths must have shape (2,), got (1, 2)", TypeError),
+    Wrong("lengths 0-D", lambda m: m(x(), lengths=torch.tensor(2)), ValueError, "lengths must have shape (2,), got ()", TypeError),
+    Wrong("lengths of steps", lambda m: m(x(), lengths=integers(1, 1, 1, 1)), ValueError, "lengths must have shape (2,), got (4,)", TypeError),
+    Wrong("lengths float", lambda m: m(x(), lengths=torch.tensor([1.0, 2.0])), TypeError, "lengths must be int64, got torch.float32", TypeError),
+    Wrong("lengths int32", lambda m: m(x(), lengths=integers(1, 2, dtype=torch.int32)), TypeError, "lengths must be int64, got torch.int32", TypeError),
+    Wrong("lengths bool", lambda m: m(x(), lengths=torch.tensor([True, True])), TypeError, "lengths must be int64, got torch.bool", TypeError),
+    Wrong("lengths meta", lambda m: m(x(), lengths=integers(1, 2, device="meta")), ValueError, "lengths must be on the input's device cpu, got meta", TypeError),
+    Wrong("lengths 5 of 4", lambda m: m(x(), lengths=integers(1, 5)), ValueError, "lengths must be between 0 and T = 4, got lengths[1] = 5", TypeError),
+    Wrong("lengths -1", lambda m: m(x(), lengths=integers(-1, 4)), ValueError, "lengths must be between 0 and T = 4, got lengths[0] = -1", TypeError),
+    Wrong("lengths huge", lambda m: m(x(), lengths=integers(4, 2**62)), ValueError, "lengths must be between 0 and T = 4, got lengths[1] = 4611686018427387904", TypeError),
+    Wrong("lengths lowest", lambda m: m(x(), lengths=integers(-(2**63), 4)), ValueError, "lengths must be between 0 and T = 4, got lengths[0] = -9223372036854775808", TypeError),
+    Wrong("lengths 5 of 4, last", lambda m: m(x(), lengths=integers(1, 5), output="last"), ValueError, "lengths must be between 0 and T = 4, got lengths[1] = 5", TypeError),
+    Wrong("lengths -1, last", lambda m: m(x(), lengths=integers(-1, 4), output="last"), ValueError, "lengths must be between 0 and T = 4, got lengths[0] = -1", TypeError),
+    Wrong("lengths 5 of 4, no_grad", lambda m: torch.no_grad()(m)(x(), lengths=integers(1, 5)), ValueError, "lengths must be between 0 and T = 4, got lengths[1] = 5", TypeError),
+    Wrong("lengths 5 of 4, bfloat16", lambda m: m.bfloat16()(x(dtype=torch.bfloat16), lengths=integers(1, 5)), ValueError, "lengths must be between 0 and T = 4, got lengths[1] = 5", TypeError),
+    Wrong("lengths unbatched", lambda m: m(ok(4, 3), lengths=integers(4)), ValueError, "lengths must be None with unbatched", TypeError),
+    Wrong("lengths packed", lambda m: m(pack_sequence([ok(2, 3)]), lengths=integers(2)), ValueError, "lengths must be None with a PackedSequence", TypeError),
+    Wrong("requires_grad on integers", lambda m: m(x(dtype=torch.int64).requires_grad_()), RuntimeError, "floating point"),
+    Wrong("unknown argument", lambda m: m(x(), mask=x()), TypeError, "mask"),
 ]  # fmt: skip
 
 
@@ -197,7 +218,7 @@ OTHERS = [
     Wrong("recurrence lengths float", lambda: lstm_recurrence(ok(4, 2, 1, 8), ok(1, 8, 2), lengths=ok(2)), TypeError, "lengths must be Long, got Float"),
     Wrong("recurrence lengths 5", lambda: lstm_recurrence(ok(4, 2, 1, 8), ok(1, 8, 2), lengths=integers(5, 1)), ValueError, "lengths must be between 0 and T = 4, got lengths[0] = 5"),
     Wrong("recurrence meta w_hh", lambda: forward_op(ok(4, 2, 1, 8), ok(1, 8, 2, device="meta"), None, None, None, False), ValueError, "all tensors must be on one device, got ['cpu', 'meta']"),
-    Wrong("recurrence None", lambda: forward_op(None, ok(1, 8, 2), None, None, None, False), RuntimeError, "gates_x"),
+    Wrong("recurrence None", lambda: forward_op(None, ok(1, 8, 2), None, None, None, False), RuntimeError, "tensor does not have a device"),
     Wrong("recurrence text", lambda: forward_op("gates", ok(1, 8, 2), None, None, None, False), RuntimeError, "gates_x"),
     Wrong("recurrence backward without save", lambda: backward_op(ok(1, 8, 2), None, None, ok(0), ok(0), None, None, None, False), ValueError, "gates must be those of a forward call with save=True"),
     Wrong("recurrence backward cells", lambda: backward_op(ok(1, 8, 2), None, None, ok(4, 2, 1, 8), ok(4, 2, 1, 3), None, None, None, False), ValueError, "cells must have shape [4, 2, 1, 2], got [4, 2, 1, 3]"),
@@ -244,13 +265,15 @@ def layer_backward(**kwargs: Any) -> None:
     layer_backward_op(**{**arguments, **kwargs})
 
 
-def raised_by(call: Callable[..., Any], *args: Any) -> Exception:
-    with pytest.raises(Exception) as caught:
+def raised_by(call: Callable[..., Any], *args: Any) -> Exception | None:
+    try:
         call(*args)
-    return caught.value
+    except Exception as error:
+        return error
+    return None
 
 
-def check(error: Exception, wrong: Wrong) -> None:
+def check(error: Exception | None, wrong: Wrong) -> None:
     assert type(error) is wrong.kind, repr(error)
     assert wrong.message in str(error)
 
@@ -259,20 +282,47 @@ def parametrize(table: list[Wrong]):
     return pytest.mark.parametrize("wrong", table, ids=[wrong.name for wrong in table])
 
 
+def check_theirs(error: Exception | None, wrong: Wrong) -> None:
+    """The kinds agree, but where the table says that nn.LSTM trips over its own code, or lets nonsense pass."""
+    expected = wrong.kind if wrong.theirs == "the same" else wrong.theirs
+    assert (type(error) if error else None) is expected, repr(error)
+
+
 @parametrize(CONSTRUCTORS)
 def test_constructor(wrong):
     check(raised_by(wrong.call, LSTM), wrong)
-    assert type(raised_by(wrong.call, nn.LSTM)) is wrong.kind
+    check_theirs(raised_by(wrong.call, nn.LSTM), wrong)
 
 
 @parametrize(CALLS)
 def test_call(wrong):
     check(raised_by(wrong.call, LSTM(3, 5)), wrong)
-    if wrong.torch:
-        theirs = raised_by(wrong.call, nn.LSTM(3, 5))
-        assert type(theirs) is wrong.kind, repr(theirs)
+    check_theirs(raised_by(wrong.call, nn.LSTM(3, 5)), wrong)
 
 
-@parametrize(OTHERS)
+@parametrize(OPTIONS + OTHERS)
 def test_others(wrong):
     check(raised_by(wrong.call), wrong)
+
+
+def test_the_table_is_long():
+    assert len(CONSTRUCTORS) + len(CALLS) + len(OPTIONS) + len(OTHERS) >= 60
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["weight_ih_l0", "weight_hh_l0", "bias_hh_l0", "x", "h_0"])
+def test_numbers_that_are_none_pass_through(where, value, device):
+    """As in nn.LSTM, which makes NaN of the same outputs."""
+    ours, theirs = twins(3, 5, bidirectional=True, device=device)
+    given, state = torch.rand(4, 2, 3, device=device), torch.rand(2, 2, 5, device=device)
+    if where in ("x", "h_0"):
+        {"x": given, "h_0": state}[where][0, 0, 0] = value
+    else:
+        for module in (ours, theirs):
+            with torch.no_grad():
+                getattr(module, where).view(-1)[0] = value
+    results = [module(given, (state, state))[0] for module in (ours, theirs)]
+    assert torch.equal(results[0].isnan(), results[1].isnan())
+    if value != value:
+        assert results[0].isnan().any()
+    all_near([results[0].nan_to_num()], [results[1].nan_to_num()])

@@ -43,7 +43,9 @@ def fuzz(count: int, last: Path) -> None:
 
 def runnable(isa: str) -> bool:
     environment = {**os.environ, "BIRNN_CPU_ISA": isa}
-    return not subprocess.run([sys.executable, "-c", "import birnn_ext"], env=environment, capture_output=True).returncode
+    return not subprocess.run(
+        [sys.executable, "-c", "import birnn_ext"], env=environment, capture_output=True
+    ).returncode
 
 
 def fuzz_isa(isa: str, count: int) -> bool:

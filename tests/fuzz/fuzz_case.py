@@ -1,17 +1,25 @@
-"""One case of the differential fuzzer: a configuration, and its check against nn.LSTM in float64."""
+"""One case of the differential fuzzer: a configuration, and its check against nn.LSTM in float64.
+
+What nn.LSTM does not know is checked against the reference.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from helpers import TOLERANCE
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import birnn_ext
+from birnn_ext import reference
+from birnn_ext.variants import EPS, Variant
 
 # Where errors are beyond the table of tolerances, nn.LSTM's own decide: ours may be this much larger.
 WORSE_THAN_TORCH = 4
@@ -20,7 +28,7 @@ WORSE_THAN_TORCH = 4
 SMALLEST_SCALE = 0.1
 
 LAYOUTS = ("plain", "transposed", "gaps", "expanded", "offset")
-OUTPUTS = ("y", "h_n", "c_n")
+OUTPUTS = ("y", "h_n", "c_n", "cells")
 
 Tensors = dict[str, Tensor]
 
@@ -42,6 +50,14 @@ class Case:
     autocast: str = ""  # to which type, if any
     recompute: bool = False
     accelerated: bool = False  # an nn.LSTM that accelerate() has turned
+    proj_size: int = 0
+    recurrent_dropout: float = 0.0
+    zoneout: tuple[float, float] = (0.0, 0.0)
+    layer_norm: bool = False
+    learned_state: bool = False
+    reset: tuple[tuple[int, int], ...] = ()  # (t, b) of the steps that begin a new sequence
+    cells: bool = False  # return_cell_states
+    training: bool = True
     hx: str = ""  # its layout in memory; "" for no hx
     x_layout: str = "plain"
     lengths: tuple[int, ...] | None = None
@@ -50,7 +66,7 @@ class Case:
     output: str = "all"
     gain: float = 1.0  # factor of the initial weights
     grads: int = -1  # bits: which of x, h_0, c_0 and the parameters, in this order, require gradients
-    used: int = 7  # bits: which of y, h_n, c_n gradients come from
+    used: int = 15  # bits: which of y, h_n, c_n and cells gradients come from
     dy_layout: str = "plain"
     threads: int = 1
     seed: int = 0
@@ -67,6 +83,23 @@ class Case:
         """A line for the shell, in the repository's root."""
         isa = os.environ.get("BIRNN_CPU_ISA")
         return f'{f"BIRNN_CPU_ISA={isa} " if isa else ""}python tests/fuzz "{self!r}"'
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What nn.LSTM is not given."""
+        names = ("recompute", "recurrent_dropout", "zoneout", "layer_norm", "learned_state")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def beyond_torch(self) -> bool:
+        return bool(
+            self.recurrent_dropout
+            or any(self.zoneout)
+            or self.layer_norm
+            or self.learned_state
+            or self.reset
+            or self.cells
+        )
 
     @property
     def computed_in(self) -> torch.dtype:
@@ -97,32 +130,37 @@ class Data:
     def __init__(self, case: Case) -> None:
         torch.manual_seed(case.seed)
         directions = 2 if case.bidirectional else 1
-        state = (case.layers * directions, case.B, case.H)
+        outputs = case.proj_size or case.H
+        rows = case.layers * directions
+        state = {"h": (rows, case.B, outputs), "c": (rows, case.B, case.H)}
 
         def random(shape: tuple[int, ...], layout: str) -> Tensor:
             t = torch.randn(shape, dtype=torch.float64).to(case.computed_in).double()
             return laid_out(t, "expanded" if layout == "expanded" else "plain")
 
-        hx = {name: random(state, case.hx) for name in ("h_0", "c_0")} if case.hx else {}
-        parameters = {
-            name: (p.detach() * case.gain).to(case.computed_in).double()
-            for name, p in make(nn.LSTM, case, torch.float64).named_parameters()
-        }
+        hx = {f"{k}_0": random(state[k], case.hx) for k in "hc"} if case.hx else {}
+        module = make(birnn_ext.LSTM, case, torch.float64, **case.options)
+        parameters = {}
+        for name, p in module.named_parameters():
+            own = name in ("h_0", "c_0") or "_ln_" in name  # they are 0 or 1 at first
+            value = p.detach() * case.gain if not own else p.detach() + torch.randn_like(p) / 4
+            parameters[f"learned {name}" if name in ("h_0", "c_0") else name] = value.to(case.computed_in).double()
         self.leaves = {"x": random((case.T, case.B, case.I), case.x_layout), **hx, **parameters}
         names = ["x", "h_0", "c_0", *parameters]
         self.wanted = [name for k, name in enumerate(names) if case.grads >> k & 1 and name in self.leaves]
-        y = (case.T, case.B, directions * case.H)
+        y = (case.T, case.B, directions * outputs)
         self.cotangents = {
             "y": random(y if case.output == "all" else y[1:], case.dy_layout),
-            "h_n": random(state, "plain"),
-            "c_n": random(state, "plain"),
+            "h_n": random(state["h"], "plain"),
+            "c_n": random(state["c"], "plain"),
+            "cells": random((case.T, case.B, directions * case.H), case.dy_layout),
         }
 
 
 def make(cls: type[nn.LSTM], case: Case, dtype: torch.dtype, device: str = "cpu", **kwargs) -> nn.LSTM:
     return cls(
         case.I, case.H, case.layers, bias=case.bias, batch_first=case.batch_first, bidirectional=case.bidirectional,
-        device=device, dtype=dtype, **kwargs,
+        proj_size=case.proj_size, device=device, dtype=dtype, **kwargs,
     )  # fmt: skip
 
 
@@ -132,7 +170,10 @@ def with_gradients(case: Case, outputs: Tensors, leaves: Tensors, data: Data) ->
     wanted = {name: leaves[name] for name in data.wanted}
     grads: tuple[Tensor | None, ...] = (None,) * len(wanted)
     if used and wanted:
-        cotangents = [laid_out(data.cotangents[n].to(outputs[n]), case.dy_layout if n == "y" else "plain") for n in used]
+        cotangents = [
+            laid_out(data.cotangents[n].to(outputs[n]), case.dy_layout if n in ("y", "cells") else "plain")
+            for n in used
+        ]
         grads = torch.autograd.grad([outputs[n] for n in used], list(wanted.values()), cotangents, allow_unused=True)
     return outputs, {
         name: torch.zeros_like(leaf) if grad is None else grad
@@ -144,7 +185,9 @@ def by_torch(case: Case, dtype: torch.dtype) -> tuple[Tensors, Tensors]:
     """nn.LSTM's results on the CPU. It knows no sequences without steps, which are put around what it returns."""
     module = make(nn.LSTM, dataclasses.replace(case, batch_first=False), dtype)
     data = Data(case)
-    module.load_state_dict({name: t for name, t in data.leaves.items() if name not in ("x", "h_0", "c_0")})
+    module.load_state_dict(
+        {n.removeprefix("learned "): t for n, t in data.leaves.items() if n not in ("x", "h_0", "c_0")}
+    )
     leaves = {name: data.leaves[name].to(dtype) for name in ("x", "h_0", "c_0") if name in data.leaves}
     leaves.update(module.named_parameters())
     for name, leaf in leaves.items():
@@ -157,8 +200,9 @@ def by_torch(case: Case, dtype: torch.dtype) -> tuple[Tensors, Tensors]:
     else:
         lengths = torch.tensor(case.lengths)
         some = lengths.nonzero()[:, 0]
-        y = x.new_zeros(case.T, case.B, case.H * (2 if case.bidirectional else 1))
-        h_n, c_n = hx or (x.new_zeros(len(module.all_weights), case.B, case.H),) * 2
+        outputs = case.proj_size or case.H
+        y = x.new_zeros(case.T, case.B, outputs * (2 if case.bidirectional else 1))
+        h_n, c_n = hx or [x.new_zeros(len(module.all_weights), case.B, n) for n in (outputs, case.H)]
         if len(some):
             packed = pack_padded_sequence(x[:, some], lengths[some], enforce_sorted=False)
             packed, states = module(packed, hx and (hx[0][:, some], hx[1][:, some]))
@@ -171,15 +215,74 @@ def by_torch(case: Case, dtype: torch.dtype) -> tuple[Tensors, Tensors]:
     return with_gradients(case, outputs, leaves, data)
 
 
+def by_reference(case: Case, dtype: torch.dtype, variants: list[Variant]) -> tuple[Tensors, Tensors]:
+    """birnn_ext.reference's results on the CPU. variants: what each layer does beyond nn.LSTM, with masks drawn."""
+    data = Data(case)
+    leaves = {name: t.to(dtype).requires_grad_(name in data.wanted) for name, t in data.leaves.items()}
+    directions = ["", "_reverse"] if case.bidirectional else [""]
+    x, lengths = leaves["x"], None if case.lengths is None else torch.tensor(case.lengths)
+    h_0, c_0 = leaves.get("h_0"), leaves.get("c_0")
+    if h_0 is None and case.learned_state:
+        h_0, c_0 = (leaves[f"learned {k}_0"].unsqueeze(1).expand(-1, case.B, -1) for k in "hc")
+    h_n, c_n = [], []
+    for layer in range(case.layers):
+
+        def of(kind: str, layer: int = layer) -> Tensor | None:
+            names = [f"{kind}_l{layer}{suffix}" for suffix in directions]
+            return torch.stack([leaves[name] for name in names]) if names[0] in leaves else None
+
+        gates_x = torch.einsum("tbi,dgi->tbdg", x, of("weight_ih"))
+        if case.layer_norm:
+            gates_x = F.layer_norm(gates_x, gates_x.shape[-1:], eps=EPS) * of("weight_ln_ih")
+        if case.bias:
+            gates_x = gates_x + of("bias_ih") + of("bias_hh")
+        ln_c = of("weight_ln_c")
+        if ln_c is not None:
+            shift = of("bias_ln_c")
+            ln_c = torch.stack([ln_c, torch.zeros_like(ln_c) if shift is None else shift], 1)
+        *masks, mean_h, mean_c = variants[layer]
+        masks = [m.cpu().to(dtype) if m is not None and m.is_floating_point() else m and m.cpu() for m in masks]
+        state = (None if s is None else s.unflatten(0, (case.layers, -1))[layer] for s in (h_0, c_0))
+        y, h, c, cells = reference.lstm_variant(
+            gates_x,
+            of("weight_hh"),
+            of("weight_hr"),
+            *state,
+            lengths,
+            *masks,
+            mean_h,
+            mean_c,
+            of("weight_ln_hh"),
+            ln_c,
+            EPS,
+        )
+        x = y.flatten(2)
+        h_n.append(h)
+        c_n.append(c)
+    outputs = {
+        "y": x,
+        "h_n": torch.cat(h_n),
+        "c_n": torch.cat(c_n),
+        **({"cells": cells.flatten(2)} if case.cells else {}),
+    }
+    if case.output == "last":
+        ends = torch.full((case.B,), case.T) if lengths is None else lengths
+        last = x[(ends - 1).clamp(min=0), torch.arange(case.B)]
+        outputs = {"y": last} if case.bidirectional else {**outputs, "y": last}
+    return with_gradients(case, outputs, leaves, data)
+
+
 def by_ours(case: Case) -> tuple[Tensors, Tensors]:
     dtype = getattr(torch, case.dtype)
     if case.accelerated:
         module = make(nn.LSTM, case, dtype, case.device)
         birnn_ext.accelerate(module)
     else:
-        module = make(birnn_ext.LSTM, case, dtype, case.device, recompute=case.recompute)
+        module = make(birnn_ext.LSTM, case, dtype, case.device, **case.options)
     data = Data(case)
-    module.load_state_dict({name: t for name, t in data.leaves.items() if name not in ("x", "h_0", "c_0")})
+    module.load_state_dict(
+        {n.removeprefix("learned "): t for n, t in data.leaves.items() if n not in ("x", "h_0", "c_0")}
+    )
 
     def leaf(name: str, layout: str) -> Tensor:
         return laid_out(data.leaves[name].to(case.device, dtype), layout).detach()
@@ -189,7 +292,7 @@ def by_ours(case: Case) -> tuple[Tensors, Tensors]:
         beyond = torch.arange(case.T).unsqueeze(1) >= torch.tensor(case.lengths)
         filled = leaves["x"].masked_fill(beyond.unsqueeze(-1).to(case.device), float(case.padding))
         leaves["x"] = laid_out(filled, "plain" if case.x_layout == "expanded" else case.x_layout)
-    leaves.update(module.named_parameters())
+    leaves.update((f"learned {n}" if n in ("h_0", "c_0") else n, p) for n, p in module.named_parameters())
     for name, t in leaves.items():
         t.requires_grad_(name in data.wanted)
 
@@ -202,14 +305,27 @@ def by_ours(case: Case) -> tuple[Tensors, Tensors]:
         x = pack_padded_sequence(x, case.lengths, case.batch_first, enforce_sorted=case.packed == "sorted")
     elif case.lengths is not None:
         kwargs["lengths"] = torch.tensor(case.lengths, device=case.device)
+    if case.reset:
+        reset = torch.zeros(case.T, case.B, dtype=torch.bool)
+        reset[tuple(torch.tensor(case.reset).T)] = True
+        reset = (reset if case.batched else reset[:, 0]).to(case.device)
+        kwargs["reset"] = reset.T if case.batch_first and case.batched else reset
+    if case.cells:
+        kwargs["return_cell_states"] = True
+    module.train(case.training)
     autocast = torch.autocast(case.device, getattr(torch, case.autocast or "bfloat16"), enabled=bool(case.autocast))
     with autocast:
-        y, states = module(x, hx, output=case.output, **kwargs)
-    if isinstance(y, PackedSequence):
-        y, _ = pad_packed_sequence(y, case.batch_first, total_length=case.T)
-    if case.output == "all" and case.batched and case.batch_first:
-        y = y.transpose(0, 1)
-    outputs = {"y": y} if states is None else {"y": y, "h_n": states[0], "c_n": states[1]}
+        y, states, *cells = module(x, hx, output=case.output, **kwargs)
+    outputs = {
+        "y": y,
+        **dict(zip(("h_n", "c_n"), states or (), strict=False)),
+        **dict(zip(["cells"], cells, strict=False)),
+    }
+    for name in ("y", "cells")[: 1 + case.cells] if case.output == "all" else ():
+        if isinstance(outputs[name], PackedSequence):
+            outputs[name], _ = pad_packed_sequence(outputs[name], case.batch_first, total_length=case.T)
+        if case.batched and case.batch_first:
+            outputs[name] = outputs[name].transpose(0, 1)
     for name, t in outputs.items():
         assert t.dtype == case.computed_in, f"{name} is {t.dtype}"
         assert t.device.type == case.device, f"{name} is on {t.device}"
@@ -234,6 +350,23 @@ def errors(actual: Tensors, expected: Tensors) -> dict[str, float]:
     return found
 
 
+def with_variants(run: Callable[[], Any]) -> tuple[Any, list[Variant]]:
+    """What run returns, and what each layer was given beyond nn.LSTM: the masks that were drawn are the reference's, too."""
+    variants: list[Variant] = []
+    real = birnn_ext.LSTM._variant
+
+    def keep(*args: Any) -> Variant | None:
+        variant = real(*args)
+        variants.append(variant or Variant())
+        return variant
+
+    birnn_ext.LSTM._variant = keep
+    try:
+        return run(), variants
+    finally:
+        birnn_ext.LSTM._variant = real
+
+
 def kind_of_error(run) -> type[Exception] | None:
     try:
         run()
@@ -247,12 +380,17 @@ def compare(case: Case) -> None:
         expected, found = kind_of_error(lambda: by_torch(case, torch.float64)), kind_of_error(lambda: by_ours(case))
         assert expected is found, f"nn.LSTM raises {expected}, ours {found}"
         return
-    expected, actual = by_torch(case, torch.float64), by_ours(case)
+    actual, variants = with_variants(lambda: by_ours(case))
+
+    def by_peer(dtype: torch.dtype) -> tuple[Tensors, Tensors]:
+        return by_reference(case, dtype, variants) if case.beyond_torch else by_torch(case, dtype)
+
+    expected = by_peer(torch.float64)
     tolerance = TOLERANCE[case.computed_in]
     for kind, (a, e) in zip(("output", "gradient of"), zip(actual, expected, strict=True), strict=True):
         found, allowed = errors(a, e), dict.fromkeys(e, tolerance)
         if any(not f <= tolerance for f in found.values()):
-            theirs = by_torch(case, case.computed_in)[kind != "output"]
+            theirs = by_peer(case.computed_in)[kind != "output"]
             allowed = {n: max(tolerance, WORSE_THAN_TORCH * f) for n, f in errors(theirs, e).items()}
         for name, f in found.items():
             assert f <= allowed[name], f"{kind} {name}: relative error {f:.2e}, tolerance {allowed[name]:.0e}"
