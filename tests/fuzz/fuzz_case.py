@@ -241,7 +241,7 @@ def by_reference(case: Case, dtype: torch.dtype, variants: list[Variant]) -> tup
             shift = of("bias_ln_c")
             ln_c = torch.stack([ln_c, torch.zeros_like(ln_c) if shift is None else shift], 1)
         *masks, mean_h, mean_c = variants[layer]
-        masks = [m.cpu().to(dtype) if m is not None and m.is_floating_point() else m and m.cpu() for m in masks]
+        masks = [None if m is None else m.cpu().to(dtype if m.is_floating_point() else torch.bool) for m in masks]
         state = (None if s is None else s.unflatten(0, (case.layers, -1))[layer] for s in (h_0, c_0))
         y, h, c, cells = reference.lstm_variant(
             gates_x,
