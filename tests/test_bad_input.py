@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from helpers import all_near, twins
+from helpers import assert_near, twins
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
 
@@ -309,10 +309,11 @@ def test_the_table_is_long():
     assert len(CONSTRUCTORS) + len(CALLS) + len(OPTIONS) + len(OTHERS) >= 60
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
 @pytest.mark.parametrize("where", ["weight_ih_l0", "weight_hh_l0", "bias_hh_l0", "x", "h_0"])
 def test_numbers_that_are_none_pass_through(where, value, device):
-    """As in nn.LSTM, which makes NaN of the same outputs."""
+    """Without an error. As in nn.LSTM, which makes NaN of the same outputs; on CUDA, infinities may make more of them,
+    as a float32 is the sum of two TF32 values there, and the second of infinity is none (docs/cuda.md)."""
     ours, theirs = twins(3, 5, bidirectional=True, device=device)
     given, state = torch.rand(4, 2, 3, device=device), torch.rand(2, 2, 5, device=device)
     if where in ("x", "h_0"):
@@ -322,7 +323,11 @@ def test_numbers_that_are_none_pass_through(where, value, device):
             with torch.no_grad():
                 getattr(module, where).view(-1)[0] = value
     results = [module(given, (state, state))[0] for module in (ours, theirs)]
-    assert torch.equal(results[0].isnan(), results[1].isnan())
+    nans = [y.isnan() for y in results]
+    if device == "cuda" and value == float("inf"):
+        assert (nans[0] | ~nans[1]).all()
+    else:
+        assert torch.equal(*nans)
     if value != value:
-        assert results[0].isnan().any()
-    all_near([results[0].nan_to_num()], [results[1].nan_to_num()])
+        assert nans[0].any()
+    assert_near(*(y.masked_fill(nans[0], 0) for y in results))
