@@ -198,7 +198,7 @@ def by_torch(case: Case, dtype: torch.dtype) -> tuple[Tensors, Tensors]:
         y, (h_n, c_n) = module(x, hx)
         last = y[-1]
     else:
-        lengths = torch.tensor(case.lengths)
+        lengths = torch.tensor(case.lengths, dtype=torch.int64)
         some = lengths.nonzero()[:, 0]
         outputs = case.proj_size or case.H
         y = x.new_zeros(case.T, case.B, outputs * (2 if case.bidirectional else 1))
@@ -220,7 +220,7 @@ def by_reference(case: Case, dtype: torch.dtype, variants: list[Variant]) -> tup
     data = Data(case)
     leaves = {name: t.to(dtype).requires_grad_(name in data.wanted) for name, t in data.leaves.items()}
     directions = ["", "_reverse"] if case.bidirectional else [""]
-    x, lengths = leaves["x"], None if case.lengths is None else torch.tensor(case.lengths)
+    x, lengths = leaves["x"], None if case.lengths is None else torch.tensor(case.lengths, dtype=torch.int64)
     h_0, c_0 = leaves.get("h_0"), leaves.get("c_0")
     if h_0 is None and case.learned_state:
         h_0, c_0 = (leaves[f"learned {k}_0"].unsqueeze(1).expand(-1, case.B, -1) for k in "hc")
@@ -289,7 +289,7 @@ def by_ours(case: Case) -> tuple[Tensors, Tensors]:
 
     leaves = {"x": leaf("x", case.x_layout), **{n: leaf(n, case.hx) for n in ("h_0", "c_0") if case.hx}}
     if case.lengths is not None and case.padding:
-        beyond = torch.arange(case.T).unsqueeze(1) >= torch.tensor(case.lengths)
+        beyond = torch.arange(case.T).unsqueeze(1) >= torch.tensor(case.lengths, dtype=torch.int64)
         filled = leaves["x"].masked_fill(beyond.unsqueeze(-1).to(case.device), float(case.padding))
         leaves["x"] = laid_out(filled, "plain" if case.x_layout == "expanded" else case.x_layout)
     leaves.update((f"learned {n}" if n in ("h_0", "c_0") else n, p) for n, p in module.named_parameters())
@@ -304,7 +304,7 @@ def by_ours(case: Case) -> tuple[Tensors, Tensors]:
     if case.packed:
         x = pack_padded_sequence(x, case.lengths, case.batch_first, enforce_sorted=case.packed == "sorted")
     elif case.lengths is not None:
-        kwargs["lengths"] = torch.tensor(case.lengths, device=case.device)
+        kwargs["lengths"] = torch.tensor(case.lengths, dtype=torch.int64, device=case.device)
     if case.reset:
         reset = torch.zeros(case.T, case.B, dtype=torch.bool)
         reset[tuple(torch.tensor(case.reset).T)] = True
