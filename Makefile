@@ -4,13 +4,18 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export MAX_JOBS ?= 2
 
-.PHONY: train test bench bench-peers docs sanitize install lint clean
+.PHONY: train test fuzz bench bench-peers docs sanitize install lint clean
 
 train: install
 	$(BIN)/birnn-mnist train $(ARGS)
 
 test: install
 	$(BIN)/python -m pytest $(ARGS)
+
+# N random configurations against nn.LSTM and the reference.
+N ?= 10000
+fuzz: install
+	$(BIN)/python tests/fuzz $(N)
 
 bench: install
 	$(BIN)/python -m pytest benchmarks --benchmark-columns=median,iqr,rounds --benchmark-sort=name $(ARGS)

@@ -28,6 +28,11 @@ class Acceleration:
         return "\n".join(lines) or "found no nn.LSTM"
 
 
+def _check_model(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+
+
 def accelerate(model: nn.Module) -> Acceleration:
     """Turns every `torch.nn.LSTM` in a model into a `birnn_ext.LSTM`, in place.
 
@@ -41,7 +46,11 @@ def accelerate(model: nn.Module) -> Acceleration:
     Returns:
         Which modules were replaced, and which were left and why; printing it gives a line for each. A module that the
         model holds under several names is named once.
+
+    Raises:
+        TypeError: model is not a module.
     """
+    _check_model(model)
     report = Acceleration()
     for name, module in model.named_modules():
         if not isinstance(module, nn.LSTM) or isinstance(module, LSTM):
@@ -65,7 +74,11 @@ def restore(model: nn.Module) -> list[str]:
 
     Returns:
         The names of the modules that were turned back.
+
+    Raises:
+        TypeError: model is not a module.
     """
+    _check_model(model)
     names = []
     for name, module in model.named_modules():
         if type(module) is LSTM and getattr(module, "accelerated", False):

@@ -297,7 +297,7 @@ class LSTM(nn.LSTM):
         Raises:
             ValueError: a wrong number of dimensions, `output`, `lengths` or `reset` that fit nothing, or arguments that
                 exclude each other.
-            RuntimeError: sizes of input or hx that do not fit, as `torch.nn.LSTM`.
+            RuntimeError: sizes of input or hx, their devices or hx's dtype that do not fit, as `torch.nn.LSTM`.
             TypeError: an argument of a wrong type or dtype.
         """
         if output not in ("all", "last"):
@@ -486,7 +486,7 @@ class LSTM(nn.LSTM):
                 f"Convert input: input.to({weight.dtype}), or convert model: model.to({x.dtype})"
             )
         if x.device != weight.device:
-            raise ValueError(f"LSTM: input must be on the weights' device {weight.device}, got {x.device}")
+            raise RuntimeError(f"LSTM: input must be on the weights' device {weight.device}, got {x.device}")
         if hx is None:
             return
         for name, state, size in zip(
@@ -496,9 +496,9 @@ class LSTM(nn.LSTM):
             if state.shape != expected:
                 raise RuntimeError(f"Expected {name} size {expected}, got {list(state.shape)}")
             if state.dtype != x.dtype and not (autocasts and _autocast_dtype(state) is not None):
-                raise ValueError(f"LSTM: {name} must be {x.dtype} as the input, got {state.dtype}")
+                raise RuntimeError(f"LSTM: {name} must be {x.dtype} as the input, got {state.dtype}")
             if state.device != x.device:
-                raise ValueError(f"LSTM: {name} must be on the input's device {x.device}, got {state.device}")
+                raise RuntimeError(f"LSTM: {name} must be on the input's device {x.device}, got {state.device}")
 
     def _layer(
         self,

@@ -1,0 +1,408 @@
+"""One case of the differential fuzzer: a configuration, and its check against nn.LSTM in float64.
+
+What nn.LSTM does not know is checked against the reference.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from helpers import TOLERANCE
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+
+import birnn_ext
+from birnn_ext import reference
+from birnn_ext.variants import EPS, Variant
+
+# Where errors are beyond the table of tolerances, nn.LSTM's own decide: ours may be this much larger.
+WORSE_THAN_TORCH = 4
+# Errors are relative to a tensor's largest value, but to no less than this part of the largest among all outputs, or all
+# gradients: a sum of terms that cancel has the errors of its terms.
+SMALLEST_SCALE = 0.1
+
+LAYOUTS = ("plain", "transposed", "gaps", "expanded", "offset")
+OUTPUTS = ("y", "h_n", "c_n", "cells")
+
+Tensors = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A configuration. Its repr has what differs from the defaults, and can be pasted."""
+
+    T: int = 2
+    B: int = 1
+    I: int = 1  # noqa: E741, the field's name
+    H: int = 1
+    layers: int = 1
+    bidirectional: bool = False
+    bias: bool = True
+    batch_first: bool = False
+    batched: bool = True
+    dtype: str = "float32"
+    autocast: str = ""  # to which type, if any
+    recompute: bool = False
+    accelerated: bool = False  # an nn.LSTM that accelerate() has turned
+    proj_size: int = 0
+    recurrent_dropout: float = 0.0
+    zoneout: tuple[float, float] = (0.0, 0.0)
+    layer_norm: bool = False
+    learned_state: bool = False
+    reset: tuple[tuple[int, int], ...] = ()  # (t, b) of the steps that begin a new sequence
+    cells: bool = False  # return_cell_states
+    training: bool = True
+    hx: str = ""  # its layout in memory; "" for no hx
+    x_layout: str = "plain"
+    lengths: tuple[int, ...] | None = None
+    padding: str = ""  # what x holds beyond a sequence's end; "" for more of the same
+    packed: str = ""  # "sorted" or "unsorted": the input is a PackedSequence
+    output: str = "all"
+    gain: float = 1.0  # factor of the initial weights
+    grads: int = -1  # bits: which of x, h_0, c_0 and the parameters, in this order, require gradients
+    used: int = 15  # bits: which of y, h_n, c_n and cells gradients come from
+    dy_layout: str = "plain"
+    threads: int = 1
+    seed: int = 0
+    device: str = "cpu"
+
+    def __repr__(self) -> str:
+        fields = [(f.name, getattr(self, f.name), f.default) for f in dataclasses.fields(self)]
+        return f"Case({', '.join(f'{name}={value!r}' for name, value, default in fields if value != default)})"
+
+    def _repr_pretty_(self, printer, cycle: bool) -> None:  # in what hypothesis prints
+        printer.text(repr(self))
+
+    def reproducer(self) -> str:
+        """A line for the shell, in the repository's root."""
+        isa = os.environ.get("BIRNN_CPU_ISA")
+        return f'{f"BIRNN_CPU_ISA={isa} " if isa else ""}python tests/fuzz "{self!r}"'
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What nn.LSTM is not given."""
+        names = ("recompute", "recurrent_dropout", "zoneout", "layer_norm", "learned_state")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def beyond_torch(self) -> bool:
+        return bool(
+            self.recurrent_dropout
+            or any(self.zoneout)
+            or self.layer_norm
+            or self.learned_state
+            or self.reset
+            or self.cells
+        )
+
+    @property
+    def computed_in(self) -> torch.dtype:
+        return getattr(torch, self.autocast if self.autocast and self.dtype != "float64" else self.dtype)
+
+
+def laid_out(t: Tensor, layout: str) -> Tensor:
+    """t, arranged otherwise in memory. "expanded" is t's first row in its second dimension, repeated."""
+    if layout == "transposed":
+        return t.transpose(0, 1).contiguous().transpose(0, 1)
+    if layout == "gaps":
+        return torch.stack([t, t], -1)[..., 0]
+    if layout == "expanded":
+        return t[:, :1].expand_as(t)
+    if layout == "offset":  # from an address that is no multiple of a vector's size
+        return torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)
+    return t.contiguous()
+
+
+@dataclass
+class Data:
+    """What both sides compute from: float64 values that the type of the computation can hold."""
+
+    leaves: Tensors  # x (T, B, I), h_0 and c_0 if there is a state, the parameters
+    wanted: list[str]  # the leaves that require gradients
+    cotangents: Tensors  # of y (T, B, D * H) or (B, D * H), h_n, c_n
+
+    def __init__(self, case: Case) -> None:
+        torch.manual_seed(case.seed)
+        directions = 2 if case.bidirectional else 1
+        outputs = case.proj_size or case.H
+        rows = case.layers * directions
+        state = {"h": (rows, case.B, outputs), "c": (rows, case.B, case.H)}
+
+        def random(shape: tuple[int, ...], layout: str) -> Tensor:
+            t = torch.randn(shape, dtype=torch.float64).to(case.computed_in).double()
+            return laid_out(t, "expanded" if layout == "expanded" else "plain")
+
+        hx = {f"{k}_0": random(state[k], case.hx) for k in "hc"} if case.hx else {}
+        module = make(birnn_ext.LSTM, case, torch.float64, **case.options)
+        parameters = {}
+        for name, p in module.named_parameters():
+            own = name in ("h_0", "c_0") or "_ln_" in name  # they are 0 or 1 at first
+            value = p.detach() * case.gain if not own else p.detach() + torch.randn_like(p) / 4
+            parameters[f"learned {name}" if name in ("h_0", "c_0") else name] = value.to(case.computed_in).double()
+        self.leaves = {"x": random((case.T, case.B, case.I), case.x_layout), **hx, **parameters}
+        names = ["x", "h_0", "c_0", *parameters]
+        self.wanted = [name for k, name in enumerate(names) if case.grads >> k & 1 and name in self.leaves]
+        y = (case.T, case.B, directions * outputs)
+        self.cotangents = {
+            "y": random(y if case.output == "all" else y[1:], case.dy_layout),
+            "h_n": random(state["h"], "plain"),
+            "c_n": random(state["c"], "plain"),
+            "cells": random((case.T, case.B, directions * case.H), case.dy_layout),
+        }
+
+
+def make(cls: type[nn.LSTM], case: Case, dtype: torch.dtype, device: str = "cpu", **kwargs) -> nn.LSTM:
+    return cls(
+        case.I, case.H, case.layers, bias=case.bias, batch_first=case.batch_first, bidirectional=case.bidirectional,
+        proj_size=case.proj_size, device=device, dtype=dtype, **kwargs,
+    )  # fmt: skip
+
+
+def with_gradients(case: Case, outputs: Tensors, leaves: Tensors, data: Data) -> tuple[Tensors, Tensors]:
+    """Outputs, and the gradients of all wanted leaves; 0 where an output does not depend on one."""
+    used = [n for k, n in enumerate(OUTPUTS) if case.used >> k & 1 and n in outputs and outputs[n].requires_grad]
+    wanted = {name: leaves[name] for name in data.wanted}
+    grads: tuple[Tensor | None, ...] = (None,) * len(wanted)
+    if used and wanted:
+        cotangents = [
+            laid_out(data.cotangents[n].to(outputs[n]), case.dy_layout if n in ("y", "cells") else "plain")
+            for n in used
+        ]
+        grads = torch.autograd.grad([outputs[n] for n in used], list(wanted.values()), cotangents, allow_unused=True)
+    return outputs, {
+        name: torch.zeros_like(leaf) if grad is None else grad
+        for (name, leaf), grad in zip(wanted.items(), grads, strict=True)
+    }
+
+
+def by_torch(case: Case, dtype: torch.dtype) -> tuple[Tensors, Tensors]:
+    """nn.LSTM's results on the CPU. It knows no sequences without steps, which are put around what it returns."""
+    module = make(nn.LSTM, dataclasses.replace(case, batch_first=False), dtype)
+    data = Data(case)
+    module.load_state_dict(
+        {n.removeprefix("learned "): t for n, t in data.leaves.items() if n not in ("x", "h_0", "c_0")}
+    )
+    leaves = {name: data.leaves[name].to(dtype) for name in ("x", "h_0", "c_0") if name in data.leaves}
+    leaves.update(module.named_parameters())
+    for name, leaf in leaves.items():
+        leaf.requires_grad_(name in data.wanted)
+    x = leaves["x"]
+    hx = (leaves["h_0"], leaves["c_0"]) if case.hx else None
+    if case.lengths is None:
+        y, (h_n, c_n) = module(x, hx)
+        last = y[-1]
+    else:
+        lengths = torch.tensor(case.lengths, dtype=torch.int64)
+        some = lengths.nonzero()[:, 0]
+        outputs = case.proj_size or case.H
+        y = x.new_zeros(case.T, case.B, outputs * (2 if case.bidirectional else 1))
+        h_n, c_n = hx or [x.new_zeros(len(module.all_weights), case.B, n) for n in (outputs, case.H)]
+        if len(some):
+            packed = pack_padded_sequence(x[:, some], lengths[some], enforce_sorted=False)
+            packed, states = module(packed, hx and (hx[0][:, some], hx[1][:, some]))
+            y = y.index_copy(1, some, pad_packed_sequence(packed, total_length=case.T)[0])
+            h_n, c_n = (old.index_copy(1, some, new) for old, new in zip((h_n, c_n), states, strict=True))
+        last = y[(lengths - 1).clamp(min=0), torch.arange(case.B)]
+    outputs = {"y": y, "h_n": h_n, "c_n": c_n}
+    if case.output == "last":
+        outputs = {"y": last} if case.bidirectional else {**outputs, "y": last}
+    return with_gradients(case, outputs, leaves, data)
+
+
+def by_reference(case: Case, dtype: torch.dtype, variants: list[Variant]) -> tuple[Tensors, Tensors]:
+    """birnn_ext.reference's results on the CPU. variants: what each layer does beyond nn.LSTM, with masks drawn."""
+    data = Data(case)
+    leaves = {name: t.to(dtype).requires_grad_(name in data.wanted) for name, t in data.leaves.items()}
+    directions = ["", "_reverse"] if case.bidirectional else [""]
+    x, lengths = leaves["x"], None if case.lengths is None else torch.tensor(case.lengths, dtype=torch.int64)
+    h_0, c_0 = leaves.get("h_0"), leaves.get("c_0")
+    if h_0 is None and case.learned_state:
+        h_0, c_0 = (leaves[f"learned {k}_0"].unsqueeze(1).expand(-1, case.B, -1) for k in "hc")
+    h_n, c_n = [], []
+    for layer in range(case.layers):
+
+        def of(kind: str, layer: int = layer) -> Tensor | None:
+            names = [f"{kind}_l{layer}{suffix}" for suffix in directions]
+            return torch.stack([leaves[name] for name in names]) if names[0] in leaves else None
+
+        gates_x = torch.einsum("tbi,dgi->tbdg", x, of("weight_ih"))
+        if case.layer_norm:
+            gates_x = F.layer_norm(gates_x, gates_x.shape[-1:], eps=EPS) * of("weight_ln_ih")
+        if case.bias:
+            gates_x = gates_x + of("bias_ih") + of("bias_hh")
+        ln_c = of("weight_ln_c")
+        if ln_c is not None:
+            shift = of("bias_ln_c")
+            ln_c = torch.stack([ln_c, torch.zeros_like(ln_c) if shift is None else shift], 1)
+        *masks, mean_h, mean_c = variants[layer]
+        masks = [None if m is None else m.cpu().to(dtype if m.is_floating_point() else torch.bool) for m in masks]
+        state = (None if s is None else s.unflatten(0, (case.layers, -1))[layer] for s in (h_0, c_0))
+        y, h, c, cells = reference.lstm_variant(
+            gates_x,
+            of("weight_hh"),
+            of("weight_hr"),
+            *state,
+            lengths,
+            *masks,
+            mean_h,
+            mean_c,
+            of("weight_ln_hh"),
+            ln_c,
+            EPS,
+        )
+        x = y.flatten(2)
+        h_n.append(h)
+        c_n.append(c)
+    outputs = {
+        "y": x,
+        "h_n": torch.cat(h_n),
+        "c_n": torch.cat(c_n),
+        **({"cells": cells.flatten(2)} if case.cells else {}),
+    }
+    if case.output == "last":
+        ends = torch.full((case.B,), case.T) if lengths is None else lengths
+        last = x[(ends - 1).clamp(min=0), torch.arange(case.B)]
+        outputs = {"y": last} if case.bidirectional else {**outputs, "y": last}
+    return with_gradients(case, outputs, leaves, data)
+
+
+def by_ours(case: Case) -> tuple[Tensors, Tensors]:
+    dtype = getattr(torch, case.dtype)
+    if case.accelerated:
+        module = make(nn.LSTM, case, dtype, case.device)
+        birnn_ext.accelerate(module)
+    else:
+        module = make(birnn_ext.LSTM, case, dtype, case.device, **case.options)
+    data = Data(case)
+    module.load_state_dict(
+        {n.removeprefix("learned "): t for n, t in data.leaves.items() if n not in ("x", "h_0", "c_0")}
+    )
+
+    def leaf(name: str, layout: str) -> Tensor:
+        return laid_out(data.leaves[name].to(case.device, dtype), layout).detach()
+
+    leaves = {"x": leaf("x", case.x_layout), **{n: leaf(n, case.hx) for n in ("h_0", "c_0") if case.hx}}
+    if case.lengths is not None and case.padding:
+        beyond = torch.arange(case.T).unsqueeze(1) >= torch.tensor(case.lengths, dtype=torch.int64)
+        filled = leaves["x"].masked_fill(beyond.unsqueeze(-1).to(case.device), float(case.padding))
+        leaves["x"] = laid_out(filled, "plain" if case.x_layout == "expanded" else case.x_layout)
+    leaves.update((f"learned {n}" if n in ("h_0", "c_0") else n, p) for n, p in module.named_parameters())
+    for name, t in leaves.items():
+        t.requires_grad_(name in data.wanted)
+
+    x, hx, kwargs = leaves["x"], (leaves["h_0"], leaves["c_0"]) if case.hx else None, {}
+    if not case.batched:
+        x, hx = x[:, 0], hx and (hx[0][:, 0], hx[1][:, 0])
+    elif case.batch_first:
+        x = x.transpose(0, 1)
+    if case.packed:
+        x = pack_padded_sequence(x, case.lengths, case.batch_first, enforce_sorted=case.packed == "sorted")
+    elif case.lengths is not None:
+        kwargs["lengths"] = torch.tensor(case.lengths, dtype=torch.int64, device=case.device)
+    if case.reset:
+        reset = torch.zeros(case.T, case.B, dtype=torch.bool)
+        reset[tuple(torch.tensor(case.reset).T)] = True
+        reset = (reset if case.batched else reset[:, 0]).to(case.device)
+        kwargs["reset"] = reset.T if case.batch_first and case.batched else reset
+    if case.cells:
+        kwargs["return_cell_states"] = True
+    module.train(case.training)
+    autocast = torch.autocast(case.device, getattr(torch, case.autocast or "bfloat16"), enabled=bool(case.autocast))
+    with autocast:
+        y, states, *cells = module(x, hx, output=case.output, **kwargs)
+    outputs = {
+        "y": y,
+        **dict(zip(("h_n", "c_n"), states or (), strict=False)),
+        **dict(zip(["cells"], cells, strict=False)),
+    }
+    for name in ("y", "cells")[: 1 + case.cells] if case.output == "all" else ():
+        if isinstance(outputs[name], PackedSequence):
+            outputs[name], _ = pad_packed_sequence(outputs[name], case.batch_first, total_length=case.T)
+        if case.batched and case.batch_first:
+            outputs[name] = outputs[name].transpose(0, 1)
+    for name, t in outputs.items():
+        assert t.dtype == case.computed_in, f"{name} is {t.dtype}"
+        assert t.device.type == case.device, f"{name} is on {t.device}"
+    if not case.batched:
+        outputs = {n: t.unsqueeze(0 if n == "y" and case.output == "last" else 1) for n, t in outputs.items()}
+    outputs, grads = with_gradients(case, outputs, leaves, data)
+    for name, t in grads.items():
+        assert t.dtype == leaves[name].dtype, f"gradient of {name} is {t.dtype}"
+    return outputs, grads
+
+
+def errors(actual: Tensors, expected: Tensors) -> dict[str, float]:
+    """Of each tensor, relative to its largest value (see SMALLEST_SCALE)."""
+    assert list(actual) == list(expected)
+    largest = {name: float(t.detach().abs().max()) if t.numel() else 0.0 for name, t in expected.items()}
+    found = {}
+    for name, t in expected.items():
+        ours = actual[name].detach().double().cpu()
+        assert ours.shape == t.shape, f"{name} has shape {tuple(ours.shape)}, expected {tuple(t.shape)}"
+        scale = max(largest[name], SMALLEST_SCALE * max(largest.values()), 1e-30)
+        found[name] = float((ours - t.detach()).abs().max()) / scale if t.numel() else 0.0
+    return found
+
+
+def with_variants(run: Callable[[], Any]) -> tuple[Any, list[Variant]]:
+    """What run returns, and what each layer was given beyond nn.LSTM: the masks that were drawn are the reference's, too."""
+    variants: list[Variant] = []
+    real = birnn_ext.LSTM._variant
+
+    def keep(*args: Any) -> Variant | None:
+        variant = real(*args)
+        variants.append(variant or Variant())
+        return variant
+
+    birnn_ext.LSTM._variant = keep
+    try:
+        return run(), variants
+    finally:
+        birnn_ext.LSTM._variant = real
+
+
+def kind_of_error(run) -> type[Exception] | None:
+    try:
+        run()
+    except (RuntimeError, ValueError, TypeError) as error:
+        return type(error)
+    return None
+
+
+def compare(case: Case) -> None:
+    if 0 in (case.T, case.I, case.H):
+        expected, found = kind_of_error(lambda: by_torch(case, torch.float64)), kind_of_error(lambda: by_ours(case))
+        assert expected is found, f"nn.LSTM raises {expected}, ours {found}"
+        return
+    actual, variants = with_variants(lambda: by_ours(case))
+
+    def by_peer(dtype: torch.dtype) -> tuple[Tensors, Tensors]:
+        return by_reference(case, dtype, variants) if case.beyond_torch else by_torch(case, dtype)
+
+    expected = by_peer(torch.float64)
+    tolerance = TOLERANCE[case.computed_in]
+    for kind, (a, e) in zip(("output", "gradient of"), zip(actual, expected, strict=True), strict=True):
+        found, allowed = errors(a, e), dict.fromkeys(e, tolerance)
+        if any(not f <= tolerance for f in found.values()):
+            theirs = by_peer(case.computed_in)[kind != "output"]
+            allowed = {n: max(tolerance, WORSE_THAN_TORCH * f) for n, f in errors(theirs, e).items()}
+        for name, f in found.items():
+            assert f <= allowed[name], f"{kind} {name}: relative error {f:.2e}, tolerance {allowed[name]:.0e}"
+
+
+def check(case: Case) -> None:
+    """Raises an AssertionError, with a line that reproduces it, if ours and nn.LSTM's results differ."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(case.threads)
+    try:
+        compare(case)
+    except Exception as error:
+        raise AssertionError(f"{type(error).__name__}: {error}\nreproduce by: {case.reproducer()}") from error
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,63 @@
+"""The fuzzer's corpus, and some random cases. Thousands: `make fuzz N=10000`."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+
+import pytest
+from fuzz_case import Case, check
+from fuzz_strategy import cases
+from helpers import TOLERANCE
+from hypothesis import HealthCheck, given, settings
+
+# Past failures, and corners that took thought. Where a case was the fuzzer's own mistake, it stays, too.
+CORPUS = [
+    # a batch in which no sequence has a step: nothing depends on anything
+    Case(T=1, bias=False, lengths=(0,), used=1),
+    # x expanded over the batch, of which one sequence has no steps
+    Case(T=1, B=2, bias=False, autocast="bfloat16", x_layout="expanded", lengths=(0, 1), used=0),
+    Case(T=1, H=2, bias=False, dtype="float16", zoneout=(0.3, 0.2), used=0),
+    Case(T=0), Case(I=0), Case(H=0), Case(B=0, layers=2, bidirectional=True, hx="plain"),
+    # only the reverse direction's weights want gradients; only the last layer's
+    Case(T=3, B=2, I=3, H=5, bidirectional=True, grads=0b111_1000_0000), Case(T=3, B=2, I=3, H=5, layers=2, grads=0b111_1000_0000),
+    # infinities and NaN beyond the sequences' ends
+    Case(T=4, B=3, I=2, H=17, layers=2, bidirectional=True, lengths=(4, 0, 2), padding="nan", x_layout="gaps", output="last"),
+    Case(T=4, B=3, I=2, H=9, bidirectional=True, dtype="bfloat16", lengths=(3, 2, 1), padding="inf", recompute=True),
+    Case(T=5, B=2, I=3, H=8, layers=2, bidirectional=True, packed="unsorted", lengths=(1, 5), batch_first=True, hx="transposed"),
+    Case(T=5, B=3, I=3, H=8, proj_size=3, layer_norm=True, zoneout=(0.2, 0.5), recurrent_dropout=0.3, learned_state=True, cells=True),
+    Case(T=5, B=3, I=3, H=8, bidirectional=True, reset=((0, 0), (2, 1), (4, 2)), lengths=(5, 2, 0), cells=True, used=8),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CORPUS, ids=repr)
+def test_corpus(case, device):
+    check(dataclasses.replace(case, device=device))
+
+
+def test_random_cases(device):
+    """FUZZ_CASES of them, 40 where that is not set: the same ones at each run; at random with `make fuzz`."""
+    count = int(os.environ.get("FUZZ_CASES", "40" if device == "cpu" else "10"))
+
+    @settings(
+        max_examples=count, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck)
+    )
+    @given(cases(device))
+    def run(case: Case) -> None:
+        check(case)
+
+    run()
+
+
+def test_a_failure_names_a_line_that_reproduces_it(monkeypatch):
+    """With tolerances that nothing meets."""
+    monkeypatch.setattr("fuzz_case.TOLERANCE", dict.fromkeys(TOLERANCE, -1.0))
+    monkeypatch.setattr("fuzz_case.WORSE_THAN_TORCH", -1)
+    monkeypatch.setenv("BIRNN_CPU_ISA", "generic")
+    case = Case(T=3, B=2, lengths=(3, 1), padding="nan")
+    with pytest.raises(AssertionError, match=r"output y: relative error") as caught:
+        check(case)
+    line = re.search(r"reproduce by: (.*)", str(caught.value)).group(1)
+    assert line == "BIRNN_CPU_ISA=generic python tests/fuzz \"Case(T=3, B=2, lengths=(3, 1), padding='nan')\""
+    assert eval(re.search(r'"(.*)"', line).group(1), {"Case": Case}) == case
