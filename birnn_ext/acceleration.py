@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -57,6 +58,8 @@ def accelerate(model: nn.Module) -> Acceleration:
             continue
         if type(module) is not nn.LSTM:
             report.left[name] = f"its class {type(module).__name__} is a subclass of nn.LSTM"
+        elif "forward" in vars(module):
+            report.left[name] = "its forward has been replaced, by a hook of another library perhaps"
         else:
             module.__class__ = LSTM
             cast(LSTM, module)._drop_flat_weights()
@@ -73,7 +76,8 @@ def restore(model: nn.Module) -> list[str]:
             from the beginning stay so.
 
     Returns:
-        The names of the modules that were turned back.
+        The names of the modules that were turned back. A warning names those that can't be, as their class has been
+        changed since, by a parametrization for instance.
 
     Raises:
         TypeError: model is not a module.
@@ -81,7 +85,15 @@ def restore(model: nn.Module) -> list[str]:
     _check_model(model)
     names = []
     for name, module in model.named_modules():
-        if type(module) is LSTM and getattr(module, "accelerated", False):
+        if not isinstance(module, LSTM) or not getattr(module, "accelerated", False):
+            continue
+        if type(module) is not LSTM:
+            warnings.warn(
+                f"birnn_ext.restore: {name or 'the model itself'} is left, as something has changed its class to "
+                f"{type(module).__name__} since; undo that first (parametrizations: remove them)",
+                stacklevel=2,
+            )
+        else:
             module.__class__ = nn.LSTM  # type: ignore[assignment]  # mypy does not see that the class may change
             del module.accelerated
             module._init_flat_weights()

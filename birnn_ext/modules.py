@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
 
 import torch
@@ -28,8 +29,13 @@ def _autocast_dtype(x: Tensor) -> torch.dtype | None:
 _LAYER_NORM = ("weight_ln_ih", "weight_ln_hh", "weight_ln_c", "bias_ln_c")  # the last one with bias only
 
 
+def _kept(x: Tensor, p: float, *shape: int) -> Tensor:
+    """A random mask on x's device, False with probability p. Out of place, as torch.func.vmap wants it."""
+    return torch.rand(shape, device=x.device) >= p
+
+
 def _check_probability(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value <= 1:
         raise ValueError(f"LSTM: {name} must be a number in [0, 1], got {value!r}")
 
 
@@ -124,7 +130,7 @@ class LSTM(nn.LSTM):
         )
         self.recompute = recompute
         self.recurrent_dropout = recurrent_dropout
-        self.zoneout = (zoneout_h, zoneout_c)
+        self.zoneout = (zoneout_h, zoneout_c)  # always a pair
         self.layer_norm = layer_norm
         self.learned_state = learned_state
         directions = 2 if bidirectional else 1
@@ -283,8 +289,9 @@ class LSTM(nn.LSTM):
                 would be, with lengths at each sequence's own last step, without computing what that does not need: of
                 the last layer's reverse direction only one step.
             reset: (T, B) bool, with batch_first (B, T), unbatched (T,), with a PackedSequence one of bools (N,) that is
-                packed likewise: where it is True, that step begins a new sequence. The state is 0 before it, and the
-                reverse direction's after it, so that all is as if the parts were sequences by themselves.
+                packed likewise, from lengths in the same order: where it is True, that step begins a new sequence. The
+                state is 0 before it, and the reverse direction's after it, so that all is as if the parts were
+                sequences by themselves.
             return_cell_states: return the cell states of all steps of the last layer, too. Not with output="last".
 
         Returns:
@@ -296,7 +303,7 @@ class LSTM(nn.LSTM):
 
         Raises:
             ValueError: a wrong number of dimensions, `output`, `lengths` or `reset` that fit nothing, or arguments that
-                exclude each other.
+                exclude each other, as reset and learned_state do.
             RuntimeError: sizes of input or hx, their devices or hx's dtype that do not fit, as `torch.nn.LSTM`.
             TypeError: an argument of a wrong type or dtype.
         """
@@ -357,7 +364,10 @@ class LSTM(nn.LSTM):
         if reset is not None:
             if not isinstance(reset, PackedSequence):
                 raise TypeError(f"LSTM: reset must be a PackedSequence with a packed input, got {type(reset).__name__}")
-            if reset.data.shape != packed.data.shape[:1] or not torch.equal(reset.batch_sizes, packed.batch_sizes):
+            same = reset.data.shape == packed.data.shape[:1] and torch.equal(reset.batch_sizes, packed.batch_sizes)
+            theirs, ours = reset.sorted_indices, packed.sorted_indices
+            in_order = theirs is ours if theirs is None or ours is None else torch.equal(theirs, ours)
+            if not (same and in_order):
                 raise ValueError("LSTM: reset must be packed as the input, with data of shape (N,)")
             self._check_reset(reset.data, packed.data)
             reset = pad_packed_sequence(PackedSequence(reset.data, reset.batch_sizes))[0]
@@ -464,11 +474,13 @@ class LSTM(nn.LSTM):
         directions, outputs = 2 if self.bidirectional else 1, self.proj_size or self.hidden_size
         h_mask = None
         if dropout:
-            h_mask = F.dropout(x.new_ones(directions, batch, outputs), self.recurrent_dropout)
+            h_mask = _kept(x, self.recurrent_dropout, directions, batch, outputs).to(x.dtype)
+            if self.recurrent_dropout < 1:
+                h_mask = h_mask / (1 - self.recurrent_dropout)
         if not (zoneout and self.training):
             return Variant(reset, h_mask, zoneout_h_mean=self.zoneout[0], zoneout_c_mean=self.zoneout[1])
         zoneout_h, zoneout_c = (
-            torch.empty(steps, batch, directions, n, dtype=torch.bool, device=x.device).bernoulli_(p) if p else None
+            ~_kept(x, p, steps, batch, directions, n) if p else None
             for p, n in zip(self.zoneout, (outputs, self.hidden_size), strict=True)
         )
         return Variant(reset, h_mask, zoneout_h, zoneout_c)

@@ -57,6 +57,8 @@ def export(
 
     Raises:
         ImportError: onnx or onnxscript is missing; ``pip install 'birnn_ext[onnx]'``.
+        NotImplementedError: an LSTM has proj_size, zoneout or layer_norm, or is asked for reset or return_cell_states,
+            for which ONNX's operator has nothing.
         TypeError: the model's LSTM is float64, for which ONNX Runtime has no LSTM; or args are missing.
     """
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
@@ -68,6 +70,14 @@ def export(
     if any(isinstance(module, LSTM) and module.weight_ih_l0.dtype == torch.float64 for module in modes):
         raise TypeError("birnn_ext.onnx.export: ONNX Runtime has no LSTM in float64; export model.float()")
     kwargs = dict(kwargs or {})
+    asked = ["reset"] if isinstance(model, LSTM) and kwargs.get("reset") is not None else []
+    asked += ["return_cell_states"] if isinstance(model, LSTM) and kwargs.get("return_cell_states") else []
+    for module in modes:
+        if isinstance(module, LSTM):
+            asked += [name for name in ("proj_size", "layer_norm") if getattr(module, name)]
+            asked += ["zoneout"] if module.zoneout != (0, 0) else []
+    if asked:
+        raise NotImplementedError(f"birnn_ext.onnx.export: ONNX's LSTM operator has no {', '.join(asked)}")
     if args is None:
         args = _example(model)
     if output_names is None and isinstance(model, LSTM):

@@ -7,9 +7,30 @@ the arguments are those of the operators (`birnn_ext.ops`). Values are computed 
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def _without_autocast(function: Callable[P, R]) -> Callable[P, R]:
+    """Types are settled here, whoever calls: by autograd, for instance, within the user's autocast."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        device = next(arg.device.type for arg in args if isinstance(arg, Tensor))
+        if not torch.amp.is_autocast_available(device):
+            return function(*args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return function(*args, **kwargs)
+
+    return run
 
 
 def _accumulate_type(dtype: torch.dtype) -> torch.dtype:
@@ -25,6 +46,7 @@ def _where(mask: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     return a if mask is None else torch.where(mask, a, b)
 
 
+@_without_autocast
 def lstm_recurrence(
     gates_x: Tensor, w_hh: Tensor, h0: Tensor | None, c0: Tensor | None, lengths: Tensor | None, save: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -61,6 +83,7 @@ def lstm_recurrence(
     return y.to(dtype), h_n.to(dtype), c_n.to(dtype), all_gates.to(dtype), all_cells
 
 
+@_without_autocast
 def lstm_recurrence_backward(
     w_hh: Tensor,
     c0: Tensor | None,
@@ -123,6 +146,7 @@ def lstm_recurrence_backward(
     return d_gates_x, torch.stack(dh0).to(dtype), torch.stack(dc0).to(dtype)
 
 
+@_without_autocast
 def lstm_variant(
     gates_x: Tensor,
     w_hh: Tensor,

@@ -147,25 +147,22 @@ def lstm_variant_layer(
         lengths: likewise.
         variant: likewise.
         return_cells: likewise.
-        recompute: keep x alone for the backward pass, and run the layer again there.
+        recompute: keep x, weights and masks alone for the backward pass, and run the layer again there. Within
+            torch.func's transforms and torch.compile this has no effect.
 
     Returns:
         y (T, B, D, P), h_n (D, B, P), c_n (D, B, H) and cells (T, B, D, H) or None, as `lstm_variant`.
 
     Raises:
         ValueError, TypeError: as `lstm_variant`.
-        NotImplementedError: during export to ONNX, whose operator has none of these features.
     """
-    if torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
-        raise NotImplementedError(
-            "LSTM: ONNX's LSTM operator has no proj_size, recurrent_dropout, zoneout, layer_norm, reset or "
-            "return_cell_states, so a layer with one of them can't be exported"
-        )
-    if recompute and torch.is_grad_enabled() and not _within_torch_func():
-        return checkpoint(
+    # torch.compile fails within a checkpoint of this operator, with an internal error of torch 2.14
+    if recompute and torch.is_grad_enabled() and not (_within_torch_func() or torch.compiler.is_compiling()):
+        results: tuple[Tensor, Tensor, Tensor, Tensor | None] = checkpoint(
             lstm_variant_layer, x, weights, h0, c0, lengths, variant, return_cells,
             use_reentrant=False, preserve_rng_state=False,
         )  # fmt: skip
+        return results
     if lengths is not None:  # whatever lies beyond a sequence's end must not reach the weights' gradients
         beyond = torch.arange(x.shape[0], device=x.device).unsqueeze(1) >= lengths
         x = x.masked_fill(beyond.unsqueeze(-1), 0)

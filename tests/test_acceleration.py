@@ -90,6 +90,22 @@ def test_what_is_left_and_why():
     assert restore(model) == []
 
 
+def test_forward_that_was_replaced_is_left():
+    lstm = nn.LSTM(3, 4)
+    lstm.forward = lstm.forward
+    assert "forward has been replaced" in accelerate(lstm).left[""]
+
+
+def test_restore_says_what_it_leaves():
+    model = nn.Sequential(nn.LSTM(3, 4))
+    accelerate(model)
+    nn.utils.parametrizations.weight_norm(model[0], "weight_hh_l0")
+    with pytest.warns(UserWarning, match=r"restore: 0 is left, .* ParametrizedLSTM since"):
+        assert restore(model) == []
+    nn.utils.parametrize.remove_parametrizations(model[0], "weight_hh_l0")
+    assert restore(model) == ["0"]
+
+
 def test_restore_leaves_what_was_ours_from_the_beginning():
     model = nn.ModuleDict({"ours": birnn_ext.LSTM(3, 4), "theirs": nn.LSTM(3, 4)})
     assert accelerate(model).replaced == ["theirs"]

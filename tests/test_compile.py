@@ -107,6 +107,20 @@ class Mine(LSTM):
     pass
 
 
+@pytest.mark.parametrize("recompute", [False, True], ids=["saved", "recompute"])
+@pytest.mark.parametrize(
+    "options", [{"proj_size": 3}, {"layer_norm": True}, {"recurrent_dropout": 0.5, "zoneout": 0.5}], ids=str
+)
+def test_variants_compile_into_one_graph_once_for_all_sizes(options, recompute, device):
+    lstm = LSTM(10, 8, 2, batch_first=True, bidirectional=True, recompute=recompute, device=device, **options)
+
+    def arguments(batch: int, steps: int):
+        x = torch.randn(batch, steps, 10, device=device)
+        return (x,), {"reset": torch.rand(batch, steps, device=device) < 0.2}
+
+    check(lstm, arguments, device, train="proj_size" in options or "layer_norm" in options)
+
+
 @pytest.mark.parametrize("kind", ["subclass", "accelerated"])
 def test_subclasses_and_accelerated_models_compile_into_one_graph(kind):
     module = Mine(5, 8) if kind == "subclass" else nn.Sequential(nn.LSTM(5, 8))

@@ -158,6 +158,21 @@ def test_float64_is_refused(tmp_path):
         birnn_ext.onnx.export(LSTM(3, 5, dtype=torch.float64), tmp_path / "lstm.onnx")
 
 
+@pytest.mark.parametrize(
+    ("options", "kwargs", "name"),
+    [
+        ({"proj_size": 3}, {}, "proj_size"),
+        ({"layer_norm": True}, {}, "layer_norm"),
+        ({"zoneout": 0.3}, {}, "zoneout"),
+        ({}, {"reset": torch.zeros(7, 3, dtype=torch.bool)}, "reset"),
+        ({}, {"return_cell_states": True}, "return_cell_states"),
+    ],
+)
+def test_variants_are_refused(tmp_path, options, kwargs, name):
+    with pytest.raises(NotImplementedError, match=f"ONNX's LSTM operator has no {name}"):
+        birnn_ext.onnx.export(LSTM(5, 8, **options), tmp_path / "m.onnx", (torch.randn(7, 3, 5),), kwargs)
+
+
 def test_other_modules_need_example_arguments(tmp_path):
     with pytest.raises(TypeError, match="args must be example arguments of Tagger, got None"):
         birnn_ext.onnx.export(Tagger(), tmp_path / "tagger.onnx")

@@ -287,6 +287,16 @@ def test_vmap_and_dropout(device):
     all_near(y, [lstm(x[0])[0]] * SAMPLES)
 
 
+@pytest.mark.parametrize("options", [{"recurrent_dropout": 0.5}, {"zoneout": 0.5}], ids=str)
+def test_vmap_and_masks_of_the_recurrence(options, device, reference_operators):
+    lstm = LSTM(FEATURES, HIDDEN, device=device, **options)
+    x = torch.randn(1, STEPS, BATCH, FEATURES, device=device).expand(SAMPLES, STEPS, BATCH, FEATURES)
+    y = vmap(lambda x: lstm(x)[0], randomness="same")(x)
+    assert torch.equal(y[0], y[1])
+    y = vmap(lambda x: lstm(x)[0], randomness="different")(x)
+    assert not torch.equal(y[0], y[1])
+
+
 def test_vmap_over_bad_input():
     """Errors name the argument, as without vmap."""
     lstm = LSTM(FEATURES, HIDDEN)

@@ -759,3 +759,29 @@ MODULE_ERRORS = [
 def test_errors(call, kind, message):
     with pytest.raises(kind, match=message):
         call()
+
+
+def test_reset_packed_in_another_order_is_an_error():
+    x, reset = torch.randn(5, 2, 4), torch.zeros(5, 2, dtype=torch.bool)
+    lstm = LSTM(4, 3)
+    packed = pack_padded_sequence(x, torch.tensor([3, 5]), enforce_sorted=False)
+    lstm(packed, reset=pack_padded_sequence(reset, torch.tensor([3, 5]), enforce_sorted=False))
+    with pytest.raises(ValueError, match="reset must be packed as the input"):
+        lstm(packed, reset=pack_padded_sequence(reset, torch.tensor([5, 3]), enforce_sorted=False))
+
+
+def test_double_backward_of_layer_norm_within_autocast(device):
+    """What autograd runs within the user's autocast keeps its types."""
+    lstm = LSTM(5, 8, layer_norm=True, device=device)
+    x = torch.randn(4, 3, 5, device=device)
+
+    def penalty(autocast: bool) -> torch.Tensor:
+        inputs = x.clone().requires_grad_()
+        with torch.autocast(device, dtype=torch.bfloat16):
+            y = lstm(inputs)[0].float()
+        with torch.autocast(device, dtype=torch.bfloat16, enabled=autocast):
+            (dx,) = torch.autograd.grad(y.square().sum(), inputs, create_graph=True)
+            return torch.autograd.grad(dx.float().square().sum(), lstm.weight_hh_l0)[0]
+
+    within, without = penalty(True), penalty(False)
+    assert error(within, without) < 0.1

@@ -109,6 +109,9 @@ def make_parser() -> argparse.ArgumentParser:
 def choose_device(name: str | None) -> torch.device:
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and processes.launched():  # each process has its own
+        here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+        if here > gpus:  # in every process alike, as one of them speaks for all
+            raise UserError(f"{here} processes need a GPU each, and there are {gpus}; see --nproc-per-node of torchrun")
         name = f"cuda:{processes.local_rank()}"
     try:
         device = torch.device(name)

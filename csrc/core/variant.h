@@ -1,14 +1,14 @@
 // What a pass of the LSTM with what nn.LSTM does without is told (variant_row.h has the passes):
 //
-// Recurrent dropout  W_hh multiplies h_mask * h_{t-1}, with one mask for all steps (Gal & Ghahramani,
-// arXiv:1512.05287). Zoneout            c_t = z_c c_{t-1} + (1 - z_c) c', h_t = z_h h_{t-1} + (1 - z_h) h', of the
-// cell's own c' and h'
-//                    (Krueger et al., arXiv:1606.01305). z is a mask, or a constant: its mean.
-// Layer norm         z = gates_x + ln_hh LN(W_hh h_{t-1}), h' = o tanh(ln_c[0] LN(c') + ln_c[1]), where LN gives all 4H
-//                    or H values of a row mean 0 and variance 1 (Ba et al., arXiv:1607.06450, equations 20 to 22).
-// Projection         h' = W_hr (o tanh(c')), of P values (Sak et al., arXiv:1402.1128).
-// Reset              (t, b) begins a new sequence within sequence b: direction 0 comes to step t, and direction 1 to
-//                    step t-1, with h = c = 0.
+// - Recurrent dropout: W_hh multiplies h_mask * h_{t-1}, with one mask for all steps (Gal & Ghahramani,
+//   arXiv:1512.05287).
+// - Zoneout: c_t = z_c c_{t-1} + (1 - z_c) c', h_t = z_h h_{t-1} + (1 - z_h) h', of the cell's own c' and h'
+//   (Krueger et al., arXiv:1606.01305). z is a mask, or a constant: its mean.
+// - Layer norm: z = gates_x + ln_hh LN(W_hh h_{t-1}), h' = o tanh(ln_c[0] LN(c') + ln_c[1]), where LN gives all 4H or H
+//   values of a row mean 0 and variance 1 (Ba et al., arXiv:1607.06450, equations 20 to 22).
+// - Projection: h' = W_hr (o tanh(c')), of P values (Sak et al., arXiv:1402.1128).
+// - Reset: (t, b) begins a new sequence within sequence b: direction 0 comes to step t, and direction 1 to step t-1,
+//   with h = c = 0.
 //
 // Types: S the tensors', A the accumulation type (recurrence.h), F what the matrix products between the steps take.
 #pragma once

@@ -2,11 +2,12 @@
 // loop on the CPU, the threads of a block on the GPU. The cell's equations are lstm_cell.h's.
 //
 // Types S, A and F as in variant.h. X has V, some units' values of type A, M, their functions (lstm_cell.h), and
-//   each(n, f)             f(u, count) for the units u .. u+count-1 of n, count being all that V holds, or what is left
-//   load<T>(p, at, count)  store<T>(p, at, v, count)
-//   only(v, count)         v with 0 for units beyond count
-//   sum(v)                 over all units, for all that take part in the row; all before it has been done by all of
-//   them store_one<T>(p, at, value) inverse_root(a)        1 / sqrt(a)
+// - each(n, f): f(u, count) for the units u .. u+count-1 of n, count being all that V holds, or what is left
+// - load<T>(p, at, count), store<T>(p, at, v, count)
+// - only(v, count): v with 0 for units beyond count
+// - sum(v): over all units, for all that take part in the row, after all of them have done what stands before
+// - store_one<T>(p, at, value)
+// - inverse_root(a): 1 / sqrt(a)
 #pragma once
 
 #include "lstm_cell.h"
