@@ -25,6 +25,7 @@ from birnn_ext.ops import (
     _within_torch_func,
 )
 
+_DEVICES = ("cpu", "cuda", "meta") if _C.build_info()["cuda"] else ("cpu", "meta")  # that have the operator
 EPS = 1e-5  # added to the variances of layer norm, as nn.LayerNorm does
 
 
@@ -112,11 +113,10 @@ def lstm_variant(
     tensors = (gates_x, w_hh, w_hr, h0, c0, lengths, *variant[:4])
     constants = (*variant[4:], ln_hh, ln_c, EPS)
     floating = [t for t in (gates_x, w_hh, w_hr, h0, c0, ln_hh, ln_c) if t is not None]
-    device = gates_x.device.type
     why = _needs_reference(*floating)
     if why is None and _within_torch_func():
         why = "has no rule for torch.func's transforms"
-    if why is None and not (device in ("cpu", "meta") or (device == "cuda" and _C.build_info()["cuda"])):
+    if why is None and gates_x.device.type not in _DEVICES:
         why = _no_kernel(gates_x.device)
     if why:
         _count_reference("lstm_variant", "reference_forward", why)
