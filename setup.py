@@ -14,8 +14,9 @@ import sysconfig
 import torch
 from setuptools import setup
 
-# Turing to Blackwell in machine code; PTX of 8.0 and 9.0 for what comes after, and of 7.5 for emulators.
-DEFAULT_ARCHITECTURES = "7.5+PTX;8.0+PTX;8.6;8.9;9.0+PTX;10.0;12.0"
+# Turing to Blackwell in machine code (8.0's runs on 8.6 and 8.9, too); PTX of 8.0 and 9.0 for what comes after, and of
+# 7.5 for emulators.
+DEFAULT_ARCHITECTURES = "7.5+PTX;8.0+PTX;9.0+PTX;10.0;12.0"
 
 
 def site_packages_cuda():

@@ -136,7 +136,7 @@ def test_nn_lstm_is_treated_as_without_us():
     counters.clear()  # of the graph break that was asked for
 
 
-@pytest.mark.parametrize("first", ["birnn_ext", "torch._dynamo"])
+@pytest.mark.parametrize("first", ["birnn_ext", pytest.param("torch._dynamo", marks=pytest.mark.slow)])
 def test_order_of_imports_does_not_matter(first):
     """In processes of their own, as here both are imported."""
     second = {"birnn_ext": "torch._dynamo", "torch._dynamo": "birnn_ext"}[first]

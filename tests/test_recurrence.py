@@ -223,6 +223,7 @@ def runnable_isas() -> list[str]:
     return re.search(r"this build and CPU run ([\w, ]+)", said).group(1).split(", ")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", birnn_ext.build_info()["cpu_isas"])
 def test_every_instruction_set(isa):
     """Each ISA's kernels in a process of its own; one that this CPU lacks must fail loudly."""

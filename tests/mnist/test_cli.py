@@ -126,7 +126,7 @@ def test_predict(trained, tmp_path):
     assert sum(same[1::2]) >= 6  # of 10; they come back nearly as they were
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_interrupted_and_resumed_is_as_if_never_interrupted(trained, tmp_path, number):
     whole, _ = trained
     with subprocess.Popen(
@@ -165,7 +165,9 @@ def test_interrupted_and_resumed_is_as_if_never_interrupted(trained, tmp_path, n
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("bars", [True, False], ids=["with_stderr", "stdout_only"])
+@pytest.mark.parametrize(
+    "bars", [pytest.param(True, marks=pytest.mark.slow), False], ids=["with_stderr", "stdout_only"]
+)
 def test_reader_of_stdout_goes_away(tmp_path, bars):
     """As with `birnn-mnist train 2>&1 | head -1`, where the progress bar breaks too, and `birnn-mnist train | head -1`."""
     arguments = [*map(str, COMMAND), "train", *SMALL, "--batch-size", "500", "--out", str(tmp_path)]
@@ -280,6 +282,7 @@ def test_training_state_of_other_data_is_an_error(trained, tmp_path):
         Training(Hyperparameters(**state["hyperparameters"]), fewer, torch.device("cpu"), state)
 
 
+@pytest.mark.slow
 def test_max_steps_and_more_epochs(tmp_path):
     common = ["train", *SMALL, "--batch-size", 1000, "--out", tmp_path]
     assert run(*common, "--max-steps", 2, "--num-epochs", 1).returncode == 0
