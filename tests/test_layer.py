@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import random
 import subprocess
 import sys
@@ -320,6 +321,15 @@ def test_vanished_gradients_are_zero_and_cheap():
     assert_near(dx, expected, dtype=torch.float32)
     assert (dx[100, :7] == 0).all()  # forward direction: 300 steps before
     assert (dx[240, 9] != 0).any()
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="denormals are flushed on x86 only")
+def test_denormals_are_flushed_by_the_kernels_and_by_nobody_else():
+    lstm = LSTM(3, 16, bidirectional=True)
+    x = torch.randn(5, 4, 3, requires_grad=True)
+    y = lstm(x)[0]
+    assert (torch.autograd.grad(y, x, torch.full_like(y, 1e-40))[0] == 0).all()
+    assert (torch.full((100,), 1e-30) * 1e-10 != 0).all()  # the calling thread is as it was
 
 
 @pytest.mark.skipif(
