@@ -29,7 +29,7 @@ def same_as_nn_lstm(x: torch.Tensor, hidden: int, bidirectional: bool = True) ->
 
 
 @pytest.mark.slow
-def test_size_limits_70000_steps(device):
+def test_size_limits_70000_steps(device):  # most of the time is nn.LSTM's, which grows with the square of the steps
     same_as_nn_lstm(
         torch.randn(70_000, 1, 2, dtype=torch.float64 if device == "cpu" else torch.float32, device=device), 3
     )
