@@ -287,6 +287,7 @@ def test_vmap_and_dropout(device):
     all_near(y, [lstm(x[0])[0]] * SAMPLES)
 
 
+@pytest.mark.filterwarnings("ignore:birnn_ext..lstm_variant has no rule for torch.func's transforms:UserWarning")
 @pytest.mark.parametrize("options", [{"recurrent_dropout": 0.5}, {"zoneout": 0.5}], ids=str)
 def test_vmap_and_masks_of_the_recurrence(options, device, reference_operators):
     lstm = LSTM(FEATURES, HIDDEN, device=device, **options)
