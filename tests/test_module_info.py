@@ -16,7 +16,7 @@ from torch.testing._internal.common_modules import ModuleErrorEnum, ModuleInput,
 from birnn_ext import LSTM
 
 # That import forbids the whole process to set flags such as torch.backends.fp32_precision, as other tests do.
-torch.backends.__allow_nonbracketed_mutation_flag = True
+torch.backends.disable_global_flags.__globals__["__allow_nonbracketed_mutation_flag"] = True
 
 INFO = next(info for info in module_db if info.module_cls is nn.LSTM)
 
