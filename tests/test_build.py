@@ -151,7 +151,7 @@ def test_old_torch(monkeypatch):
 @pytest.mark.parametrize("compiler", ["", "nonesuch-g++ -m64"])
 def test_without_a_compiler(monkeypatch, tmp_path, compiler):
     build = [sys.executable, SETUP, "build_ext", "--build-lib", tmp_path, "--build-temp", tmp_path]
-    environment = {**os.environ, "PATH": str(tmp_path), "BIRNN_CUDA": "0", "CXX": compiler}
+    environment = {**os.environ, "PATH": str(tmp_path), "BIRNN_CUDA": "0", "CXX": compiler or "c++"}
     done = subprocess.run(build, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 1
     (said,) = re.findall(r"^birnn_ext: the build needs a C\+\+ compiler, .*$", done.stderr, re.MULTILINE)
