@@ -1,18 +1,28 @@
 """Builds birnn_ext._C: the CPU kernels always, the CUDA kernels where an nvcc fits the installed torch.
 
 Environment: BIRNN_CUDA=1 makes a missing nvcc an error, BIRNN_CUDA=0 builds for the CPU only; CUDA_HOME names the
-toolkit; TORCH_CUDA_ARCH_LIST the GPU architectures; MAX_JOBS the number of parallel compilations.
+toolkit; TORCH_CUDA_ARCH_LIST the GPU architectures; MAX_JOBS the number of parallel compilations; CXX the compiler.
 """
 
 import glob
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sysconfig
 
-import torch
 from setuptools import setup
+
+try:
+    import torch
+except ModuleNotFoundError as error:
+    raise SystemExit(
+        f"birnn_ext: the build needs the PyTorch that birnn_ext shall run with, but {error}: first "
+        "`pip install torch ninja wheel 'setuptools>=77'`, then `pip install --no-build-isolation` birnn_ext"
+    ) from None
+if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 8):
+    raise SystemExit(f"birnn_ext: PyTorch 2.8 or newer is needed, and {torch.__version__} is installed")
 
 # Turing to Blackwell in machine code (8.0's runs on 8.6 and 8.9, too); PTX of 8.0 and 9.0 for what comes after, and of
 # 7.5 for emulators.
@@ -63,11 +73,13 @@ def find_toolkit():
         if release and release.split(".")[0] == wanted:
             return home, release
         seen.append(f"{home} ({'CUDA ' + release if release else 'no bin/nvcc with include/cuda_runtime.h'})")
+    by_pip = (  # before CUDA 13, pip's packages hold no nvcc
+        f"`pip install 'nvidia-cuda-nvcc=={wanted}.*' 'nvidia-cuda-cccl=={wanted}.*'`, or " if int(wanted) >= 13 else ""
+    )
     return None, (
         f"no nvcc of CUDA {wanted}.x, which torch {torch.__version__} needs; "
         f"looked in {', '.join(dict.fromkeys(seen))}. "
-        f"Get one with `pip install 'nvidia-cuda-nvcc>={wanted},<{int(wanted) + 1}' "
-        f"'nvidia-cuda-cccl>={wanted},<{int(wanted) + 1}'`, or install the CUDA toolkit and set CUDA_HOME"
+        f"Get one with {by_pip}the CUDA toolkit {wanted}.x, with CUDA_HOME set to its folder"
     )
 
 
@@ -124,7 +136,21 @@ if cuda_home and not glob.glob(os.path.join(cuda_home, "lib*", "libcudart.so")):
     extension.libraries.remove("cudart")
     extension.extra_link_args += [f"-L{os.path.dirname(libcudart)}", f"-l:{os.path.basename(libcudart)}"]
 
+
+class Build(BuildExtension):
+    def build_extensions(self):
+        compiler = shlex.split(os.environ.get("CXX") or "c++")[0]  # as BuildExtension chooses it
+        if not shutil.which(compiler):
+            raise SystemExit(
+                f"birnn_ext: the build needs a C++ compiler, and there is no {compiler!r} on the PATH: "
+                "install g++ (Debian and Ubuntu: `apt-get install g++`), or name a compiler in the variable CXX"
+            )
+        super().build_extensions()
+
+
 setup(
     ext_modules=[extension],
-    cmdclass={"build_ext": BuildExtension.with_options(use_ninja=True)},
+    cmdclass={"build_ext": Build},
+    # torch's C++ interface changes with its minor version: what is built for one can't be loaded by another.
+    install_requires=[f"torch=={'.'.join(torch.__version__.split('.')[:2])}.*"],
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,8 @@ import torch.utils.cpp_extension
 
 import birnn_ext
 
-SETUP = Path(__file__).parents[1] / "setup.py"
+ROOT = Path(__file__).parents[1]
+SETUP = ROOT / "setup.py"
 
 
 def run_setup(monkeypatch: pytest.MonkeyPatch, **environment: str) -> dict:
@@ -68,8 +70,16 @@ def test_cpu_only_without_nvcc(monkeypatch, capsys):
 @pytest.mark.skipif(torch.version.cuda is None, reason="torch is built without CUDA")
 def test_missing_nvcc_is_an_error_on_request(monkeypatch):
     without_toolkit(monkeypatch)
-    with pytest.raises(SystemExit, match=r"BIRNN_CUDA=1, but no nvcc of CUDA .*pip install 'nvidia-cuda-nvcc>="):
+    with pytest.raises(SystemExit, match=r"BIRNN_CUDA=1, but no nvcc of CUDA .*, with CUDA_HOME set"):
         run_setup(monkeypatch, BIRNN_CUDA="1")
+
+
+@pytest.mark.parametrize("version, by_pip", [("12.8", False), ("13.0", True)])
+def test_nvcc_comes_by_pip_since_cuda_13(monkeypatch, capsys, version, by_pip):
+    without_toolkit(monkeypatch)
+    monkeypatch.setattr(torch.version, "cuda", version)
+    run_setup(monkeypatch)
+    assert ("pip install 'nvidia-cuda-nvcc==13.*'" in capsys.readouterr().out) == by_pip
 
 
 def test_wrong_wish_is_an_error(monkeypatch):
@@ -109,3 +119,60 @@ def test_imports_without_a_gpu():
     )
     assert done.returncode == 0, done.stderr
     assert "cpu_isa" in done.stdout
+
+
+# ---- packaging; tools/check_wheel does it for real, with pip
+
+
+def test_version_stands_in_one_place():
+    (version,) = re.findall(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert birnn_ext.__version__ == version
+    sources = [SETUP, *ROOT.glob("birnn_ext/*.py"), *ROOT.glob("csrc/**/*.*"), *ROOT.glob("*.cff")]
+    assert not [source for source in sources if version in source.read_text()]
+
+
+def test_without_torch(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(
+        SystemExit, match=r"^birnn_ext: the build needs the PyTorch .*`pip install torch ninja"
+    ) as error:
+        run_setup(monkeypatch)
+    assert "\n" not in str(error.value)
+
+
+def test_old_torch(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.7.1+cu126")
+    with pytest.raises(
+        SystemExit, match=r"^birnn_ext: PyTorch 2\.8 or newer is needed, and 2\.7\.1\+cu126 is installed$"
+    ):
+        run_setup(monkeypatch)
+
+
+@pytest.mark.parametrize("compiler", ["", "nonesuch-g++ -m64"])
+def test_without_a_compiler(monkeypatch, tmp_path, compiler):
+    build = [sys.executable, SETUP, "build_ext", "--build-lib", tmp_path, "--build-temp", tmp_path]
+    environment = {**os.environ, "PATH": str(tmp_path), "BIRNN_CUDA": "0", "CXX": compiler or "c++"}
+    done = subprocess.run(build, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    (said,) = re.findall(r"^birnn_ext: the build needs a C\+\+ compiler, .*$", done.stderr, re.MULTILINE)
+    assert f"there is no '{compiler.split()[0] if compiler else 'c++'}' on the PATH" in said
+    assert "Traceback" not in done.stderr
+
+
+def test_the_wheel_asks_for_the_torch_that_it_was_built_for(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.10.1+cpu")
+    assert run_setup(monkeypatch, BIRNN_CUDA="0")["install_requires"] == ["torch==2.10.*"]
+
+
+@pytest.mark.skipif(not shutil.which("readelf"), reason="needs readelf, of GNU binutils")
+def test_links_only_what_torch_and_the_compiler_bring():
+    dynamic = subprocess.run(
+        ["readelf", "-d", birnn_ext._C.__file__], capture_output=True, text=True, check=True
+    ).stdout
+    needed = set(re.findall(r"\(NEEDED\).*\[(.+)\]", dynamic))
+    torchs = {name for name in needed if re.match(r"lib(torch|c10)\w*\.so$|libcudart[-.\w]*\.so", name)}
+    assert "libc10.so" in torchs
+    assert any(name.startswith("libcudart") for name in torchs) == (birnn_ext.build_info()["cuda"] is not None)
+    runtimes = {"libstdc++.so.6", "libgcc_s.so.1", "libgomp.so.1", "libc.so.6", "libm.so.6", "libpthread.so.0"}
+    assert {name for name in needed - torchs - runtimes if not name.startswith("ld-linux")} == set()
+    assert not re.search(r"\((RPATH|RUNPATH)\)", dynamic)  # it would name a folder of the machine that built it
