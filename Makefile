@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 export MAX_JOBS ?= 2
 
-.PHONY: train test fuzz bench bench-peers docs sanitize install lint clean
+.PHONY: train test fuzz bench bench-peers report docs sanitize install lint clean
 
 train: install
 	$(BIN)/birnn-mnist train $(ARGS)
@@ -22,6 +22,10 @@ bench: install
 
 bench-peers: $(VENV)/peers
 	$(BIN)/python benchmarks/peers.py $(ARGS)
+
+# Measures all that the README claims, and writes docs/report.md: a quarter of an hour on a machine with nothing else to do.
+report: $(VENV)/peers
+	$(BIN)/python benchmarks/report.py $(ARGS)
 
 # The documentation, into build/site; a warning is an error. birnn_ext is installed: pip gets what its extra names.
 docs: install

@@ -10,7 +10,7 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import TypeVar
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+sys.path.extend(str(Path(__file__).parents[1] / folder) for folder in ("tests", "tests/fuzz"))
 from helpers import TutorialBiRNN, error, twins
 
 __all__ = ["TutorialBiRNN", "alone", "error", "markdown", "memory", "twins"]

@@ -2,7 +2,7 @@
 
 The tutorial reads its digits one by one as PIL images through a DataLoader and runs nn.LSTM and the default Adam. The
 trainer keeps them as one tensor on the device and runs BiRNN and the fused Adam. Both train in a process of their own;
-reading the files, starting Python and evaluation do not count. Linux only, for the peak memory.
+reading the files, starting Python and evaluation, every 100 steps, do not count. Linux only, for the peak memory.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from statistics import median
+from statistics import mean, median, stdev
 from threading import Event
 
 import torch
@@ -29,6 +29,7 @@ from birnn_ext.mnist.data import Digits, Mnist, UserError
 from birnn_ext.mnist.training import Hyperparameters, Training, device_name
 
 Trained = tuple[float, list[float]]  # seconds, and the loss of every step
+GOAL = 0.97  # an accuracy, to which the time is taken
 
 # Steps over which the losses of two correct trainings agree. Later rounding has grown: after 100 steps those of nn.LSTM
 # with the plain and with the fused Adam are 0.1 apart.
@@ -41,6 +42,28 @@ class Result:
     losses: list[float]
     memory: float  # MiB, the process's peak
     gpu_memory: float  # MiB, the peak of tensors
+    curve: list[tuple[float, float]]  # seconds of training, and the accuracy on the test set after them
+
+    @property
+    def seconds_to_goal(self) -> float | None:
+        return next((seconds for seconds, accuracy in self.curve if accuracy >= GOAL), None)
+
+
+@dataclass
+class Watch:
+    """Takes the accuracy on the test set in the course of a training, and leaves out the time which that takes."""
+
+    hp: Hyperparameters
+    test: Digits
+    curve: list[tuple[float, float]] = field(default_factory=list)
+    seconds: float = 0.0  # taken here
+
+    def __call__(self, model: nn.Module, seconds: float) -> None:
+        """Seconds since the training began, with those taken here."""
+        begin = time.perf_counter()
+        found = training.accuracy(training.predictions(model, self.hp, self.test), self.test)
+        self.curve.append((seconds - self.seconds, found))
+        self.seconds += time.perf_counter() - begin
 
 
 class Images(Dataset):
@@ -57,8 +80,8 @@ class Images(Dataset):
         return self.transform(image), int(self.digits.labels[index])
 
 
-def train_tutorial(hp: Hyperparameters, mnist: Mnist, device: torch.device, max_steps: int) -> Trained:
-    """The tutorial's code."""
+def train_tutorial(hp: Hyperparameters, mnist: Mnist, device: torch.device, max_steps: int, watch: Watch) -> Trained:
+    """The tutorial's code, watched."""
     torch.manual_seed(hp.seed)  # the weights of BiRNN
     model = TutorialBiRNN(hp.input_size, hp.hidden_size, hp.num_layers, hp.num_classes).to(device)
     criterion = nn.CrossEntropyLoss()
@@ -81,75 +104,127 @@ def train_tutorial(hp: Hyperparameters, mnist: Mnist, device: torch.device, max_
             losses.append(loss.detach())  # for the comparison, not read before the end
             if (i + 1) % 100 == 0:
                 print(f"Epoch [{epoch + 1}/{hp.num_epochs}], Step [{i + 1}/{len(loader)}], Loss: {loss.item():.4f}")
+                watch(model, time.perf_counter() - begin)
     values = torch.stack(losses).tolist()  # waits for the device
-    return time.perf_counter() - begin, values
+    seconds = time.perf_counter() - begin - watch.seconds
+    watch(model, seconds + watch.seconds)
+    return seconds, values
 
 
-def train_ours(hp: Hyperparameters, mnist: Mnist, device: torch.device, max_steps: int) -> Trained:
+def train_ours(hp: Hyperparameters, mnist: Mnist, device: torch.device, max_steps: int, watch: Watch) -> Trained:
     """What birnn-mnist does."""
-    training.EVALUATION_BATCH = hp.batch_size  # the evaluation after an epoch shall not set the peak of memory
-    run = Training(hp, Mnist(mnist.train.to(device), mnist.test.to(device), mnist.source), device)
-    run.run(max_steps, Event(), print)
-    return sum(run.progress.epoch_seconds) + run.progress.seconds, run.progress.losses
+    run = Training(hp, mnist, device)
+
+    def seconds() -> float:
+        return sum(run.progress.epoch_seconds) + run.progress.seconds
+
+    def log(line: str) -> None:
+        print(line)
+        watch(run.model, seconds())
+
+    run.run(max_steps, Event(), log)
+    taken = seconds() - watch.seconds
+    watch(run.model, seconds())
+    return taken, run.progress.losses
 
 
+Results = dict[str, list[Result]]  # by contestant, a result for each seed
 CONTESTANTS = {"tutorial": train_tutorial, "birnn_ext": train_ours}
 
 
 def compete(name: str, hp: Hyperparameters, folder: Path, source: str, device: torch.device, max_steps: int) -> Result:
+    training.EVALUATION_BATCH = hp.batch_size  # evaluation shall not set the peak of memory
     mnist = data.load_mnist(folder, source, log=lambda line: None)
-    seconds, losses = CONTESTANTS[name](hp, mnist, device, max_steps)
+    mnist = Mnist(mnist.train, mnist.test.to(device), mnist.source)
+    if name == "birnn_ext":
+        mnist = Mnist(mnist.train.to(device), mnist.test, mnist.source)
+    watch = Watch(hp, mnist.test)
+    seconds, losses = CONTESTANTS[name](hp, mnist, device, max_steps, watch)
     gpu_memory = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else 0.0
-    return Result(seconds, losses, memory(), gpu_memory)
+    return Result(seconds, losses, memory(), gpu_memory, watch.curve)
 
 
-def report(results: dict[str, list[Result]]) -> str:
-    """The table, from the results of all rounds, and how far the losses are apart."""
+def race(seeds: int, folder: Path, source: str, device: torch.device, steps: int | None = None) -> Results:
+    """Trains both contestants from the seeds 0, 1, ..., in turn, for the tutorial's two epochs or fewer steps."""
+    hp = Hyperparameters()
+    mnist = data.load_mnist(folder, source)
+    source = "sample" if mnist.source == "sample" else "files"  # a download has left its files in the folder
+    max_steps = min(steps or 2**31, hp.num_epochs * -(-len(mnist.train) // hp.batch_size))
+    results: Results = {name: [] for name in CONTESTANTS}
+    for seed in range(seeds):
+        for name, of in results.items():
+            print(f"{name}, seed {seed}", flush=True)
+            of.append(alone(compete, name, replace(hp, seed=seed), folder, source, device, max_steps))
+    return results
+
+
+def report(results: Results) -> str:
+    """The table, from the results of all seeds, and how far the losses are apart."""
     rows = [["", *results, "tutorial / birnn_ext"]]
 
     def add(title: str, values: list[float], digits: int) -> None:
         rows.append([title, *(f"{value:.{digits}f}" for value in values), f"{values[0] / values[1]:.2f}"])
 
-    losses = [torch.tensor([result.losses for result in of]) for of in results.values()]  # (rounds, steps)
-    steps = losses[0].shape[1]
-    seconds = [median(result.seconds for result in of) for of in results.values()]
+    sides = list(results.values())
+    losses = [torch.tensor([result.losses for result in of]) for of in sides]  # (seeds, steps)
+    seeds, steps = losses[0].shape
+    seconds = [median(result.seconds for result in of) for of in sides]
     add("training, s", seconds, 2)
     add("a step, ms", [1000 * value / steps for value in seconds], 2)
-    add("peak memory, MiB", [median(result.memory for result in of) for of in results.values()], 0)
-    if any(result.gpu_memory for of in results.values() for result in of):
-        add("peak GPU memory, MiB", [median(result.gpu_memory for result in of) for of in results.values()], 1)
+    accuracies = [[100 * result.curve[-1][1] for result in of] for of in sides]
+    rows.append(["accuracy, %: mean", *(f"{mean(of):.2f}" for of in accuracies), ""])
+    if seeds > 1:
+        rows.append(["its standard deviation", *(f"{stdev(of):.2f}" for of in accuracies), ""])
+        rows.append(["its range", *(f"{min(of):.2f} to {max(of):.2f}" for of in accuracies), ""])
+    to_goal = [[result.seconds_to_goal for result in of if result.seconds_to_goal is not None] for of in sides]
+    rows.append([f"seeds that come to {100 * GOAL:.0f} %", *(f"{len(of)} of {seeds}" for of in to_goal), ""])
+    if all(to_goal):
+        add(f"time to {100 * GOAL:.0f} %, s", [median(of) for of in to_goal], 1)
+    add("peak memory, MiB", [median(result.memory for result in of) for of in sides], 0)
+    if any(result.gpu_memory for of in sides for result in of):
+        add("peak GPU memory, MiB", [median(result.gpu_memory for result in of) for of in sides], 1)
     difference = (losses[0] - losses[1]).abs()
     first = min(FOLLOWED, steps)
     return (
-        f"{markdown(rows)}\n\nLargest difference of losses: {difference[:, :first].max():.1e} over the first {first} "
-        f"steps, {difference.max():.1e} over all {steps}.\n"
+        f"{markdown(rows)}\n\nMedians over seeds, if nothing else is said. Largest difference of losses: "
+        f"{difference[:, :first].max():.1e} over the first {first} steps, {difference.max():.1e} over all {steps}.\n"
         f"Mean loss of the last {first} steps: " + ", ".join(f"{of[:, -first:].mean():.4f}" for of in losses) + "."
     )
+
+
+def draw(results: Results, path: Path) -> None:
+    """Accuracy over the time of training, a line for each training."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axes = figure.subplots()
+    for colour, (name, of) in zip(("tab:gray", "tab:blue"), results.items(), strict=True):
+        for k, result in enumerate(of):
+            seconds, accuracies = zip(*result.curve, strict=True)
+            axes.plot(
+                seconds, [100 * a for a in accuracies], ".-", color=colour, alpha=0.7, label=name if k == 0 else None
+            )
+    axes.axhline(100 * GOAL, color="black", linewidth=0.8)
+    axes.set(xlabel="seconds of training", ylabel="accuracy on the test set (%)", xlim=(0, None), ylim=(80, 100))
+    axes.legend(loc="lower right")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, help="training steps (default: the tutorial's 2 epochs)")
-    parser.add_argument("--rounds", type=int, default=1, help="trainings of each contestant, in turn; medians count")
+    parser.add_argument("--seeds", type=int, default=1, help="trainings of each contestant, in turn")
     parser.add_argument("--device", help="torch device (default: cuda if there is one, else cpu)")
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of MNIST (default: data)")
     parser.add_argument("--data-source", choices=("auto", *data.SOURCES), default="auto", help="see birnn-mnist train")
     args = parser.parse_args(arguments)
-    hp = Hyperparameters()
     try:
         device = choose_device(args.device)
-        mnist = data.load_mnist(args.data, args.data_source)
+        results = race(args.seeds, args.data, args.data_source, device, args.steps)
     except UserError as error:
         parser.error(str(error))
-    source = "sample" if mnist.source == "sample" else "files"  # a download has left its files in the folder
-    max_steps = min(args.steps or 2**31, hp.num_epochs * -(-len(mnist.train) // hp.batch_size))
-
-    results: dict[str, list[Result]] = {name: [] for name in CONTESTANTS}
-    for _ in range(args.rounds):
-        for name, of in results.items():
-            of.append(alone(compete, name, hp, args.data, source, device, max_steps))
-    print(f"\n{device_name(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}, {max_steps} steps\n")
-    print(report(results))
+    print(f"\n{device_name(device)}, {torch.get_num_threads()} threads, torch {torch.__version__}\n\n{report(results)}")
 
 
 if __name__ == "__main__":

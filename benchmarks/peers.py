@@ -39,6 +39,7 @@ Work = Callable[[], list[Any]]  # returns its results, for the comparison
 Works = dict[str, Work]  # by contestant
 
 ROOT = Path(__file__).parents[1]
+RESULTS, CHART = ROOT / "benchmarks" / "results" / "peers.json", ROOT / "docs" / "peers.png"
 OURS, TORCH = "birnn_ext", "nn.LSTM"
 PEERS = {"ONNX Runtime": ("onnxruntime", "onnx"), "OpenVINO": ("openvino", "onnx"), "JAX": ("jax",)}  # what they need
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # relative to the largest value: nothing is wrong, no more
@@ -436,13 +437,39 @@ def draw(rows: Sequence[Row], title: str, path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of every contestant")
-    parser.add_argument("--rounds", type=int, default=9, help="of the timing; memory: a third of them")
-    parser.add_argument("--only", default="", metavar="TEXT", help="only rows whose name contains it; saves nothing")
-    args = parser.parse_args(arguments)
-    torch.set_num_threads(args.threads)
+@dataclass
+class Comparison:
+    """All rows, and what they were measured on and with."""
+
+    machine: dict[str, Any]
+    rows: list[Row] = field(default_factory=list)
+    recurrence_gflops: float = 0.0
+    sgemm_gflops: float = 0.0
+
+    @property
+    def title(self) -> str:
+        return f"{self.machine['cpu']}, {self.machine['threads']} threads"
+
+    def text(self) -> str:
+        versions = ", ".join(f"{name} {number}" for name, number in self.machine["versions"].items())
+        return (
+            f"{self.title}; {versions}; float32 if nothing else is said, bidirectional\n\n{table(self.rows)}\n\n"
+            f"Recurrence, forward, {','.join(map(str, MNIST))}, one layer: {self.recurrence_gflops:.0f} GFLOP/s of "
+            f"products, {100 * self.recurrence_gflops / self.sgemm_gflops:.0f} % of torch's 1024 x 1024 x 1024 product "
+            f"({self.sgemm_gflops:.0f} GFLOP/s)."
+        )
+
+    def save(self) -> None:
+        """The figures of all rounds, and the chart."""
+        RESULTS.parent.mkdir(exist_ok=True)
+        figures = {**self.machine, **{k: v for k, v in asdict(self).items() if k != "machine"}}
+        RESULTS.write_text(json.dumps(figures, indent=1) + "\n")
+        draw(self.rows, self.title, CHART)
+
+
+def compare(threads: int, rounds: int, only: str = "") -> Comparison:
+    """Measures the rows whose name contains `only`."""
+    torch.set_num_threads(threads)
     load = os.getloadavg()[0]
     if load > 0.5:
         print(
@@ -452,43 +479,43 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for peer in PEERS:
         if peer not in peers:
             print(f"{peer} is not installed, its column stays empty: pip install 'birnn_ext[peers]'", file=sys.stderr)
-
-    rows: list[Row] = []
+    packages = ["torch", "birnn_ext", *dict.fromkeys(module for peer in peers for module in PEERS[peer])]
+    found = Comparison(
+        {
+            "cpu": device_name(torch.device("cpu")),
+            "cpu_isa": birnn_ext.build_info()["cpu_isa"],
+            "threads": threads,
+            "rounds": rounds,
+            "load": load,
+            "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
+        }
+    )
 
     def add(name: str, make: Callable[..., Row], *arguments: object) -> None:
-        if args.only in name:
-            rows.append(make(name, *arguments))
-            said = ", ".join(f"{who} {rows[-1].median(who):.4g} {rows[-1].unit}" for who in rows[-1].figures)
-            print(f"{rows[-1].name} {rows[-1].sizes}: {rows[-1].note or said}", file=sys.stderr, flush=True)
+        if only in name:
+            row = make(name, *arguments)
+            found.rows.append(row)
+            said = ", ".join(f"{who} {row.median(who):.4g} {row.unit}" for who in row.figures)
+            print(f"{row.name} {row.sizes}: {row.note or said}", file=sys.stderr, flush=True)
 
     for name, make, shape, options in ROWS:
-        add(name, timed_row, make, shape, options, peers, args.rounds)
+        add(name, timed_row, make, shape, options, peers, rounds)
     for name, options in ("training memory", {}), ("training memory, recompute=True", {"recompute": True}):
-        add(name, memory_row, WIDE, options, -(-args.rounds // 3))
-    ours, sgemm = recurrence_rate(MNIST, args.rounds)
+        add(name, memory_row, WIDE, options, -(-rounds // 3))
+    found.recurrence_gflops, found.sgemm_gflops = recurrence_rate(MNIST, rounds)
+    return found
 
-    packages = ["torch", "birnn_ext", *dict.fromkeys(module for peer in peers for module in PEERS[peer])]
-    machine = {
-        "cpu": device_name(torch.device("cpu")),
-        "cpu_isa": birnn_ext.build_info()["cpu_isa"],
-        "threads": args.threads,
-        "rounds": args.rounds,
-        "load": load,
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in packages}},
-    }
-    versions = ", ".join(f"{name} {number}" for name, number in machine["versions"].items())
-    title = f"{machine['cpu']}, {args.threads} threads"
-    print(f"{title}; {versions}; float32 if nothing else is said, bidirectional\n\n{table(rows)}\n")
-    print(
-        f"Recurrence, forward, {','.join(map(str, MNIST))}, one layer: {ours:.0f} GFLOP/s of products, "
-        f"{100 * ours / sgemm:.0f} % of torch's 1024 x 1024 x 1024 product ({sgemm:.0f} GFLOP/s)."
-    )
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of every contestant")
+    parser.add_argument("--rounds", type=int, default=9, help="of the timing; memory: a third of them")
+    parser.add_argument("--only", default="", metavar="TEXT", help="only rows whose name contains it; saves nothing")
+    args = parser.parse_args(arguments)
+    found = compare(args.threads, args.rounds, args.only)
+    print(found.text())
     if not args.only:
-        rates = {"recurrence_gflops": ours, "sgemm_gflops": sgemm}
-        results = ROOT / "benchmarks" / "results" / "peers.json"
-        results.parent.mkdir(exist_ok=True)
-        results.write_text(json.dumps({**machine, **rates, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
-        draw(rows, title, ROOT / "docs" / "peers.png")
+        found.save()
 
 
 if __name__ == "__main__":

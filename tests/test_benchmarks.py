@@ -6,10 +6,14 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import correctness
+import mnist_end_to_end
 import peers
 import pytest
+import report
 import torch
 
 SCRIPTS = Path(__file__).parents[1] / "benchmarks"
@@ -76,3 +80,58 @@ def test_chart_and_notes(tmp_path):
     assert "no AMX here" in peers.table([row, noted])
     assert row.advantage(peers.TORCH) == 2
     assert noted.advantage(peers.TORCH) is None
+
+
+def test_errors_of_both(tmp_path):
+    found = correctness.measure(3, "cpu")
+    assert {len(pairs) for pairs in found.values()} > {3}  # a pair for each tensor
+    largest = {dtype: max(max(pair) for pair in found[dtype, "outputs"]) for dtype in correctness.DTYPES}
+    assert largest["float64"] < 1e-12 < largest["float32"] < 1e-5 < largest["float16"] < largest["bfloat16"]
+    assert re.search(r"^\| float64, outputs \| \d\.\de-1\d \|  \|", correctness.table(found), re.MULTILINE)
+    correctness.draw(found, tmp_path / "errors.png")
+    assert (tmp_path / "errors.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_mnist_from_several_seeds(tmp_path):
+    result = mnist_end_to_end.Result(2.0, [0.5, 0.4], 100.0, 0.0, [(1.0, 0.96), (2.0, 0.975)])
+    slower = replace(result, seconds=4.0, curve=[(2.0, 0.9), (4.0, 0.96)])
+    results = {"tutorial": [slower, result], "birnn_ext": [result, result]}
+    lines = mnist_end_to_end.report(results).splitlines()
+    assert "| accuracy, %: mean | 96.75 | 97.50 |  |" in lines
+    assert "| its standard deviation | 1.06 | 0.00 |  |" in lines
+    assert "| its range | 96.00 to 97.50 | 97.50 to 97.50 |  |" in lines
+    assert "| seeds that come to 97 % | 1 of 2 | 2 of 2 |  |" in lines
+    assert "| time to 97 %, s | 2.0 | 2.0 | 1.00 |" in lines
+    mnist_end_to_end.draw(results, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_the_report(tmp_path, monkeypatch):
+    """With next to nothing of each part."""
+    monkeypatch.setattr(report, "DOCS", tmp_path)
+    monkeypatch.setattr(report, "README", tmp_path / "README.md")
+    monkeypatch.setattr(peers, "RESULTS", tmp_path / "peers.json")
+    monkeypatch.setattr(peers, "CHART", tmp_path / "peers.png")
+    monkeypatch.setattr(peers, "ROWS", [("inference", peers.inference, TINY, {})])
+    monkeypatch.setattr(peers, "WIDE", TINY)
+    monkeypatch.setattr(peers, "installed", list)
+    report.README.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    few = ["--cases", "1", "--seeds", "1", "--rounds", "1", "--steps", "2", "--data-source", "sample", "--select"]
+    report.main([*few, "test_mnist_step"])
+    written = (tmp_path / "report.md").read_text()
+    for beginning in (
+        "| float32, gradients |",
+        "| accuracy, %: mean |",
+        "| MNIST training step with Adam, ",
+        "| inference, ms |",
+    ):
+        assert f"\n{beginning}" in written
+    pictures = re.findall(r"!\[.*\]\((.*)\)", written)
+    assert sorted(pictures) == ["peers.png", "report-errors.png", "report-mnist.png"]
+    assert all((tmp_path / picture).exists() for picture in pictures)
+    readme = report.README.read_text()
+    assert readme.startswith(f"before\n{report.BEGIN}\n\n")
+    assert readme.endswith(f"![Speed relative to nn.LSTM](docs/peers.png)\n\n{report.END}\nafter\n")
+    assert "old" not in readme
+    assert "| inference, ms | 3,5,4,6,2 |" in readme

@@ -181,14 +181,14 @@ def with_gradients(case: Case, outputs: Tensors, leaves: Tensors, data: Data) ->
     }
 
 
-def by_torch(case: Case, dtype: torch.dtype) -> tuple[Tensors, Tensors]:
-    """nn.LSTM's results on the CPU. It knows no sequences without steps, which are put around what it returns."""
-    module = make(nn.LSTM, dataclasses.replace(case, batch_first=False), dtype)
+def by_torch(case: Case, dtype: torch.dtype, device: str = "cpu") -> tuple[Tensors, Tensors]:
+    """nn.LSTM's results. It knows no sequences without steps, which are put around what it returns."""
+    module = make(nn.LSTM, dataclasses.replace(case, batch_first=False), dtype, device)
     data = Data(case)
     module.load_state_dict(
         {n.removeprefix("learned "): t for n, t in data.leaves.items() if n not in ("x", "h_0", "c_0")}
     )
-    leaves = {name: data.leaves[name].to(dtype) for name in ("x", "h_0", "c_0") if name in data.leaves}
+    leaves = {name: data.leaves[name].to(device, dtype) for name in ("x", "h_0", "c_0") if name in data.leaves}
     leaves.update(module.named_parameters())
     for name, leaf in leaves.items():
         leaf.requires_grad_(name in data.wanted)
