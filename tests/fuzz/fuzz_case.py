@@ -21,7 +21,8 @@ import birnn_ext
 from birnn_ext import reference
 from birnn_ext.variants import EPS, Variant
 
-# Where errors are beyond the table of tolerances, nn.LSTM's own decide: ours may be this much larger.
+# Where errors are beyond the table of tolerances, nn.LSTM's largest decides: ours may be this much larger. (Tensor by tensor
+# would be a matter of luck: the gradient of a small state may come out nearly exact in one of two equally good ways.)
 WORSE_THAN_TORCH = 4
 # Errors are relative to a tensor's largest value, but to no less than this part of the largest among all outputs, or all
 # gradients: a sum of terms that cancel has the errors of its terms.
@@ -386,14 +387,13 @@ def compare(case: Case) -> None:
         return by_reference(case, dtype, variants) if case.beyond_torch else by_torch(case, dtype)
 
     expected = by_peer(torch.float64)
-    tolerance = TOLERANCE[case.computed_in]
     for kind, (a, e) in zip(("output", "gradient of"), zip(actual, expected, strict=True), strict=True):
-        found, allowed = errors(a, e), dict.fromkeys(e, tolerance)
+        found, tolerance = errors(a, e), TOLERANCE[case.computed_in]
         if any(not f <= tolerance for f in found.values()):
-            theirs = by_peer(case.computed_in)[kind != "output"]
-            allowed = {n: max(tolerance, WORSE_THAN_TORCH * f) for n, f in errors(theirs, e).items()}
+            theirs = max(errors(by_peer(case.computed_in)[kind != "output"], e).values())
+            tolerance = max(tolerance, WORSE_THAN_TORCH * theirs)
         for name, f in found.items():
-            assert f <= allowed[name], f"{kind} {name}: relative error {f:.2e}, tolerance {allowed[name]:.0e}"
+            assert f <= tolerance, f"{kind} {name}: relative error {f:.2e}, tolerance {tolerance:.0e}"
 
 
 def check(case: Case) -> None:
