@@ -135,20 +135,19 @@ def _within_torch_func() -> bool:
 
 def _needs_reference(*tensors: Tensor | None) -> str | None:
     """What is being done that only plain PyTorch can follow, if anything: then the reference serves."""
+    within_torch_func = _within_torch_func()
     # PyTorch would drop tangents without a word.
     if forward_ad._current_level >= 0 and (
-        _within_torch_func() or any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+        within_torch_func or any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors)
     ):
         return "has no forward-mode derivative"
+    if not within_torch_func:
+        return None
     # torch.compile can't trace a Function's vmap rule (an internal error of torch 2.14), not even where a graph break
     # has left the outer frames to Python.
-    if _within_torch_func() and (
-        torch.compiler.is_compiling() or torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None
-    ):
+    if torch.compiler.is_compiling() or torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None:
         return "has no rule for torch.func's transforms under torch.compile"
-    if _within_torch_func() and TransformType.Functionalize in [
-        level.key() for level in torch._C._functorch.get_interpreter_stack()
-    ]:
+    if TransformType.Functionalize in [level.key() for level in torch._C._functorch.get_interpreter_stack()]:
         return "has no rule for torch.func.functionalize"
     return None
 
@@ -315,7 +314,7 @@ def _weight_grad(dz: Tensor, y: Tensor, h0: Tensor | None, lengths: Tensor | Non
                 first = dz[-1, :, 1]
             else:
                 first = dz[(lengths - 1).clamp(min=0), torch.arange(batch, device=dz.device), 1]
-            grad = grad + first.T @ h0[d]
+            grad = torch.addmm(grad, first.T, h0[d])  # inductor would make one of a sum, with other bits
         grads.append(grad)
     return torch.stack(grads)
 

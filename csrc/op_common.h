@@ -1,7 +1,9 @@
 // What the CPU and the CUDA operator share: checks of the arguments, allocation of the results, counting of calls.
 #pragma once
 
+#include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/_assert_async.h>
 #include <ATen/ops/empty.h>
 #include <c10/util/Exception.h>
 
@@ -35,7 +37,7 @@ inline DType dtype_of(const Tensor& t, const char* name) {
     case at::kBFloat16:
       return DType::bf16;
     default:
-      TORCH_CHECK_TYPE(false, "lstm_recurrence: ", name, " must be float64, float32, float16 or bfloat16, got ",
+      TORCH_CHECK_TYPE(false, "birnn_ext: ", name, " must be float64, float32, float16 or bfloat16, got ",
                        t.scalar_type());
   }
 }
@@ -44,9 +46,9 @@ inline DType dtype_of(const Tensor& t, const char* name) {
 inline at::ScalarType accumulate_type(at::ScalarType type) { return type == at::kDouble ? at::kDouble : at::kFloat; }
 
 inline void check(const Tensor& t, const char* name, at::IntArrayRef shape, at::ScalarType type, at::Device device) {
-  TORCH_CHECK_VALUE(t.sizes() == shape, "lstm_recurrence: ", name, " must have shape ", shape, ", got ", t.sizes());
-  TORCH_CHECK_TYPE(t.scalar_type() == type, "lstm_recurrence: ", name, " must be ", type, ", got ", t.scalar_type());
-  TORCH_CHECK_VALUE(t.device() == device, "lstm_recurrence: ", name, " must be on ", device, ", got ", t.device());
+  TORCH_CHECK_VALUE(t.sizes() == shape, "birnn_ext: ", name, " must have shape ", shape, ", got ", t.sizes());
+  TORCH_CHECK_TYPE(t.scalar_type() == type, "birnn_ext: ", name, " must be ", type, ", got ", t.scalar_type());
+  TORCH_CHECK_VALUE(t.device() == device, "birnn_ext: ", name, " must be on ", device, ", got ", t.device());
 }
 
 inline void check(const OptionalTensor& t, const char* name, at::IntArrayRef shape, at::ScalarType type,
@@ -58,8 +60,14 @@ inline void check(const OptionalTensor& t, const char* name, at::IntArrayRef sha
 inline void check_lengths(const int64_t* lengths, const RecurrenceSizes& sizes) {
   for (int64_t b = 0; lengths && b < sizes.B; ++b)
     TORCH_CHECK_VALUE(0 <= lengths[b] && lengths[b] <= sizes.T,
-                      "lstm_recurrence: lengths must be between 0 and T = ", sizes.T, ", got lengths[", b,
+                      "birnn_ext: lengths must be between 0 and T = ", sizes.T, ", got lengths[", b,
                       "] = ", lengths[b]);
+}
+
+// Of lengths on a GPU, and there: nobody waits for it.
+inline void check_lengths_on_device(const OptionalTensor& lengths, const RecurrenceSizes& sizes) {
+  if (lengths)
+    at::_assert_async(((*lengths >= 0) & (*lengths <= sizes.T)).all(), "birnn_ext: lengths must be between 0 and T");
 }
 
 // Tensors kept alive as long as the params that point into them.
@@ -128,11 +136,11 @@ struct Forward {
  private:
   static RecurrenceSizes sizes_of(const Tensor& gates_x) {
     TORCH_CHECK_VALUE(gates_x.dim() == 4 && gates_x.size(3) % 4 == 0 && gates_x.size(3) > 0,
-                      "lstm_recurrence: gates_x must have shape (T, B, D, 4H), got ", gates_x.sizes());
-    TORCH_CHECK_VALUE(gates_x.size(0) > 0, "lstm_recurrence: gates_x must have at least one time step, got shape ",
+                      "birnn_ext: gates_x must have shape (T, B, D, 4H), got ", gates_x.sizes());
+    TORCH_CHECK_VALUE(gates_x.size(0) > 0, "birnn_ext: gates_x must have at least one time step, got shape ",
                       gates_x.sizes());
     TORCH_CHECK_VALUE(gates_x.size(2) == 1 || gates_x.size(2) == 2,
-                      "lstm_recurrence: gates_x must have 1 or 2 directions, got shape ", gates_x.sizes());
+                      "birnn_ext: gates_x must have 1 or 2 directions, got shape ", gates_x.sizes());
     return {gates_x.size(0), gates_x.size(1), gates_x.size(2), gates_x.size(3) / 4};
   }
 };

@@ -142,8 +142,8 @@ def test_inference_gives_the_bits_of_training(device):
     [
         ("aot_eager", torch.float32),
         ("aot_eager", torch.bfloat16),
-        # of 16-bit types inductor keeps float32 between operations that it fuses
         pytest.param("inductor", torch.float32, marks=pytest.mark.slow),
+        pytest.param("inductor", torch.bfloat16, marks=pytest.mark.slow),
     ],
     ids=str,
 )

@@ -2,9 +2,7 @@
 // fused cell kernel; serves every size and type. Algorithm `persistent`: one launch (persistent.h). Both only launch,
 // so they can be captured into a CUDA graph.
 #include <ATen/Context.h>
-#include <ATen/TensorOperators.h>
 #include <ATen/cuda/CUDAContextLight.h>
-#include <ATen/ops/_assert_async.h>
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDAException.h>
@@ -231,8 +229,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_recurrence(const Tensor&
   const c10::cuda::CUDAGuard guard(gates_x.device());
   const auto [T, B, D, H] = static_cast<const RecurrenceSizes&>(call.params);
   const auto stream = c10::cuda::getCurrentCUDAStream();
-  if (lengths)  // checked on the device: no wait for it
-    at::_assert_async(((*lengths >= 0) & (*lengths <= T)).all(), "lstm_recurrence: lengths must be between 0 and T");
+  check_lengths_on_device(lengths, call.params);
 
   const Run run = B > 0 ? decide({call.dtype, T, B, D, H}) : Run{};
   if (run.choice.algorithm == Algorithm::stepwise)

@@ -2,7 +2,6 @@
 // it can be captured into a CUDA graph.
 #include "../variant_op.h"
 
-#include <ATen/ops/_assert_async.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -27,9 +26,7 @@ struct Device {
   static Tensor empty(at::IntArrayRef sizes, const at::TensorOptions& options) { return at::empty(sizes, options); }
 
   static void check(const OptionalTensor& lengths, const RecurrenceSizes& sizes) {
-    if (lengths)  // on the device: no wait for it
-      at::_assert_async(((*lengths >= 0) & (*lengths <= sizes.T)).all(),
-                        "lstm_variant: lengths must be between 0 and T");
+    check_lengths_on_device(lengths, sizes);
   }
 
   static void forward(DType dtype, const VariantForward& p) {

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -310,7 +309,10 @@ def by_ours(case: Case) -> tuple[Tensors, Tensors]:
         reset = torch.zeros(case.T, case.B, dtype=torch.bool)
         reset[tuple(torch.tensor(case.reset).T)] = True
         reset = (reset if case.batched else reset[:, 0]).to(case.device)
-        kwargs["reset"] = reset.T if case.batch_first and case.batched else reset
+        reset = reset.T if case.batch_first and case.batched else reset
+        if case.packed:
+            reset = pack_padded_sequence(reset, case.lengths, case.batch_first, enforce_sorted=case.packed == "sorted")
+        kwargs["reset"] = reset
     if case.cells:
         kwargs["return_cell_states"] = True
     module.train(case.training)
@@ -351,19 +353,24 @@ def errors(actual: Tensors, expected: Tensors) -> dict[str, float]:
     return found
 
 
-def with_variants(run: Callable[[], Any]) -> tuple[Any, list[Variant]]:
-    """What run returns, and what each layer was given beyond nn.LSTM: the masks that were drawn are the reference's, too."""
+def with_variants(case: Case) -> tuple[tuple[Tensors, Tensors], list[Variant]]:
+    """Our results, and what each layer was given beyond nn.LSTM: the masks that were drawn are the reference's, too."""
     variants: list[Variant] = []
     real = birnn_ext.LSTM._variant
+    order = None  # where each sequence is in the masks of a packed batch, which are for sorted sequences
+    if case.packed == "unsorted":
+        x = torch.empty(case.T, case.B)
+        order = pack_padded_sequence(x, torch.tensor(case.lengths), enforce_sorted=False).unsorted_indices
 
     def keep(*args: Any) -> Variant | None:
         variant = real(*args)
-        variants.append(variant or Variant())
+        masks = [m if m is None or order is None else m.cpu()[:, order] for m in (variant or Variant())[:4]]
+        variants.append(Variant(*masks, *(variant or Variant())[4:]))
         return variant
 
     birnn_ext.LSTM._variant = keep
     try:
-        return run(), variants
+        return by_ours(case), variants
     finally:
         birnn_ext.LSTM._variant = real
 
@@ -381,7 +388,7 @@ def compare(case: Case) -> None:
         expected, found = kind_of_error(lambda: by_torch(case, torch.float64)), kind_of_error(lambda: by_ours(case))
         assert expected is found, f"nn.LSTM raises {expected}, ours {found}"
         return
-    actual, variants = with_variants(lambda: by_ours(case))
+    actual, variants = with_variants(case)
 
     def by_peer(dtype: torch.dtype) -> tuple[Tensors, Tensors]:
         return by_reference(case, dtype, variants) if case.beyond_torch else by_torch(case, dtype)

@@ -38,7 +38,7 @@ def beyond_torch(draw: st.DrawFn, fields: dict[str, Any]) -> dict[str, Any]:
     more["training"] = fields["output"] == "all" and draw(st.booleans())
     more["cells"] = fields["output"] == "all" and draw(st.booleans())
     more["learned_state"] = draw(st.booleans())
-    if not more["learned_state"] and steps and batch and not fields.get("packed") and draw(st.booleans()):
+    if not more["learned_state"] and steps and batch and draw(st.booleans()):
         places = st.tuples(st.integers(0, steps - 1), st.integers(0, batch - 1))
         more["reset"] = tuple(draw(st.lists(places, min_size=1, max_size=6, unique=True)))
     return more

@@ -27,6 +27,9 @@ CORPUS = [
     Case(T=4, B=3, I=2, H=9, bidirectional=True, dtype="bfloat16", lengths=(3, 2, 1), padding="inf", recompute=True),
     Case(T=5, B=2, I=3, H=8, layers=2, bidirectional=True, packed="unsorted", lengths=(1, 5), batch_first=True, hx="transposed"),
     Case(T=5, B=3, I=3, H=8, proj_size=3, layer_norm=True, zoneout=(0.2, 0.5), recurrent_dropout=0.3, learned_state=True, cells=True),
+    # masks are drawn for the sorted sequences of a packed batch
+    Case(B=3, H=2, bias=False, zoneout=(0.3, 0.2), lengths=(2, 1, 2), packed="unsorted", used=0),
+    Case(T=4, B=3, I=2, H=5, bidirectional=True, reset=((0, 0), (2, 2), (1, 1)), lengths=(2, 3, 4), packed="unsorted", cells=True),
     # float16 with large weights: the gradient of h_0, of one unit, 6 times as far off as nn.LSTM's, others nearer than theirs
     Case(T=3, B=7, I=2, layers=2, bidirectional=True, dtype="float16", hx="plain", gain=3.0, used=1, seed=461),
     Case(T=5, B=3, I=3, H=8, bidirectional=True, reset=((0, 0), (2, 1), (4, 2)), lengths=(5, 2, 0), cells=True, used=8),
