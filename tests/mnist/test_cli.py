@@ -469,11 +469,11 @@ ERRORS = [
     ),
     (["predict", "model.ckpt", "text.ckpt"], "text.ckpt can't be read as a picture"),
     (["predict", "model.ckpt"], "the following arguments are required: IMAGE"),
-    (["train", "--out", "text.ckpt"], "can't write to the folder for results text.ckpt: File exists\n"),
-    (["train", "--out", "text.ckpt/out"], "can't write to the folder for results text.ckpt/out: Not a directory\n"),
-    (["train", "--out", "x" * 300], f"can't write to the folder for results {'x' * 300}: File name too long\n"),
+    ([*ONE_STEP, "--out", "text.ckpt"], "can't write to the folder for results text.ckpt: File exists\n"),
+    ([*ONE_STEP, "--out", "text.ckpt/out"], "can't write to the folder for results text.ckpt/out: Not a directory\n"),
+    ([*ONE_STEP, "--out", "x" * 300], f"can't write to the folder for results {'x' * 300}: File name too long\n"),
     *(
-        (["train", "--out", f"with_{name}"], f"with_{name}/{name} can't be written: Is a directory\n")
+        ([*ONE_STEP, "--out", f"with_{name}"], f"with_{name}/{name} can't be written: Is a directory\n")
         for name in cli.RESULTS
     ),
     (["evaluate", "with_model.ckpt"], "with_model.ckpt can't be read: Is a directory\n"),
