@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import shlex
 import sys
@@ -17,22 +18,29 @@ import torch
 from tqdm import tqdm
 
 from birnn_ext.mnist import data, processes, training
-from birnn_ext.mnist.data import Mnist, UserError, reason
+from birnn_ext.mnist.data import Mnist, UserError, reason, refuse_folders, write_together
 from birnn_ext.mnist.pictures import draw_curves, draw_misclassified
 from birnn_ext.mnist.processes import Processes
 from birnn_ext.mnist.training import Hyperparameters, Training
 
 PROGRAM = "birnn-mnist"
+RESULTS = ("model.ckpt", "training_state.pt", "metrics.json", "curves.png", "misclassified.png")
 
 
 class Unbroken:
-    """A standard stream whose reader may go away, as in `... | head -1`: the rest is dropped, and the work goes on."""
+    """A standard stream whose reader may go away, as in `... | head -1`: the rest is dropped, and the work goes on.
 
-    def __init__(self, stream: TextIO) -> None:
-        self.stream = stream
+    Args:
+        stream: None if it is closed.
+        name: what to call it in the error that a full disk is; without, that is passed over, too.
+    """
+
+    def __init__(self, stream: TextIO | None, name: str | None = None) -> None:
+        self.stream, self.name = stream or io.StringIO(), name
 
     def write(self, text: str) -> int:
-        self._unless_broken(self.stream.write, text)
+        encoding = self.stream.encoding or "utf-8"
+        self._unless_broken(self.stream.write, text.encode(encoding, "backslashreplace").decode(encoding))
         return len(text)
 
     def flush(self) -> None:
@@ -41,9 +49,11 @@ class Unbroken:
     def _unless_broken(self, call: Callable[..., Any], *arguments: str) -> None:
         try:
             call(*arguments)
-        except BrokenPipeError:  # the stream keeps what it could not write, so it gets another place to write it to
+        except OSError as error:  # the stream keeps what it could not write, so it gets another place to write it to
             with open(os.devnull, "w") as nowhere:
                 os.dup2(nowhere.fileno(), self.stream.fileno())
+            if self.name and not isinstance(error, BrokenPipeError):
+                raise UserError(f"{self.name} can't be written: {error.strerror or error}") from None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.stream, name)
@@ -196,16 +206,20 @@ def train(args: argparse.Namespace, device: torch.device, group: Processes) -> i
     say(training.accuracy_line(run.accuracy, mnist.test))
     if mnist.source == "sample":
         say("(accuracy on the embedded sample's test digits, not on MNIST's 10000)")
-    draw_curves(run.progress, run.steps_per_epoch, args.out / "curves.png")
-    draw_misclassified(mnist.test, predicted, args.out / "misclassified.png")
+    pictures = draw_curves(run.progress, run.steps_per_epoch), draw_misclassified(mnist.test, predicted)
+    write_together({args.out / "curves.png": pictures[0], args.out / "misclassified.png": pictures[1]})
     say(f"Saved model.ckpt, metrics.json, curves.png and misclassified.png in {args.out}")
     return 0
 
 
 def check_out(folder: Path) -> None:
     """Makes the folder for results: one that can't be written to is told of before the training."""
-    folder.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=folder).close()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"can't write to the folder for results {folder}: {error.strerror or error}") from None
+    refuse_folders(folder / name for name in RESULTS)
 
 
 def run_evaluate(args: argparse.Namespace) -> int:
@@ -230,17 +244,17 @@ def run_predict(args: argparse.Namespace) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status: 0, 2 for a user's error, 130 for Ctrl-C."""
-    with redirect_stdout(Unbroken(sys.stdout)), redirect_stderr(Unbroken(sys.stderr)):
-        try:
-            return run_command(arguments)
-        finally:
-            sys.stdout.flush()  # here rather than at exit, where a broken pipe is an error
+    with redirect_stdout(Unbroken(sys.stdout, "standard output")), redirect_stderr(Unbroken(sys.stderr)):
+        return run_command(arguments)
 
 
 def run_command(arguments: Sequence[str] | None) -> int:
     try:
-        args = make_parser().parse_args(arguments)
-        return {"train": run_train, "evaluate": run_evaluate, "predict": run_predict}[args.command](args)
+        try:
+            args = make_parser().parse_args(arguments)
+            return {"train": run_train, "evaluate": run_evaluate, "predict": run_predict}[args.command](args)
+        finally:
+            sys.stdout.flush()  # here rather than at exit, where a broken pipe and a full disk are errors of Python's
     except (UserError, OSError) as error:
         if processes.local_rank() == 0:  # processes that train together fail together
             print(f"{PROGRAM}: error: {error}", file=sys.stderr)

@@ -5,10 +5,12 @@ Every source is verified by MD5. Digits are uint8 images (N, 28, 28), 0 for back
 
 from __future__ import annotations
 
+import errno
 import gzip
 import hashlib
 import json
 import lzma
+import math
 import os
 import signal
 import subprocess
@@ -18,7 +20,7 @@ import tempfile
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
@@ -112,6 +114,48 @@ def _verified(content: bytes, expected: str, name: str | Path) -> bytes:
     return content
 
 
+def _check_idx(content: bytes, path: Path) -> None:
+    """Raises SourceError if the header of an IDX file shows that it is another file, or cut short."""
+    dimensions = 3 if "idx3" in path.name else 1
+    magic, header = bytes([0, 0, 8, dimensions]), 4 + 4 * dimensions
+    if content[:4] != magic:
+        begin = content[:4].hex(" ") or "nothing"
+        raise SourceError(f"{path} is corrupted: it begins with {begin}, not with {magic.hex(' ')}")
+    size = header + math.prod(int.from_bytes(content[k : k + 4], "big") for k in range(4, header, 4))
+    if len(content) != size:
+        raise SourceError(f"{path} is corrupted: it has {len(content)} bytes, and by its header {size}")
+
+
+# --- files that are written -------------------------------------------------------------------------------------------
+
+
+def refuse_folders(paths: Iterable[Path]) -> None:
+    """Raises UserError if a folder is in the place of a file to be written."""
+    for path in paths:
+        if path.is_dir():
+            raise UserError(f"{path} can't be written: {os.strerror(errno.EISDIR)}")
+
+
+def write_together(contents: Mapping[Path, bytes]) -> None:
+    """Writes files under other names, and gives them their own when all of them are whole.
+
+    Raises:
+        UserError: one can't be written; what was there before remains.
+    """
+    refuse_folders(contents)
+    temporary = {path: path.with_name(f".{os.getpid()}.{path.name}") for path in contents}
+    try:
+        for path, content in contents.items():
+            temporary[path].write_bytes(content)
+        for path in contents:
+            os.replace(temporary[path], path)
+    except OSError as error:
+        raise UserError(f"{path} can't be written: {error.strerror or error}") from None
+    finally:
+        for one in temporary.values():
+            one.unlink(missing_ok=True)
+
+
 # --- the sources, in the order in which they are tried ----------------------------------------------------------------
 
 
@@ -126,8 +170,11 @@ def read_files(directory: Path) -> tuple[Digits, Digits]:
         except FileNotFoundError:
             raise SourceError(f"no {path}") from None
         except (OSError, EOFError, zlib.error) as error:
-            raise SourceError(f"{packed if not path.exists() else path} can't be read: {error}") from None
-        contents.append(_verified(content, md5, path if path.exists() else packed))
+            why = getattr(error, "strerror", None) or error
+            raise SourceError(f"{packed if not path.exists() else path} can't be read: {why}") from None
+        found = path if path.exists() else packed
+        _check_idx(content, found)
+        contents.append(_verified(content, md5, found))
     # IDX headers: 16 bytes for images, 8 for labels
     return _digits(contents[0][16:], contents[1][8:]), _digits(contents[2][16:], contents[3][8:])
 
@@ -146,6 +193,7 @@ def check_writable(directory: Path) -> None:
     raw = directory / "MNIST" / "raw"
     with _writing(directory):
         tempfile.TemporaryFile(dir=next(path for path in (raw, *raw.parents) if path.exists())).close()
+    refuse_folders(raw / name for name in FILES)
 
 
 def _install(contents: Mapping[str, bytes], directory: Path) -> tuple[Digits, Digits]:
@@ -153,17 +201,9 @@ def _install(contents: Mapping[str, bytes], directory: Path) -> tuple[Digits, Di
     raw = directory / "MNIST" / "raw"
     for name, md5 in FILES.items():
         _verified(contents[name], md5, name)
-    temporary = {name: raw / f".{name}.{os.getpid()}" for name in FILES}
     with _writing(directory):
         raw.mkdir(parents=True, exist_ok=True)
-        try:
-            for name, path in temporary.items():
-                path.write_bytes(contents[name])
-            for name, path in temporary.items():
-                os.replace(path, raw / name)
-        finally:
-            for path in temporary.values():
-                path.unlink(missing_ok=True)
+    write_together({raw / name: contents[name] for name in FILES})
     return read_files(directory)
 
 

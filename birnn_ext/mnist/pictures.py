@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import io
 
 from matplotlib.figure import Figure
 from torch import Tensor
 
 from birnn_ext.mnist.data import Digits
-from birnn_ext.mnist.training import Progress, write_atomically
+from birnn_ext.mnist.training import Progress
 
 GRID = 6  # rows and columns of misclassified digits
 
 
-def draw_curves(progress: Progress, steps_per_epoch: int, path: Path) -> None:
-    """Loss of every step, and test accuracy after every epoch."""
+def draw_curves(progress: Progress, steps_per_epoch: int) -> bytes:
+    """A PNG: loss of every step, and test accuracy after every epoch."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     left = figure.subplots()
     left.plot(range(1, len(progress.losses) + 1), progress.losses, color="tab:blue", linewidth=0.8)
@@ -25,11 +25,11 @@ def draw_curves(progress: Progress, steps_per_epoch: int, path: Path) -> None:
     right.set(ylabel="test accuracy (%)")
     for axis, colour in ((left, "tab:blue"), (right, "tab:orange")):
         axis.yaxis.label.set_color(colour)
-    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=120))
+    return _png(figure, 120)
 
 
-def draw_misclassified(digits: Digits, predicted: Tensor, path: Path) -> None:
-    """The first misclassified digits, each with its label and what the model took it for."""
+def draw_misclassified(digits: Digits, predicted: Tensor) -> bytes:
+    """A PNG: the first misclassified digits, each with its label and what the model took it for."""
     wrong = (predicted != digits.labels).nonzero().flatten().cpu()
     images, labels, guesses = (t.cpu() for t in (digits.images, digits.labels, predicted))
     figure = Figure(figsize=(8, 9), layout="constrained")
@@ -39,4 +39,10 @@ def draw_misclassified(digits: Digits, predicted: Tensor, path: Path) -> None:
     for axis, index in zip(figure.axes, wrong.tolist(), strict=False):
         axis.imshow(images[index], cmap="gray_r", vmin=0, vmax=255)
         axis.set_title(f"{labels[index]}, {guesses[index]}", fontsize=10)
-    write_atomically(path, lambda temporary: figure.savefig(temporary, dpi=100))
+    return _png(figure, 100)
+
+
+def _png(figure: Figure, dpi: int) -> bytes:
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=dpi)
+    return content.getvalue()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import platform
 import signal
 import time
+import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from birnn_ext import BiRNN, __version__, build_info, op_calls
-from birnn_ext.mnist.data import SOURCES, Digits, Mnist, UserError, reason
+from birnn_ext.mnist.data import SOURCES, Digits, Mnist, UserError, reason, write_together
 from birnn_ext.mnist.processes import Processes
 
 REPORT_STEPS = 100  # the tutorial prints the loss this often
@@ -66,6 +67,9 @@ class Hyperparameters:
 
     def model(self) -> BiRNN:
         return BiRNN(self.input_size, self.hidden_size, self.num_layers, self.num_classes)
+
+    def optimizer(self, model: BiRNN) -> torch.optim.Adam:
+        return torch.optim.Adam(model.parameters(), lr=self.learning_rate, fused=True)
 
     def sequences(self, images: Tensor) -> Tensor:
         """uint8 (N, 28, 28) -> float32 (N, sequence_length, input_size) in 0 .. 1."""
@@ -127,7 +131,7 @@ class Training:
         self.processes = processes or Processes()
         torch.manual_seed(hyperparameters.seed)
         self.model = hyperparameters.model().to(device)
-        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=hyperparameters.learning_rate, fused=True)
+        self.optimizer = hyperparameters.optimizer(self.model)
         self.progress = Progress()
         self.accuracy: float | None = None  # of the finished model
         if state is not None:
@@ -275,44 +279,42 @@ def device_name(device: torch.device) -> str:
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
-    """Has write make the file under another name, and gives it its own when it is whole.
-
-    Raises:
-        UserError: the file can't be written; what was there before remains.
-    """
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")  # the suffix stays: it tells matplotlib the format
-    try:
-        write(temporary)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{path} can't be written: {error.strerror or error}") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _save(value: Any, path: Path) -> None:
+def _packed(value: Any) -> bytes:
     content = io.BytesIO()  # torch.save into a file raises a RuntimeError of C++'s for a full disk
     torch.save(value, content)
-    write_atomically(path, lambda temporary: temporary.write_bytes(content.getbuffer()))
+    return content.getvalue()
 
 
 def save(training: Training, out: Path) -> None:
     """Writes out/model.ckpt (a plain state_dict), out/training_state.pt (for --resume) and out/metrics.json."""
     state = training.state()
-    _save(state["model"], out / "model.ckpt")
-    _save(state, out / "training_state.pt")
-    text = json.dumps(training.metrics(), indent=1)
-    write_atomically(out / "metrics.json", lambda path: path.write_text(text + "\n"))
+    contents = {
+        "model.ckpt": _packed(state["model"]),
+        "training_state.pt": _packed(state),
+        "metrics.json": json.dumps(training.metrics(), indent=1).encode() + b"\n",
+    }
+    write_together({out / name: content for name, content in contents.items()})
 
 
-def _load(path: Path) -> Any:
+def _load(path: Path) -> dict[Any, Any]:
+    """What a checkpoint holds; nothing if that is no dict, and lacks what is looked for."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        file = io.BytesIO(path.read_bytes())
     except FileNotFoundError:
         raise UserError(f"there is no file {path}") from None
-    except Exception as error:  # torch.load raises many kinds for a file that is not its own
-        raise UserError(f"{path} is not a checkpoint: {reason(error)}") from None
+    except OSError as error:
+        raise UserError(f"{path} can't be read: {error.strerror or error}") from None
+    try:
+        if zipfile.is_zipfile(file) and zipfile.ZipFile(file).testzip():
+            raise ValueError("a wrong checksum, at which torch.load does not look")
+        file.seek(0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd files: the error, if it is one, is enough
+            found = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception:  # of many kinds, with texts that advise to load the file without weights_only
+        why = "it is damaged, or holds something else than tensors and plain values"
+        raise UserError(f"{path} is not a checkpoint: {why}") from None
+    return found if isinstance(found, dict) else {}
 
 
 def _check_tensors(found: dict[str, Tensor], hyperparameters: Hyperparameters) -> None:
@@ -332,8 +334,25 @@ def _check_tensors(found: dict[str, Tensor], hyperparameters: Hyperparameters) -
             raise ValueError(f"a BiRNN has no {name!r}")
         if not tensor.is_floating_point():
             raise ValueError(f"{name} is of {tensor.dtype}")
+        if tensor.is_meta or tensor.layout != torch.strided:
+            raise ValueError(f"{name} is {'empty' if tensor.is_meta else 'sparse'}")
         if tensor.shape != expected[name].shape:
             raise ValueError(f"{name} is of shape {tuple(tensor.shape)}, not {tuple(expected[name].shape)}")
+
+
+def _check_moments(found: dict[int, dict[str, Tensor]], parameters: list[nn.Parameter]) -> None:
+    """Raises ValueError for what is not Adam's state of parameters: its kernels would read beyond small tensors."""
+
+    def kind(tensor: Tensor) -> tuple[Any, ...]:
+        return tensor.dtype, tensor.device, tensor.shape, tensor.is_contiguous()
+
+    step = torch.tensor(0.0)
+    expected = [{"step": step, "exp_avg": one, "exp_avg_sq": one} for one in parameters]
+    for k in found.keys() | range(len(expected)):
+        if {name: kind(one) for name, one in found[k].items()} != {
+            name: kind(one) for name, one in expected[k].items()
+        }:
+            raise ValueError(f"the moments of parameter {k}")
 
 
 def load_state(path: Path) -> dict[str, Any]:
@@ -343,7 +362,7 @@ def load_state(path: Path) -> dict[str, Any]:
         UserError: there is none.
     """
     path = path / "training_state.pt" if path.is_dir() else path
-    state: dict[str, Any] = _load(path)
+    state = _load(path)
     try:
         hp = Hyperparameters(**state["hyperparameters"])
         if any(type(getattr(hp, one.name)) is not type(one.default) for one in fields(hp)):
@@ -355,7 +374,9 @@ def load_state(path: Path) -> dict[str, Any]:
         _check_tensors(state["model"], hp)
         model = hp.model()
         model.load_state_dict(state["model"])
-        torch.optim.Adam(model.parameters()).load_state_dict(state["optimizer"])
+        moments = state["optimizer"]["state"]
+        _check_moments(moments, list(model.parameters()) if state["progress"]["losses"] else [])
+        state["optimizer"] = {**hp.optimizer(model).state_dict(), "state": moments}  # all else is in hp
         state["hyperparameters"] = asdict(hp)
     except (KeyError, TypeError, AttributeError, ValueError, IndexError, RuntimeError, UserError):
         raise UserError(f"{path} is not a training_state.pt") from None

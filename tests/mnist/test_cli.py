@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import re
 import shlex
 import signal
@@ -210,6 +211,89 @@ def test_full_disk_is_an_error_and_keeps_the_old_checkpoint(tmp_path):
     assert (tmp_path / "model.ckpt").read_text() == "old"
 
 
+@pytest.fixture
+def disk(tmp_path):
+    """A folder that is a file system of 1 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"mounting a small file system is not permitted: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+ONE_STEP = ["train", *SMALL, "--max-steps", "1"]
+
+
+@pytest.fixture(scope="module")
+def sizes(tmp_path_factory) -> dict[str, int]:
+    """Blocks of the files that ONE_STEP leaves, in the order in which they are written."""
+    out = tmp_path_factory.mktemp("sizes")
+    assert cli.main([*ONE_STEP, "--out", str(out)]) == 0
+    return {name: -(-(out / name).stat().st_size // os.sysconf("SC_PAGE_SIZE")) for name in cli.RESULTS}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="tmpfs is Linux's")
+@pytest.mark.parametrize("name", cli.RESULTS)
+def test_full_disk_leaves_files_of_one_time(disk, sizes, capsys, name):
+    for one in cli.RESULTS:
+        (disk / one).write_text("old")
+    # checkpoint, state and metrics are written together, then the pictures: each set takes the old one's place
+    position = cli.RESULTS.index(name)
+    new = cli.RESULTS[: 3 * (position // 3)]
+    free = sum(sizes[one] for one in cli.RESULTS[: position + 1]) - len(new) - 1
+    status = os.statvfs(disk)
+    (disk / "pad").write_bytes(bytes((status.f_bavail - free) * status.f_frsize))
+    assert cli.main([*ONE_STEP, "--out", str(disk)]) == 2
+    said = [line for line in capsys.readouterr().err.splitlines() if "rror" in line]
+    assert said == [f"birnn-mnist: error: {disk / name} can't be written: No space left on device"]
+    assert sorted(path.name for path in disk.iterdir()) == sorted([*cli.RESULTS, "pad"])
+    assert [one for one in cli.RESULTS if (disk / one).read_bytes() != b"old"] == list(new)
+    if new:
+        assert json.loads((disk / "metrics.json").read_text())["loss"] == load_state(disk)["progress"]["losses"]
+
+
+def test_read_only_disk_is_an_error(disk, capsys):
+    subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+    assert cli.main([*ONE_STEP, "--out", str(disk)]) == 2
+    why = f"can't write to the folder for results {disk}: Read-only file system"
+    assert capsys.readouterr().err == f"birnn-mnist: error: {why}\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+@pytest.mark.parametrize("command", ["--help", "train", "evaluate", "predict"])
+def test_full_disk_of_stdout_is_an_error(tmp_path, monkeypatch, capsys, command):
+    torch.save(Hyperparameters(hidden_size=4).model().state_dict(), tmp_path / "model.ckpt")
+    drawing = Image.new("L", (28, 28))
+    drawing.putpixel((14, 14), 255)
+    drawing.save(tmp_path / "digit.png")
+    arguments = {
+        "--help": [],
+        "train": [*SMALL, "--out", tmp_path / "out"],
+        "evaluate": [tmp_path / "model.ckpt", *SAMPLE],
+        "predict": [tmp_path / "model.ckpt", tmp_path / "digit.png"],
+    }
+    with open("/dev/full", "w") as full:  # what is left to write when it closes would be an error, as at exit
+        monkeypatch.setattr(sys, "stdout", full)
+        assert cli.main([command, *map(str, arguments[command])]) == 2
+    why = "standard output can't be written: No space left on device"
+    assert capsys.readouterr().err == f"birnn-mnist: error: {why}\n"
+
+
+def test_closed_stdout_and_names_that_are_no_text(tmp_path, monkeypatch, capsys):
+    torch.save(Hyperparameters(hidden_size=4).model().state_dict(), tmp_path / "model.ckpt")
+    drawing = Image.new("L", (28, 28))
+    drawing.putpixel((14, 14), 255)
+    path = os.fsdecode(os.fsencode(tmp_path) + b"/\xff.png")
+    drawing.save(path)
+    predict = ["predict", str(tmp_path / "model.ckpt"), path]
+    assert cli.main(predict) == 0
+    assert "\\udcff.png: " in capsys.readouterr().out
+    monkeypatch.setattr(sys, "stdout", None)
+    assert cli.main(predict) == 0
+
+
 def test_sigterm_outside_the_training_is_ctrl_c(monkeypatch, capsys):
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     monkeypatch.setattr(cli, "run_evaluate", lambda args: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(60)))
@@ -232,6 +316,10 @@ def test_training_state_with_a_wrong_part_is_an_error(trained, tmp_path, capsys,
     assert printed.err == f"birnn-mnist: error: {tmp_path / 'state.pt'} is not a training_state.pt\n"
 
 
+MOMENTS = {
+    k: {"step": torch.tensor(200.0), "exp_avg": torch.zeros(one.shape), "exp_avg_sq": torch.zeros(one.shape)}
+    for k, one in enumerate(Hyperparameters(hidden_size=24).model().parameters())
+}
 ODD_VALUES = [  # of a training of 2 epochs, each of 100 steps
     ("progress", {"epoch": "x"}),
     ("progress", {"epoch": 3}),
@@ -259,6 +347,20 @@ ODD_VALUES = [  # of a training of 2 epochs, each of 100 steps
     ("hyperparameters", {"num_layers": 2**31 - 1}),
     ("model", {"fc.bias": torch.zeros(10, dtype=torch.complex64)}),
     ("model", {"fc.bias": torch.zeros(10, dtype=torch.int64)}),
+    ("optimizer", {"state": {}}),
+    ("optimizer", {"state": {0: MOMENTS[0]}}),
+    ("optimizer", {"state": {**MOMENTS, 18: MOMENTS[0]}}),
+    *(
+        ("optimizer", {"state": {**MOMENTS, 0: {**MOMENTS[0], **wrong}}})
+        for wrong in (
+            {"exp_avg": torch.zeros(3)},  # Adam's kernel would read beyond it
+            {"exp_avg": torch.zeros(1).expand(96, 28)},
+            {"exp_avg": torch.zeros(96, 28, dtype=torch.float64)},
+            {"exp_avg_sq": "x"},
+            {"step": torch.zeros(2)},
+            {"other": torch.zeros(1)},
+        )
+    ),
 ]
 
 
@@ -319,6 +421,16 @@ def test_resume_in_every_epoch_is_bitwise(tmp_path, steps):
 
 # --- in this process --------------------------------------------------------------------------------------------------
 
+CUTS = (1, 4, 100, 4000, -100, -1)  # bytes left of a checkpoint
+
+
+class Code:
+    """Its pickle would make a file."""
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (Path("it_ran"),)
+
+
 ERRORS = [
     ([], "the following arguments are required: command"),
     (["fly"], "invalid choice: 'fly'"),
@@ -357,11 +469,32 @@ ERRORS = [
     ),
     (["predict", "model.ckpt", "text.ckpt"], "text.ckpt can't be read as a picture"),
     (["predict", "model.ckpt"], "the following arguments are required: IMAGE"),
-    (["train", "--out", "text.ckpt"], "File exists"),
+    ([*ONE_STEP, "--out", "text.ckpt"], "can't write to the folder for results text.ckpt: File exists\n"),
+    ([*ONE_STEP, "--out", "text.ckpt/out"], "can't write to the folder for results text.ckpt/out: Not a directory\n"),
+    ([*ONE_STEP, "--out", "x" * 300], f"can't write to the folder for results {'x' * 300}: File name too long\n"),
+    *(
+        ([*ONE_STEP, "--out", f"with_{name}"], f"with_{name}/{name} can't be written: Is a directory\n")
+        for name in cli.RESULTS
+    ),
+    (["evaluate", "with_model.ckpt"], "with_model.ckpt can't be read: Is a directory\n"),
+    (["evaluate", "text.ckpt/x"], "text.ckpt/x can't be read: Not a directory\n"),
+    (["predict", "with_model.ckpt", "x.png"], "with_model.ckpt can't be read: Is a directory\n"),
+    (["train", "--resume", "with_model.ckpt"], "there is no file with_model.ckpt/training_state.pt\n"),
+    (["train", "--resume", "with_training_state.pt"], "training_state.pt can't be read: Is a directory\n"),
+    (["evaluate", "tensor.ckpt"], "tensor.ckpt is not a BiRNN's model.ckpt: it has no 'fc.weight'\n"),
+    (["evaluate", "sparse.ckpt"], "sparse.ckpt is not a BiRNN's model.ckpt: fc.weight is sparse\n"),
+    (["evaluate", "meta.ckpt"], "meta.ckpt is not a BiRNN's model.ckpt: fc.bias is empty\n"),
+    *(
+        ([*command, f"{name}.ckpt"], f"{name}.ckpt is not a checkpoint: it is damaged, or holds something else than ")
+        for command in (["evaluate"], ["train", "--resume"])
+        for name in (*(f"cut_{size}" for size in CUTS), "flipped", "zeros", "code", "old_code", "pickle")
+    ),
 ]
 
 
-@pytest.mark.parametrize(("arguments", "message"), ERRORS, ids=[message for _, message in ERRORS])
+@pytest.mark.parametrize(
+    ("arguments", "message"), ERRORS, ids=[f"{k}-{message[:60]}" for k, (_, message) in enumerate(ERRORS)]
+)
 def test_errors_are_one_line(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("text.ckpt").write_text("no checkpoint")
@@ -378,8 +511,23 @@ def test_errors_are_one_line(arguments, message, tmp_path, monkeypatch, capsys):
     torch.save(
         {**one_way, **{f"fc.{name}": one for name, one in torch.nn.Linear(8, 10).state_dict().items()}}, "one_way.ckpt"
     )
+    for name in cli.RESULTS:
+        Path(f"with_{name}", name).mkdir(parents=True)
+    torch.save(torch.zeros(2), "tensor.ckpt")
+    torch.save({**model, "fc.weight": model["fc.weight"].to_sparse()}, "sparse.ckpt")
+    torch.save({**model, "fc.bias": torch.empty(10, device="meta")}, "meta.ckpt")
+    whole = Path("model.ckpt").read_bytes()
+    for size in CUTS:
+        Path(f"cut_{size}.ckpt").write_bytes(whole[:size])
+    weights = model["fc.weight"].numpy().tobytes()
+    Path("flipped.ckpt").write_bytes(whole.replace(weights, bytes([weights[0] ^ 1]) + weights[1:]))
+    Path("zeros.ckpt").write_bytes(bytes(2000))
+    torch.save({"fc.weight": Code()}, "code.ckpt")
+    torch.save({"fc.weight": Code()}, "old_code.ckpt", _use_new_zipfile_serialization=False)
+    Path("pickle.ckpt").write_bytes(pickle.dumps(Code()))
     assert cli.main(arguments) == 2
     printed = capsys.readouterr()
+    assert not Path("it_ran").exists()
     assert message in printed.err
     assert printed.err.startswith("birnn-mnist: error: ")
     assert printed.err.count("\n") == 1

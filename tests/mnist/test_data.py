@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torchvision.datasets import MNIST
 
-from birnn_ext.mnist import data
+from birnn_ext.mnist import cli, data
 
 
 def idx(images: np.ndarray, labels: np.ndarray) -> tuple[bytes, bytes]:
@@ -136,9 +136,37 @@ def test_broken_gzip_is_passed_over(offline, tiny, tmp_path, capsys, damage):
     assert "train-labels-idx1-ubyte.gz can't be read" in capsys.readouterr().err
 
 
-def test_named_source_that_fails_is_an_error(tmp_path):
-    with pytest.raises(data.UserError, match=r"no MNIST data from files: no .*train-images-idx3-ubyte"):
-        data.load_mnist(tmp_path, "files")
+DAMAGE = {
+    "missing": (None, "no {path}"),
+    "folder": (None, "{path} can't be read: Is a directory"),
+    "empty": (lambda content: b"", "{path} is corrupted: it begins with nothing, not with 00 00 08 0"),
+    "cut_in_magic": (lambda content: content[:3], "{path} is corrupted: it begins with 00 00 08, not with 00 00 08 0"),
+    "cut_in_header": (lambda content: content[:7], "{path} is corrupted: it has 7 bytes, and by its header "),
+    "cut": (lambda content: content[:-1], "{path} is corrupted: it has {less} bytes, and by its header {size}"),
+    "magic": (lambda content: b"\0\0\x08\x02" + content[4:], "{path} is corrupted: it begins with 00 00 08 02, not"),
+    "count": (lambda content: content[:4] + b"\xff" * 4 + content[8:], "{path} is corrupted: it has {size} bytes, and"),
+    "packed": (gzip.compress, "{path} is corrupted: it begins with 1f 8b 08 00, not with 00 00 08 0"),
+    "byte": (lambda content: content[:-1] + bytes([content[-1] ^ 1]), "{path} is corrupted: its MD5 is "),
+    "long": (lambda content: content + b"\0", "{path} is corrupted: it has {more} bytes, and by its header {size}"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("name", data.FILES)
+def test_damaged_files_are_an_error_of_the_command(tiny, tmp_path, capsys, name, damage):
+    change, message = DAMAGE[damage]
+    write(tiny, tmp_path)
+    path, size = tmp_path / "MNIST" / "raw" / name, len(tiny[name])
+    path.unlink()
+    if damage == "folder":
+        path.mkdir()
+    elif damage != "missing":
+        path.write_bytes(change(tiny[name]))
+    assert cli.main(["train", "--data", str(tmp_path), "--data-source", "files", "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    expected = message.format(path=path, size=size, less=size - 1, more=size + 1)
+    assert said.startswith(f"birnn-mnist: error: no MNIST data from files: {expected}")
+    assert said.count("\n") == 1
 
 
 def test_corrupted_sample_is_an_error(monkeypatch, tmp_path):
@@ -306,6 +334,14 @@ def test_unwritable_data_is_an_error_before_any_download(tmp_path, monkeypatch, 
         data.load_mnist(directory, source)
 
 
+def test_a_folder_in_the_place_of_a_download_is_an_error_before_it(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "run_download", lambda *arguments: pytest.fail("downloads"))
+    path = tmp_path / "MNIST" / "raw" / "t10k-images-idx3-ubyte"
+    path.mkdir(parents=True)
+    with pytest.raises(data.UserError, match=f"^{re.escape(str(path))} can't be written: Is a directory$"):
+        data.load_mnist(tmp_path, "npm")
+
+
 def test_data_that_need_no_download_need_no_writing(tiny, tmp_path, monkeypatch):
     def write_nothing(*arguments, **options):
         raise AssertionError("writes")
@@ -327,7 +363,7 @@ def test_data_folder_that_fills_up_is_an_error_and_stays_empty(tiny, tmp_path, m
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(Path, "write_bytes", write_a_half)
-    with pytest.raises(data.UserError, match=r"can't write to the data folder .*: No space left on device"):
+    with pytest.raises(data.UserError, match=r"/t10k-images-idx3-ubyte can't be written: No space left on device"):
         data.load_mnist(tmp_path / "data", "npm")
     assert list((tmp_path / "data" / "MNIST" / "raw").iterdir()) == []
 
