@@ -118,6 +118,9 @@ struct AnyPlan {
   bool operator()(const Choice&) const { return true; }
 };
 
+// Types that the persistent kernels are compiled for (kernel() in persistent_*.cu); any other is stepwise's alone.
+constexpr bool is_persistent(DType type) { return type == DType::f32 || type == DType::f16 || type == DType::bf16; }
+
 // The best way for an algorithm to run a layer, of those that `fits` lets pass.
 template <class Fits = AnyPlan>
 Choice best_of(Algorithm algorithm, const Layer& layer, const Gpu& gpu, Fits fits = {}) {
@@ -131,7 +134,7 @@ Choice best_of(Algorithm algorithm, const Layer& layer, const Gpu& gpu, Fits fit
     return best;
   }
   const Exchange exchange = exchange_of(algorithm);
-  if (layer.dtype == DType::f64 || gpu.capability < 80 || layer.T > kMostSteps || layer.B > kMostSequences ||
+  if (!is_persistent(layer.dtype) || gpu.capability < 80 || layer.T > kMostSteps || layer.B > kMostSequences ||
       layer.H > kMostUnits)
     return best;
   if (exchange == Exchange::cluster && gpu.capability < 90) return best;
