@@ -495,7 +495,7 @@ ERRORS = [
 @pytest.mark.parametrize(
     ("arguments", "message"), ERRORS, ids=[f"{k}-{message[:60]}" for k, (_, message) in enumerate(ERRORS)]
 )
-def test_errors_are_one_line(arguments, message, tmp_path, monkeypatch, capsys):
+def test_errors_are_one_line(arguments, message, tmp_path, monkeypatch, capsys, recwarn):
     monkeypatch.chdir(tmp_path)
     Path("text.ckpt").write_text("no checkpoint")
     torch.save(torch.nn.Linear(2, 3).state_dict(), "other.ckpt")
@@ -525,7 +525,9 @@ def test_errors_are_one_line(arguments, message, tmp_path, monkeypatch, capsys):
     torch.save({"fc.weight": Code()}, "code.ckpt")
     torch.save({"fc.weight": Code()}, "old_code.ckpt", _use_new_zipfile_serialization=False)
     Path("pickle.ckpt").write_bytes(pickle.dumps(Code()))
+    recwarn.clear()
     assert cli.main(arguments) == 2
+    assert not recwarn.list  # each would be a line more
     printed = capsys.readouterr()
     assert not Path("it_ran").exists()
     assert message in printed.err
