@@ -107,7 +107,7 @@ def lstm_layer(
         save = (2 if recompute else 1) if torch.is_grad_enabled() else 0
         outputs: Tensors5 = torch.ops.birnn_ext.lstm_layer(x, weights, bias, h0, c0, lengths, save)
         return outputs[:3]
-    if recompute and torch.is_grad_enabled() and not _within_torch_func():
+    if recompute and _can_recompute():
         y_and_states: Tensors3 = checkpoint(
             lstm_layer, x, weights, bias, h0, c0, lengths, use_reentrant=False, preserve_rng_state=False
         )
@@ -123,9 +123,14 @@ def lstm_layer(
 
 
 def _is_one_operator(x: Tensor, weights: list[Tensor], h0: Tensor | None, c0: Tensor | None) -> bool:
-    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64):
+    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64) or x.shape[-1:] == (0,):
         return False
     return not _within_torch_func() and _needs_reference(x, *weights, h0, c0) is None
+
+
+def _can_recompute() -> bool:
+    """Whether a checkpoint is of use, and works: forward mode stops at one before torch 2.11."""
+    return torch.is_grad_enabled() and forward_ad._current_level < 0 and not _within_torch_func()
 
 
 def _within_torch_func() -> bool:

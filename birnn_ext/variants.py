@@ -19,6 +19,7 @@ from birnn_ext.ops import (
     _cell_dtype,
     _check_devices,
     _count_reference,
+    _can_recompute,
     _needs_reference,
     _no_kernel,
     _weight_grad,
@@ -157,7 +158,7 @@ def lstm_variant_layer(
         ValueError, TypeError: as `lstm_variant`.
     """
     # torch.compile fails within a checkpoint of this operator, with an internal error of torch 2.14
-    if recompute and torch.is_grad_enabled() and not (_within_torch_func() or torch.compiler.is_compiling()):
+    if recompute and _can_recompute() and not torch.compiler.is_compiling():
         results: tuple[Tensor, Tensor, Tensor, Tensor | None] = checkpoint(
             lstm_variant_layer, x, weights, h0, c0, lengths, variant, return_cells,
             use_reentrant=False, preserve_rng_state=False,

@@ -58,7 +58,8 @@ def test_two_processes_come_to_the_model_of_one(tmp_path):
     all_near(model.values(), one.model.state_dict().values())
 
     # the first process alone prints, and what one prints
-    assert run.stdout.splitlines()[: len(lines)] == lines
+    printed = [line for line in run.stdout.splitlines() if not line.startswith("[Gloo]")]  # as torch 2.10 does
+    assert printed[: len(lines)] == lines
     assert run.stdout.count("Test Accuracy") == run.stdout.count("Saved model.ckpt") == 1
     assert run.stderr.count("Epoch 1/2:   0%") == 1
 
