@@ -20,7 +20,7 @@ State = tuple[Tensor, Tensor]
 def _autocast_dtype(x: Tensor) -> torch.dtype | None:
     """What autocast turns x into; None where it leaves x alone, as it does with float64 and integers."""
     device = x.device.type
-    # meta has no autocast, and asking about it is an error; which devices have can't be asked under torch 2.10's compile
+    # meta has no autocast, and asking about it is an error; torch 2.10's compile can't ask which have
     if device == "meta" or not torch.is_autocast_enabled(device):
         return None
     return torch.get_autocast_dtype(device) if x.is_floating_point() and x.dtype != torch.float64 else None

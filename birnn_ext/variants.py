@@ -16,10 +16,10 @@ from torch.utils.checkpoint import checkpoint
 
 from birnn_ext import _C, reference
 from birnn_ext.ops import (
+    _can_recompute,
     _cell_dtype,
     _check_devices,
     _count_reference,
-    _can_recompute,
     _needs_reference,
     _no_kernel,
     _weight_grad,

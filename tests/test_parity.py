@@ -274,7 +274,7 @@ def test_inherited_checks_and_sizes():
         module.check_forward_args(packed.data, (torch.zeros(4, 2, 5), torch.zeros(4, 2, 5)), packed.batch_sizes)
         with pytest.raises(RuntimeError, match="input must have 3 dimensions, got 2"):
             module.check_input(torch.zeros(4, 3), None)
-        with pytest.raises(ValueError, match="does not match weight dtype|input must have the type"):
+        with pytest.raises(ValueError, match=r"does not match weight dtype|input must have the type"):
             module.check_input(torch.zeros(7, 4, 3, dtype=torch.float64), None)
 
 
