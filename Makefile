@@ -23,7 +23,7 @@ bench: install
 bench-peers: $(VENV)/peers
 	$(BIN)/python benchmarks/peers.py $(ARGS)
 
-# Measures all that the README claims, and writes docs/report.md: a quarter of an hour on a machine with nothing else to do.
+# Measures all that the README claims, and writes docs/report.md: half an hour or more on a machine with nothing else to do.
 report: $(VENV)/peers
 	$(BIN)/python benchmarks/report.py $(ARGS)
 

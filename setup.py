@@ -139,7 +139,7 @@ if cuda_home and not glob.glob(os.path.join(cuda_home, "lib*", "libcudart.so")):
 
 class Build(BuildExtension):
     def build_extensions(self):
-        compiler = shlex.split(os.environ.get("CXX") or "c++")[0]  # as BuildExtension chooses it
+        compiler = (shlex.split(os.environ.get("CXX", "")) or ["c++"])[0]  # as BuildExtension chooses it
         if not shutil.which(compiler):
             raise SystemExit(
                 f"birnn_ext: the build needs a C++ compiler, and there is no {compiler!r} on the PATH: "

@@ -467,10 +467,10 @@ class Comparison:
         draw(self.rows, self.title, CHART)
 
 
-def compare(threads: int, rounds: int, only: str = "") -> Comparison:
-    """Measures the rows whose name contains `only`."""
+def compare(threads: int, rounds: int, only: str = "", load: float | None = None) -> Comparison:
+    """Measures the rows whose name contains `only`. load: the machine's, if what ran before is this program's own."""
     torch.set_num_threads(threads)
-    load = os.getloadavg()[0]
+    load = os.getloadavg()[0] if load is None else load
     if load > 0.5:
         print(
             f"The machine is busy (load {load:.1f}): figures will be too large, some more than others", file=sys.stderr

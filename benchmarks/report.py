@@ -1,8 +1,8 @@
 """Measures again what the README claims, and writes docs/report.md with its pictures, and the README's main table.
 
 `make report`: errors against float64, training on MNIST from several seeds beside the tutorial's code,
-pytest-benchmark's runs, and the comparison with other libraries; a quarter of an hour or more, on a machine that should
-have nothing else to do. Linux only, for the peak memory.
+pytest-benchmark's runs, and the comparison with other libraries; half an hour or more, on a machine that should have
+nothing else to do. Linux only, for the peak memory.
 """
 
 from __future__ import annotations
@@ -104,20 +104,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data-source", choices=("auto", *SOURCES), default="auto", help="see birnn-mnist train")
     args = parser.parse_args(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    load = os.getloadavg()[0]
     description = machine()  # before a file of the repository is written
 
     with stage("errors"):
         errors = correctness.measure(args.cases, device.type)
-        correctness.draw(errors, DOCS / "report-errors.png")
     with stage("MNIST"):
         trainings = mnist_end_to_end.race(args.seeds, args.data, args.data_source, device, args.steps)
-        mnist_end_to_end.draw(trainings, DOCS / "report-mnist.png")
     with stage("pytest-benchmark"):
         benchmarks = pytest_benchmarks(args.select)
     with stage("other libraries"):
-        comparison = peers.compare(torch.get_num_threads(), args.rounds)
-        comparison.save()
+        comparison = peers.compare(torch.get_num_threads(), args.rounds, load=load)
 
+    correctness.draw(errors, DOCS / "report-errors.png")
+    mnist_end_to_end.draw(trainings, DOCS / "report-mnist.png")
+    comparison.save()
     (DOCS / "report.md").write_text(f"""# Report
 
 `make report` writes this page; {args.seeds} seeds, {args.rounds} rounds. Other machines give other figures, of speed

@@ -371,6 +371,8 @@ class LSTM(nn.LSTM):
                 raise ValueError("LSTM: reset must be packed as the input, with data of shape (N,)")
             self._check_reset(reset.data, packed.data)
             reset = pad_packed_sequence(PackedSequence(reset.data, reset.batch_sizes))[0]
+        if packed.data.dim() != 2:
+            raise ValueError(f"LSTM: data of a packed input must have shape (N, I), got {tuple(packed.data.shape)}")
         x, lengths = pad_packed_sequence(PackedSequence(packed.data, packed.batch_sizes))
         if hx is not None:
             self._check_sizes(x, hx)  # before it is put into order: that may hide a wrong size
@@ -432,12 +434,12 @@ class LSTM(nn.LSTM):
         """x (T, B, I), hx as in forward -> y (T, B, D * P) or, if last, (B, D * P), the final states, and the cells."""
         if x.shape[0] == 0:
             raise RuntimeError("LSTM: Expected sequence length to be larger than 0 in RNN")
-        self._check_sizes(x, hx)
-        directions = 2 if self.bidirectional else 1
-        dtype = _autocast_dtype(x)
         if hx is None and self.learned_state:
             h_0, c_0 = (state.unsqueeze(1).expand(-1, x.shape[1], -1) for state in (self.h_0, self.c_0))
             hx = (h_0, c_0)
+        self._check_sizes(x, hx)
+        directions = 2 if self.bidirectional else 1
+        dtype = _autocast_dtype(x)
         if dtype is not None:
             x = x.to(dtype)
             hx = None if hx is None else (hx[0].to(dtype), hx[1].to(dtype))

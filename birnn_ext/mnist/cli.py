@@ -117,7 +117,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def choose_device(name: str | None) -> torch.device:
-    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda" and processes.launched():  # each process has its own
         here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
         if here > gpus:  # in every process alike, as one of them speaks for all
@@ -170,7 +171,9 @@ def train(args: argparse.Namespace, device: torch.device, group: Processes) -> i
     if args.max_steps is not None and args.max_steps < 1:
         raise UserError(f"max_steps must be positive, got {args.max_steps}")
     state = None
-    if args.resume:
+    if args.resume is not None:
+        if args.resume == "":
+            raise UserError("--resume: FROM is empty")
         state = group.same(lambda: training.load_state(args.out if args.resume is True else Path(args.resume)))
         before = state["hyperparameters"]
         for name, value in given.items():

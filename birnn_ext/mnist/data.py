@@ -140,7 +140,8 @@ def write_together(contents: Mapping[Path, bytes]) -> None:
     """Writes files under other names, and gives them their own when all of them are whole.
 
     Raises:
-        UserError: one can't be written; what was there before remains.
+        UserError: one can't be written, as on a full disk; what was there before remains. (Of a set in which a file
+            can't be replaced, as a mount point, those before it are new.)
     """
     refuse_folders(contents)
     temporary = {path: path.with_name(f".{os.getpid()}.{path.name}") for path in contents}

@@ -393,7 +393,7 @@ def load_model(path: Path, device: torch.device) -> tuple[BiRNN, Hyperparameters
     try:
         classes, features = state["fc.weight"].shape
         input_size = state["lstm.weight_ih_l0"].shape[1]
-        layers = sum(name.startswith("lstm.weight_ih_l") and not name.endswith("_reverse") for name in state)
+        layers = sum(str(name).startswith("lstm.weight_ih_l") and not str(name).endswith("_reverse") for name in state)
         hp = Hyperparameters(784 // max(input_size, 1), input_size, features // 2, layers, classes)
         hp.check()
         _check_tensors(state, hp)

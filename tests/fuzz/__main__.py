@@ -70,7 +70,7 @@ def main(argument: str) -> int:
     count, info = int(argument), birnn_ext.build_info()
     others = [isa for isa in info["cpu_isas"] if isa != info["cpu_isa"] and runnable(isa)]
     share = count // 2 // len(others) if others else 0
-    shares = {info["cpu_isa"]: count - share * len(others), **dict.fromkeys(others, share)}
+    shares = {info["cpu_isa"]: count - share * len(others), **dict.fromkeys(others if share else [], share)}
     with ThreadPoolExecutor(max_workers=2) as pool:
         passed = all(list(pool.map(fuzz_isa, shares, shares.values())))
     print(f"{count} cases passed" if passed else "a case failed")
@@ -78,4 +78,6 @@ def main(argument: str) -> int:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2 or sys.argv[1] == "0":
+        sys.exit(__doc__)
     sys.exit(main(sys.argv[1]))

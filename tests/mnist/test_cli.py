@@ -448,6 +448,9 @@ ERRORS = [
     (["train", "--device", "meta"], "device 'meta' can't be used"),
     (["train", "--data-source", "moon"], "invalid choice: 'moon'"),
     (["train", "--data-source", "files", "--data", "nowhere"], "no MNIST data from files"),
+    (["train", "--resume", ""], "--resume: FROM is empty"),
+    (["train", "--device", ""], "device '' can't be used"),
+    (["evaluate", "number.ckpt"], "number.ckpt is not a BiRNN's model.ckpt: a BiRNN has no 3"),
     (["train", "--resume", "nowhere"], "there is no file nowhere"),
     (["evaluate", "absent.ckpt"], "there is no file absent.ckpt"),
     (["evaluate", "text.ckpt"], "text.ckpt is not a checkpoint"),
@@ -507,6 +510,7 @@ def test_errors_are_one_line(arguments, message, tmp_path, monkeypatch, capsys, 
     torch.save({**model, "fc.bias": model["fc.bias"].to(torch.int64)}, "integer.ckpt")
     torch.save({**model, "fc.bias": torch.zeros(9)}, "shape.ckpt")
     torch.save({**model, "other": torch.zeros(1)}, "longer.ckpt")
+    torch.save({**model, 3: torch.zeros(1)}, "number.ckpt")
     one_way = {f"lstm.{name}": one for name, one in torch.nn.LSTM(28, 8, 2).state_dict().items()}
     torch.save(
         {**one_way, **{f"fc.{name}": one for name, one in torch.nn.Linear(8, 10).state_dict().items()}}, "one_way.ckpt"
