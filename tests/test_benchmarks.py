@@ -31,6 +31,7 @@ def quick(monkeypatch):
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 def test_mnist_end_to_end():
     command = [sys.executable, SCRIPTS / "mnist_end_to_end.py", "--steps", "2", "--data-source", "sample"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -83,8 +84,8 @@ def test_chart_and_notes(tmp_path):
 
 
 def test_errors_of_both(tmp_path):
-    found = correctness.measure(3, "cpu")
-    assert all(len(found[dtype, "outputs"]) == 3 for dtype in correctness.DTYPES)
+    found = correctness.measure(2, "cpu")
+    assert all(len(found[dtype, "outputs"]) == 2 for dtype in correctness.DTYPES)
     assert all(len(found[dtype, "gradients"]) > 9 for dtype in correctness.DTYPES)  # a pair for each tensor
     largest = {dtype: max(max(pair) for pair in found[dtype, "outputs"]) for dtype in correctness.DTYPES}
     assert largest["float64"] < 1e-12 < largest["float32"] < 1e-5 < largest["float16"] < largest["bfloat16"]

@@ -107,9 +107,15 @@ class Mine(LSTM):
     pass
 
 
-@pytest.mark.parametrize("recompute", [False, True], ids=["saved", "recompute"])
+@pytest.mark.parametrize("recompute", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["saved", "recompute"])
 @pytest.mark.parametrize(
-    "options", [{"proj_size": 3}, {"layer_norm": True}, {"recurrent_dropout": 0.5, "zoneout": 0.5}], ids=str
+    "options",
+    [
+        {"proj_size": 3},
+        pytest.param({"layer_norm": True}, marks=pytest.mark.slow),
+        {"recurrent_dropout": 0.5, "zoneout": 0.5},
+    ],
+    ids=str,
 )
 def test_variants_compile_into_one_graph_once_for_all_sizes(options, recompute, device):
     lstm = LSTM(10, 8, 2, batch_first=True, bidirectional=True, recompute=recompute, device=device, **options)

@@ -127,7 +127,8 @@ def test_predict(trained, tmp_path):
     assert sum(same[1::2]) >= 6  # of 10; they come back nearly as they were
 
 
-@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted_and_resumed_is_as_if_never_interrupted(trained, tmp_path, number):
     whole, _ = trained
     with subprocess.Popen(
