@@ -21,9 +21,7 @@ from fuzz_case import Case, by_ours, by_torch, errors  # isort: skip, measuring 
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 KINDS = ("outputs", "states", "gradients")
-Errors = dict[
-    tuple[str, str], list[tuple[float, float]]
-]  # by dtype and kind: ours and nn.LSTM's, a pair for each tensor
+Errors = dict[tuple[str, str], list[tuple[float, float]]]  # by dtype and kind: ours, nn.LSTM's for each tensor
 
 
 def random_case(chance: random.Random, dtype: str, device: str) -> Case:

@@ -137,9 +137,8 @@ CONTESTANTS = {"tutorial": train_tutorial, "birnn_ext": train_ours}
 def compete(name: str, hp: Hyperparameters, folder: Path, source: str, device: torch.device, max_steps: int) -> Result:
     training.EVALUATION_BATCH = hp.batch_size  # evaluation shall not set the peak of memory
     mnist = data.load_mnist(folder, source, log=lambda line: None)
-    mnist = Mnist(mnist.train, mnist.test.to(device), mnist.source)
-    if name == "birnn_ext":
-        mnist = Mnist(mnist.train.to(device), mnist.test, mnist.source)
+    train = mnist.train.to(device) if name == "birnn_ext" else mnist.train  # the tutorial moves batch by batch
+    mnist = Mnist(train, mnist.test.to(device), mnist.source)
     watch = Watch(hp, mnist.test)
     seconds, losses = CONTESTANTS[name](hp, mnist, device, max_steps, watch)
     gpu_memory = torch.cuda.max_memory_allocated(device) / 2**20 if device.type == "cuda" else 0.0
