@@ -48,7 +48,7 @@ $(VENV)/ready: pyproject.toml
 # Editable: the Python files in use are those of this folder; the extension is built anew when its sources change. Of pip's
 # verbose output this shows downloads, what is built for, and a line for each compiled file; if it fails, all of it.
 $(VENV)/installed: $(VENV)/ready setup.py $(shell find csrc -type f)
-	@echo "== Step 2 of 2: compiles birnn_ext: 2 minutes on two cores, 5 with CUDA kernels; the whole output: $(VENV)/build.log"
+	@echo "== Step 2 of 2: compiles birnn_ext: 2 minutes on two cores, 3 with CUDA kernels; the whole output: $(VENV)/build.log"
 	@NINJA_STATUS='[%f of %t, %e s] ' $(BIN)/python -m pip install --no-build-isolation -v -e '.[mnist,test]' 2>&1 \
 		| tee $(VENV)/build.log \
 		| sed -unE -e 's/^ *(birnn_ext: |Downloading |Installing )/  \1/p' \

@@ -276,7 +276,7 @@ def _no_kernel(device: torch.device) -> str:
         raise RuntimeError(
             f"birnn_ext has no kernels for tensors on '{device}', as it was built for the CPU only: {missing}. "
             "`BIRNN_CUDA=1 pip install --no-build-isolation .` in its source folder builds them, or says what is "
-            "missing; birnn_ext.restore(model) makes the model's LSTMs nn.LSTM"
+            "missing; until then birnn_ext.restore(model) undoes accelerate"
         )
     built = "for the CPU only" if missing else "for CPU and CUDA"
     return f"has no compiled kernel for device '{device.type}': the extension was built {built}"
