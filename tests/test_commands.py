@@ -26,6 +26,7 @@ case "$*" in
             | sed 's/%f/1/; s/%t/2/; s/%e/12.345/'
     done
     echo '  csrc/cpu/isa.cpp:1:1: fatal error: no such thing' >&2
+    seq 100
     exit $STATUS ;;
 esac
 """
