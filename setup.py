@@ -109,7 +109,7 @@ else:
 
 from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension  # noqa: E402
 
-# Python's own flags have -g, which makes the library nine times as large and the build half as long again.
+# Python's own flags have -g, which makes the library nine times as large and its build longer, by a fifth or more.
 flags = shlex.split(f"{os.environ.get('CFLAGS', '')} {os.environ.get('CXXFLAGS', '')}")
 debug_flags = [flag for flag in flags if flag.startswith("-g")] or ["-g0"]
 
