@@ -2,9 +2,11 @@
 
 Environment: BIRNN_CUDA=1 makes a missing nvcc an error, BIRNN_CUDA=0 builds for the CPU only; CUDA_HOME names the
 toolkit; TORCH_CUDA_ARCH_LIST the GPU architectures; MAX_JOBS the number of parallel compilations; CXX the compiler.
+CXXFLAGS=-g, or another flag of that kind there or in CFLAGS, asks for debug information.
 """
 
 import glob
+import json
 import os
 import re
 import shlex
@@ -101,11 +103,15 @@ if cuda_home:
     os.environ["CUDA_HOME"] = cuda_home  # read by torch.utils.cpp_extension when it is imported
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHITECTURES)
     architectures = " ".join(os.environ["TORCH_CUDA_ARCH_LIST"].replace(";", " ").split())
-    print(f"birnn_ext: building for the CPU and CUDA {cuda_detail} ({cuda_home}), architectures {architectures}")
+    target = f"for the CPU and CUDA {cuda_detail} ({cuda_home}), architectures {architectures}"
 else:
-    print(f"birnn_ext: building for the CPU only: {cuda_detail}")
+    target = f"for the CPU only: {cuda_detail}"
 
 from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension  # noqa: E402
+
+# Python's own flags have -g, which makes the library nine times as large and its build longer, by a fifth or more.
+flags = shlex.split(f"{os.environ.get('CFLAGS', '')} {os.environ.get('CXXFLAGS', '')}")
+debug_flags = [flag for flag in flags if flag.startswith("-g")] or ["-g0"]
 
 options = {
     "sources": ["csrc/module.cpp", "csrc/schema.cpp", "csrc/layer_autograd.cpp", *sorted(glob.glob("csrc/cpu/*.cpp"))],
@@ -114,7 +120,7 @@ options = {
     "extra_compile_args": {
         # strict ISO C++ mode would turn off the contraction to fused multiply-add; at::parallel_for is OpenMP in a
         # header, and without the flag it is a plain loop
-        "cxx": ["-O3", "-ffp-contract=fast", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wno-psabi"],
+        "cxx": ["-O3", "-ffp-contract=fast", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wno-psabi", *debug_flags],
     },
     "extra_link_args": ["-fopenmp"],
 }
@@ -126,8 +132,11 @@ if cuda_home:
     ]
     # A warning of ptxas (a spill, local memory) fails the build: kernels must fit the registers.
     options["extra_compile_args"]["nvcc"] = ["-O3", "--threads", "2", "-Xptxas", "-warn-spills,-Werror"]
+    options["extra_compile_args"]["nvcc"] += [f"-Xcompiler={flag}" for flag in debug_flags]
     # cuSPARSE and cuBLAS headers, which ATen's CUDA headers include, may be in pip's packages only.
     options["include_dirs"].append(os.path.join(site_packages_cuda(), "include"))
+else:
+    options["define_macros"] = [("BIRNN_CUDA_MISSING", json.dumps(cuda_detail))]  # a string of C
 
 extension = (CUDAExtension if cuda_home else CppExtension)("birnn_ext._C", **options)
 if cuda_home and not glob.glob(os.path.join(cuda_home, "lib*", "libcudart.so")):
@@ -145,6 +154,7 @@ class Build(BuildExtension):
                 f"birnn_ext: the build needs a C++ compiler, and there is no {compiler!r} on the PATH: "
                 "install g++ (Debian and Ubuntu: `apt-get install g++`), or name a compiler in the variable CXX"
             )
+        print(f"birnn_ext: building {target}", flush=True)  # before the compilers say anything
         super().build_extensions()
 
 

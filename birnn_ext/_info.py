@@ -29,10 +29,26 @@ def build_info() -> dict[str, Any]:
 
     Returns:
         A dict with ``version``; ``torch`` and ``cuda``, the versions it was built with (``cuda`` is None for a CPU-only
-        build); ``cuda_architectures``, e.g. ``"8.0+PTX 9.0"``; ``compiler``; ``cpu_isas``, the instruction sets that
-        CPU kernels were compiled for, and ``cpu_isa``, the one in use (environment variable ``BIRNN_CPU_ISA``).
+        build); ``cuda_architectures``, e.g. ``"8.0+PTX 9.0"``; ``cuda_missing``, why a build is CPU-only, else None;
+        ``compiler``; ``cpu_isas``, the instruction sets that CPU kernels were compiled for, and ``cpu_isa``, the one in
+        use (environment variable ``BIRNN_CPU_ISA``). ``python -m birnn_ext`` prints it.
     """
     return {"version": __version__, **_C.build_info()}
+
+
+def describe() -> str:
+    """`build_info` in lines for people to read."""
+    info = build_info()
+    cuda = f"CUDA {info['cuda']}, for {info['cuda_architectures']}" if info["cuda"] else f"none: {info['cuda_missing']}"
+    return "\n".join(
+        [
+            f"birnn_ext {info['version']}",
+            f"torch: {torch.__version__} (built with {info['torch']})",
+            f"CPU kernels: {info['cpu_isa']}, of {', '.join(info['cpu_isas'])}",
+            f"CUDA kernels: {cuda}",
+            f"compiler: {info['compiler']}",
+        ]
+    )
 
 
 def op_calls() -> dict[str, int]:

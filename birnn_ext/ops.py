@@ -267,7 +267,18 @@ _said: set[str] = set()
 
 
 def _no_kernel(device: torch.device) -> str:
-    built = "for CPU and CUDA" if _C.build_info()["cuda"] else "for the CPU only (no CUDA)"
+    """What to say of a device that the extension has no kernels for; an error where it could have them.
+
+    ROCm, whose devices are "cuda" too, can't have them.
+    """
+    missing = _C.build_info()["cuda_missing"]
+    if missing and device.type == "cuda" and torch.version.hip is None:
+        raise RuntimeError(
+            f"birnn_ext has no kernels for tensors on '{device}', as it was built for the CPU only: {missing}. "
+            "`BIRNN_CUDA=1 pip install --no-build-isolation .` in its source folder builds them, or says what is "
+            "missing; until then birnn_ext.restore(model) undoes accelerate"
+        )
+    built = "for the CPU only" if missing else "for CPU and CUDA"
     return f"has no compiled kernel for device '{device.type}': the extension was built {built}"
 
 

@@ -21,9 +21,11 @@ py::dict build_info() {
 #if defined(BIRNN_CUDA_VERSION)
   info["cuda"] = BIRNN_CUDA_VERSION;
   info["cuda_architectures"] = BIRNN_CUDA_ARCHITECTURES;
+  info["cuda_missing"] = py::none();
 #else
   info["cuda"] = py::none();
   info["cuda_architectures"] = "";
+  info["cuda_missing"] = BIRNN_CUDA_MISSING;
 #endif
   info["compiler"] = __VERSION__;
   info["cpu_isas"] = birnn::cpu::compiled_isas();

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 
@@ -25,6 +27,14 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     calls = {name: n for name, n in birnn_ext.op_calls().items() if name.startswith("cuda_") and n}
     if calls:
         terminalreporter.write_line(", ".join(f"{name}: {n} calls" for name, n in calls.items()))
+    reasons = Counter(
+        " ".join(report.longrepr[2].removeprefix("Skipped: ").split())
+        for report in terminalreporter.getreports("skipped")
+    )
+    if reasons:  # -rs would give them a line for each place, and bury failures
+        terminalreporter.section(f"{reasons.total()} skipped")
+        for reason, count in reasons.most_common():
+            terminalreporter.write_line(f"{count:4} {reason}")
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])

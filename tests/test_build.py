@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,15 +16,17 @@ import pytest
 import setuptools
 import torch
 import torch.utils.cpp_extension
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import birnn_ext
+from birnn_ext import variants
 
 ROOT = Path(__file__).parents[1]
 SETUP = ROOT / "setup.py"
 
 
 def run_setup(monkeypatch: pytest.MonkeyPatch, **environment: str) -> dict:
-    """Runs setup.py without building; returns what it would build."""
+    """Runs setup.py without building; returns what it would build, and the target that it would name."""
     for name in ("BIRNN_CUDA", "CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST"):
         # set first: monkeypatch then restores what setup.py itself writes
         monkeypatch.setenv(name, "")
@@ -32,7 +36,7 @@ def run_setup(monkeypatch: pytest.MonkeyPatch, **environment: str) -> dict:
     captured = {}
     monkeypatch.setattr(setuptools, "setup", captured.update)
     monkeypatch.chdir(SETUP.parent)
-    runpy.run_path(str(SETUP))
+    captured["target"] = runpy.run_path(str(SETUP))["target"]
     return captured
 
 
@@ -47,6 +51,7 @@ def test_build_info():
     assert info["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert "generic" in info["cpu_isas"]
     assert info["cpu_isa"] in info["cpu_isas"]
+    assert (info["cuda"] is None) == bool(info["cuda_missing"])
     if info["cuda"] is None:
         assert info["cuda_architectures"] == ""
     else:
@@ -54,16 +59,18 @@ def test_build_info():
         assert re.search(r"\d\.\d", info["cuda_architectures"])
 
 
-def test_cpu_only_on_request(monkeypatch, capsys):
-    (extension,) = run_setup(monkeypatch, BIRNN_CUDA="0")["ext_modules"]
-    assert "for the CPU only: BIRNN_CUDA=0" in capsys.readouterr().out
+def test_cpu_only_on_request(monkeypatch):
+    build = run_setup(monkeypatch, BIRNN_CUDA="0")
+    (extension,) = build["ext_modules"]
+    assert build["target"] == "for the CPU only: BIRNN_CUDA=0"
     assert not any("cuda" in source for source in extension.sources)
 
 
-def test_cpu_only_without_nvcc(monkeypatch, capsys):
+def test_cpu_only_without_nvcc(monkeypatch):
     without_toolkit(monkeypatch)
-    (extension,) = run_setup(monkeypatch)["ext_modules"]
-    assert "for the CPU only: " in capsys.readouterr().out
+    build = run_setup(monkeypatch)
+    (extension,) = build["ext_modules"]
+    assert build["target"].startswith("for the CPU only: ")
     assert not any("cuda" in source for source in extension.sources)
 
 
@@ -75,11 +82,10 @@ def test_missing_nvcc_is_an_error_on_request(monkeypatch):
 
 
 @pytest.mark.parametrize("version, by_pip", [("12.8", False), ("13.0", True)])
-def test_nvcc_comes_by_pip_since_cuda_13(monkeypatch, capsys, version, by_pip):
+def test_nvcc_comes_by_pip_since_cuda_13(monkeypatch, version, by_pip):
     without_toolkit(monkeypatch)
     monkeypatch.setattr(torch.version, "cuda", version)
-    run_setup(monkeypatch)
-    assert ("pip install 'nvidia-cuda-nvcc==13.*'" in capsys.readouterr().out) == by_pip
+    assert ("pip install 'nvidia-cuda-nvcc==13.*'" in run_setup(monkeypatch)["target"]) == by_pip
 
 
 def test_wrong_wish_is_an_error(monkeypatch):
@@ -102,12 +108,12 @@ def test_a_toolkit_of_another_cuda_version_is_passed_over(monkeypatch, tmp_path)
 
 
 @pytest.mark.skipif(birnn_ext.build_info()["cuda"] is None, reason="birnn_ext is built without CUDA")
-def test_cuda_by_default(monkeypatch, capsys):
-    (extension,) = run_setup(monkeypatch)["ext_modules"]
-    said = capsys.readouterr().out
-    assert "building for the CPU and CUDA" in said
+def test_cuda_by_default(monkeypatch):
+    build = run_setup(monkeypatch)
+    (extension,) = build["ext_modules"]
+    assert build["target"].startswith("for the CPU and CUDA ")
     (architectures,) = re.findall(r'^DEFAULT_ARCHITECTURES = "(.+)"$', SETUP.read_text(), re.MULTILINE)
-    assert f"architectures {architectures.replace(';', ' ')}\n" in said
+    assert build["target"].endswith(f"architectures {architectures.replace(';', ' ')}")
     assert any(source.endswith(".cu") for source in extension.sources)
 
 
@@ -120,6 +126,55 @@ def test_imports_without_a_gpu():
     )
     assert done.returncode == 0, done.stderr
     assert "cpu_isa" in done.stdout
+
+
+def test_the_command_says_what_was_built(capsys):
+    runpy.run_module("birnn_ext", run_name="__main__")
+    info = birnn_ext.build_info()
+    cuda = f"CUDA {info['cuda']}, for {info['cuda_architectures']}" if info["cuda"] else f"none: {info['cuda_missing']}"
+    assert capsys.readouterr().out.splitlines() == [
+        f"birnn_ext {info['version']}",
+        f"torch: {torch.__version__} (built with {info['torch']})",
+        f"CPU kernels: {info['cpu_isa']}, of {', '.join(info['cpu_isas'])}",
+        f"CUDA kernels: {cuda}",
+        f"compiler: {info['compiler']}",
+    ]
+
+
+# ---- a build for the CPU only meets a CUDA tensor
+
+
+@pytest.fixture
+def no_nvcc(monkeypatch):
+    """Why this build, in what it says of itself, has no CUDA kernels."""
+    without_toolkit(monkeypatch)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.version, "hip", None)
+    ((name, value),) = run_setup(monkeypatch)["ext_modules"][0].define_macros
+    assert name == "BIRNN_CUDA_MISSING"
+    missing = json.loads(value)
+    monkeypatch.setattr(birnn_ext._C, "build_info", lambda: {"cuda": None, "cuda_missing": missing})
+    monkeypatch.setattr(variants, "_DEVICES", ("cpu",))
+    return missing
+
+
+def recurrence(gates_x, w_hh):
+    """Runs the operator as it is for devices that have no kernel of their own."""
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.XLA)
+    torch.ops.birnn_ext.lstm_recurrence.default.redispatch(keys, gates_x, w_hh, None, None, None, False)
+
+
+@pytest.mark.parametrize("run", [recurrence, variants.lstm_variant])
+def test_a_cuda_tensor_in_a_cpu_only_build_is_an_error_that_says_why_and_what_to_do(no_nvcc, run):
+    assert "no nvcc of CUDA 13.x" in no_nvcc and "pip install 'nvidia-cuda-nvcc==13.*'" in no_nvcc
+    with FakeTensorMode():  # makes tensors "on a GPU" where there is none
+        on_cuda = torch.empty(3, 2, 1, 16, device="cuda"), torch.empty(1, 16, 4, device="cuda")
+    with pytest.raises(RuntimeError) as error:
+        run(*on_cuda)
+    said = str(error.value)
+    assert f"birnn_ext has no kernels for tensors on 'cuda:0', as it was built for the CPU only: {no_nvcc}. " in said
+    assert "`BIRNN_CUDA=1 pip install --no-build-isolation .`" in said
+    assert "birnn_ext.restore(model)" in said
 
 
 # ---- packaging; tools/check_wheel does it for real, with pip
@@ -147,6 +202,56 @@ def test_old_torch(monkeypatch):
         SystemExit, match=r"^birnn_ext: PyTorch 2\.8 or newer is needed, and 2\.7\.1\+cu126 is installed$"
     ):
         run_setup(monkeypatch)
+
+
+def packages(words: str) -> list[str]:
+    """The requirements in what a shell reads, without torch, which has other versions here and there."""
+    return sorted(word for word in shlex.split(words) if not word.startswith(("torch", "nvidia-")))
+
+
+@pytest.mark.skipif(not (ROOT / "Makefile").exists(), reason="needs the repository's files")
+def test_every_list_of_what_the_build_needs_is_complete():
+    """`python -m build --no-isolation` asks for all that pyproject.toml names, after README's pip install, too."""
+    project = (ROOT / "pyproject.toml").read_text()
+    (requires,) = re.findall(r"^requires = \[(.+)\]$", project, re.MULTILINE)
+    needed = packages(requires.replace(",", " "))
+    assert "setuptools>=77" in needed
+    lists = {
+        "README.md": r"^    pip install (torch .+)$",
+        "pyproject.toml": r'^before-build = "pip install (.+)"$',
+        "setup.py": r'"`pip install (torch .+?)`',
+        "Makefile": r"pip install (torch.+)$",
+        "tools/check_wheel": r"pip\" install ('setuptools.+) build$",
+    }
+    for name, pattern in lists.items():
+        (found,) = re.findall(pattern, (ROOT / name).read_text(), re.MULTILINE)
+        assert packages(found) == needed, name
+
+
+@pytest.mark.parametrize(
+    "environment, wanted",
+    [
+        ({}, ["-g0"]),
+        ({"CXXFLAGS": "-O1 -g"}, ["-g"]),
+        ({"CFLAGS": "-ggdb3 -gsplit-dwarf"}, ["-ggdb3", "-gsplit-dwarf"]),
+    ],
+)
+def test_debug_information_on_request_only(monkeypatch, environment, wanted):
+    monkeypatch.delenv("CFLAGS", raising=False)
+    monkeypatch.delenv("CXXFLAGS", raising=False)
+    (extension,) = run_setup(monkeypatch, **environment)["ext_modules"]
+    compile_args = extension.extra_compile_args
+    assert [flag for flag in compile_args["cxx"] if flag.startswith("-g")] == wanted
+    if "nvcc" in compile_args:
+        assert [flag for flag in compile_args["nvcc"] if "-g" in flag] == [f"-Xcompiler={flag}" for flag in wanted]
+
+
+@pytest.mark.skipif(not shutil.which("readelf"), reason="needs readelf, of GNU binutils")
+@pytest.mark.skipif("-g" in os.environ.get("CFLAGS", "") + os.environ.get("CXXFLAGS", ""), reason="-g was asked for")
+def test_the_library_has_no_debug_information():
+    sections = subprocess.run(["readelf", "-SW", birnn_ext._C.__file__], capture_output=True, text=True, check=True)
+    assert " .text " in sections.stdout
+    assert " .debug_info " not in sections.stdout
 
 
 @pytest.mark.parametrize("compiler", ["", "nonesuch-g++ -m64"])

@@ -1,11 +1,19 @@
-"""The code in the documents does what they say."""
+"""The code in the documents does what they say, and the site that is made of them works from disk."""
 
 from __future__ import annotations
 
+import importlib.util
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
-GUIDE = Path(__file__).parent.parent / "docs" / "migration.md"
+import pytest
+
+ROOT = Path(__file__).parent.parent
+GUIDE = ROOT / "docs" / "migration.md"
 
 
 def test_the_migration_guides_code_runs(capsys):
@@ -15,3 +23,50 @@ def test_the_migration_guides_code_runs(capsys):
     for block in blocks:
         exec(compile(block, str(GUIDE), "exec"), names)
     assert capsys.readouterr().out == "replaced encoder\n"
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The folder with the documentation's pages, as `make docs` makes them."""
+    if not (importlib.util.find_spec("mkdocs") and importlib.util.find_spec("mkdocstrings")):
+        pytest.skip("mkdocs is not installed: pip install 'birnn_ext[docs]'")
+    if not (ROOT / "mkdocs.yml").exists():
+        pytest.skip("needs the repository's files")
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--site-dir", folder]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+@pytest.mark.slow
+def test_every_link_of_the_site_names_a_file(site):
+    """From disk, a link to a folder shows its files and not its index.html."""
+    pages = [
+        page for page in site.glob("**/*.html") if page.name != "404.html"
+    ]  # a server's, which names it from its root
+    assert len(pages) >= 9
+    wrong = []
+    for page in pages:
+        links = [urlsplit(link) for link in re.findall(r'(?:href|src|action)="([^"]*)"', page.read_text())]
+        assert any(link.path.endswith("site.css") for link in links)
+        for link in links:
+            target = page.parent / unquote(link.path) if link.path else page
+            if not link.scheme and not link.netloc and not target.is_file():
+                wrong.append(f"{page.name}: {link.geturl()}")
+    assert not wrong
+
+
+@pytest.mark.slow
+def test_the_sites_search_works_from_disk(site):
+    scripts = re.findall(r'<script src="(.*?)"', (site / "search.html").read_text())
+    assert scripts.index("./site.js") < scripts.index("./search/main.js")
+    browser = shutil.which("chromium") or shutil.which("google-chrome")
+    if browser is None:
+        pytest.skip("no chromium to try it in")
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--dump-dom"]
+    command = [browser, *options, f"--user-data-dir={site}/profile", "--virtual-time-budget=10000"]
+    shown = subprocess.run(
+        [*command, f"file://{site}/search.html?q=recompute"], capture_output=True, text=True, timeout=300
+    ).stdout
+    assert re.search(r'<article><h3><a href="\./api\.html#birnn_ext\.LSTM">LSTM</a>', shown)

@@ -1,4 +1,7 @@
-"""A hook of mkdocs: the documents at the top of the repository become pages of the site, with links that fit."""
+"""A hook of mkdocs: the documents at the top of the repository become pages of the site, with links that fit.
+
+The index of the search becomes a script, too: docs/site.js says why.
+"""
 
 from __future__ import annotations
 
@@ -22,3 +25,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             text = text.replace(f"]({other}", f"]({its_page}")
         files.append(File.generated(config, page, content=text))
     return files
+
+
+def on_post_build(config: MkDocsConfig) -> None:
+    index = Path(config.site_dir, "search", "search_index.json")
+    index.with_suffix(".js").write_text(f"window.search_index = {index.read_text(encoding='utf-8')}", encoding="utf-8")
