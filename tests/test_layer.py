@@ -368,7 +368,8 @@ OK = [w(8, 3), w(8, 2)]
 ERRORS = [
     (lambda: layer_op(w(4, 3), OK, False, None, None, None, 0), ValueError, r"x must have shape \(T, B, I\), got \[4, 3\]"),
     (lambda: layer_op(w(0, 2, 3), OK, False, None, None, None, 0), ValueError, "at least one time step"),
-    (lambda: layer_op(w(4, 2, 3, dtype=torch.float16), OK, False, None, None, None, 0), TypeError, "x must be float64 or float32, got Half"),
+    (lambda: layer_op(w(4, 2, 3, dtype=torch.float16), OK, False, None, None, None, 1), TypeError, "x must be float64 or float32 for a backward pass, got Half"),
+    (lambda: layer_op(w(4, 2, 3, dtype=torch.float16), OK, False, None, None, None, 0), TypeError, "w_ih must be Half, got Float"),
     (lambda: layer_op(w(4, 2, 3), OK, True, None, None, None, 0), ValueError, "weights must be 4 or 8 tensors, got 2"),
     (lambda: layer_op(w(4, 2, 3), [w(8, 3), w(8)], False, None, None, None, 0), ValueError, r"w_hh must have shape \(4H, H\), got \[8\]"),
     (lambda: layer_op(w(4, 2, 3), [w(8, 4), w(8, 2)], False, None, None, None, 0), ValueError, r"w_ih must have shape \[8, 3\], got \[8, 4\]"),
