@@ -514,6 +514,8 @@ class LSTM(nn.LSTM):
 
     def _check_sizes(self, x: Tensor, hx: State | None) -> None:
         weight = self.weight_ih_l0
+        if x.layout != torch.strided:
+            raise RuntimeError(f"LSTM: input must be dense, got layout {x.layout}")
         if x.shape[2] != self.input_size:
             raise RuntimeError(
                 f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {x.shape[2]}"

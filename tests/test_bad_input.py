@@ -119,7 +119,7 @@ CALLS = [
     Wrong("None input", lambda m: m(None), TypeError, "input must be a tensor or a PackedSequence, got NoneType", AttributeError),
     Wrong("array input", lambda m: m(x().numpy()), TypeError, "input must be a tensor or a PackedSequence, got ndarray", AttributeError),
     Wrong("no input", lambda m: m(), TypeError, "input"),
-    Wrong("sparse input", lambda m: m(x().to_sparse()), NotImplementedError, "from the 'SparseCPU' backend", RuntimeError),
+    Wrong("sparse input", lambda m: m(x().to_sparse()), RuntimeError, "input must be dense, got layout torch.sparse_coo"),
     Wrong("hx h_0 size", lambda m: m(x(), hx(first=ok(1, 2, 6))), RuntimeError, "Expected hidden[0] size (1, 2, 5), got [1, 2, 6]"),
     Wrong("hx c_0 size", lambda m: m(x(), hx(second=ok(1, 2, 6))), RuntimeError, "Expected hidden[1] size (1, 2, 5), got [1, 2, 6]"),
     Wrong("hx c_0 layers", lambda m: m(x(), hx(second=ok(2, 2, 5))), RuntimeError, "Expected hidden[1] size (1, 2, 5), got [2, 2, 5]"),

@@ -274,8 +274,11 @@ def test_an_input_made_in_inference_mode_trains_where_it_does_with_nn_lstm(optio
         with torch.inference_mode():
             made = x.clone()
         try:
-            grads, expected = ([*torch.autograd.grad(module(z)[0].sum(), module.parameters())] for z in (made, x))
-            assert all(map(torch.equal, grads, expected))
+            seen = []
+            for z in (made, x):
+                torch.manual_seed(3)  # of zoneout's masks
+                seen.append(torch.autograd.grad(module(z)[0].sum(), module.parameters()))
+            assert all(map(torch.equal, *seen))
             allowed.append(True)
         except RuntimeError as error:
             assert "Inference tensors cannot be saved for backward" in str(error)
