@@ -136,7 +136,8 @@ def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     each sequence, each with a copy of the weights, where these need no gradient.
     """
     steps, batch, features = x.shape
-    return F.linear(x.reshape(steps * batch, features), weight, bias).unflatten(0, (steps, batch))
+    projected: Tensor = F.linear(x.reshape(steps * batch, features), weight, bias).unflatten(0, (steps, batch))
+    return projected
 
 
 def _is_one_operator(
