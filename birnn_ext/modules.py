@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
 
 import torch
@@ -37,6 +38,14 @@ def _kept(x: Tensor, p: float, *shape: int) -> Tensor:
 def _check_probability(name: str, value: float) -> None:
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value <= 1:
         raise ValueError(f"LSTM: {name} must be a number in [0, 1], got {value!r}")
+
+
+def _check_length_values(lengths: Tensor | Sequence[int], steps: int) -> None:
+    if torch.compiler.is_compiling():  # it would guard on each; the operator checks them, too
+        return
+    for b, length in enumerate(lengths.tolist() if isinstance(lengths, Tensor) else lengths):
+        if not 0 <= length <= steps:
+            raise ValueError(f"LSTM: lengths must be between 0 and T = {steps}, got lengths[{b}] = {length}")
 
 
 class LSTM(nn.LSTM):
@@ -217,7 +226,7 @@ class LSTM(nn.LSTM):
         input: Tensor,
         hx: State | None = None,
         *,
-        lengths: Tensor | None = None,
+        lengths: Tensor | Sequence[int] | None = None,
         output: Literal["all"] = "all",
         reset: Tensor | None = None,
         return_cell_states: Literal[False] = False,
@@ -239,7 +248,7 @@ class LSTM(nn.LSTM):
         input: Tensor,
         hx: State | None = None,
         *,
-        lengths: Tensor | None = None,
+        lengths: Tensor | Sequence[int] | None = None,
         output: Literal["all"] = "all",
         reset: Tensor | None = None,
         return_cell_states: Literal[True],
@@ -261,7 +270,7 @@ class LSTM(nn.LSTM):
         input: Tensor | PackedSequence,
         hx: State | None = None,
         *,
-        lengths: Tensor | None = None,
+        lengths: Tensor | Sequence[int] | None = None,
         output: Literal["last"],
         reset: Tensor | PackedSequence | None = None,
         return_cell_states: Literal[False] = False,
@@ -272,7 +281,7 @@ class LSTM(nn.LSTM):
         input: Tensor | PackedSequence,
         hx: State | None = None,
         *,
-        lengths: Tensor | None = None,
+        lengths: Tensor | Sequence[int] | None = None,
         output: Literal["all", "last"] = "all",
         reset: Tensor | PackedSequence | None = None,
         return_cell_states: bool = False,
@@ -284,7 +293,10 @@ class LSTM(nn.LSTM):
             hx: (h_0, c_0), (D * num_layers, B, P) and (D * num_layers, B, H), unbatched without B; None stands for
                 zeros, or for the learned state.
             lengths: (B,) int64 on the input's device, in any order: sequence b is its first lengths[b] steps, as if
-                packed with enforce_sorted=False; 0 <= lengths[b] <= T. Not with a PackedSequence or unbatched input.
+                packed with enforce_sorted=False; 0 <= lengths[b] <= T. Not with a PackedSequence or unbatched input. A
+                list or tuple of integers and a tensor on the CPU are taken, too, checked at once, and copied to the
+                input's device, once for all layers. To a GPU that is a copy of 8 B bytes at each call, for which
+                nobody waits; CUDA graphs can't be captured with it. torch.compile takes a list's values for constants.
             output: "all" returns every step. "last" returns what ``output[:, -1]`` (batch_first; else ``output[-1]``)
                 would be, with lengths at each sequence's own last step, without computing what that does not need: of
                 the last layer's reverse direction only one step.
@@ -337,7 +349,7 @@ class LSTM(nn.LSTM):
         if lengths is not None:
             if not batched:
                 raise ValueError("LSTM: lengths must be None with unbatched (2-D) input")
-            self._check_lengths(lengths, x)
+            lengths = self._lengths_for(lengths, x)
         begins = None
         if reset is not None:
             begins = self._check_reset(reset, input)
@@ -400,15 +412,28 @@ class LSTM(nn.LSTM):
             )
 
     @staticmethod
-    def _check_lengths(lengths: Tensor, x: Tensor) -> None:
-        if not isinstance(lengths, Tensor):
-            raise TypeError(f"LSTM: lengths must be a tensor, got {type(lengths).__name__}")
+    def _lengths_for(lengths: Tensor | Sequence[int], x: Tensor) -> Tensor:
+        """Lengths for x (T, B, I), on its device. Those on the host are checked there; nothing waits for a device."""
+        if isinstance(lengths, (list, tuple)):
+            for b, length in enumerate(lengths):
+                if isinstance(length, bool) or not isinstance(length, numbers.Integral):
+                    raise TypeError(f"LSTM: lengths must be integers, got lengths[{b}] of {type(length).__name__}")
+            _check_length_values(lengths, x.shape[0])  # before int64 has to hold them
+            lengths = torch.tensor(lengths, dtype=torch.int64)
+        elif not isinstance(lengths, Tensor):
+            raise TypeError(f"LSTM: lengths must be a tensor or a list of integers, got {type(lengths).__name__}")
         if lengths.shape != x.shape[1:2]:
             raise ValueError(f"LSTM: lengths must have shape ({x.shape[1]},), got {tuple(lengths.shape)}")
         if lengths.dtype != torch.int64:
             raise TypeError(f"LSTM: lengths must be int64, got {lengths.dtype}")
-        if lengths.device != x.device:
-            raise ValueError(f"LSTM: lengths must be on the input's device {x.device}, got {lengths.device}")
+        if lengths.device == x.device:
+            return lengths
+        if lengths.device.type != "cpu":
+            raise ValueError(
+                f"LSTM: lengths must be on the input's device {x.device} or on the CPU, got {lengths.device}"
+            )
+        _check_length_values(lengths, x.shape[0])
+        return lengths.to(x.device, non_blocking=True)
 
     @staticmethod
     def _check_reset(reset: object, input: Tensor) -> Tensor:
@@ -489,6 +514,8 @@ class LSTM(nn.LSTM):
 
     def _check_sizes(self, x: Tensor, hx: State | None) -> None:
         weight = self.weight_ih_l0
+        if x.layout != torch.strided:
+            raise RuntimeError(f"LSTM: input must be dense, got layout {x.layout}")
         if x.shape[2] != self.input_size:
             raise RuntimeError(
                 f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {x.shape[2]}"

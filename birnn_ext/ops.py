@@ -78,8 +78,9 @@ def lstm_layer(
 ) -> Tensors3:
     """Runs an LSTM layer with its input projection: one operator on the CPU, elsewhere a matrix product before it.
 
-    Differentiable as `lstm_recurrence`. On the CPU in float32 and float64 the kernels compute the input projection step
-    by step, so that it never visits memory, and the gradients of weights and input round by round.
+    Differentiable as `lstm_recurrence`. On the CPU the kernels compute the input projection step by step, so that it
+    never visits memory, and the gradients of weights and input round by round; in 16-bit types where there is nothing
+    to be differentiated, and not rounded.
 
     Args:
         x: (T, B, I), T >= 1; float64, float32, float16 or bfloat16.
@@ -103,8 +104,14 @@ def lstm_layer(
         from birnn_ext.onnx import standard_lstm
 
         return standard_lstm(x, weights, bias, h0, c0, lengths)
-    if _is_one_operator(x, weights, h0, c0):
-        save = (2 if recompute else 1) if torch.is_grad_enabled() else 0
+    floating = (t for t in (x, *weights, h0, c0) if t is not None)
+    differentiated = torch.is_grad_enabled() and any(t.requires_grad for t in floating)
+    if differentiated:
+        # As nn.LSTM's backward pass, ours keeps a copy of what is a view with the batch first, which users may then
+        # change in place, or have made in inference mode.
+        x = x.contiguous()
+    if _is_one_operator(x, weights, h0, c0, differentiated):
+        save = (2 if recompute else 1) if differentiated else 0
         outputs: Tensors5 = torch.ops.birnn_ext.lstm_layer(x, weights, bias, h0, c0, lengths, save)
         return outputs[:3]
     if recompute and _can_recompute():
@@ -118,12 +125,27 @@ def lstm_layer(
     stride = 4 if bias else 2
     w_ih, w_hh = weights[::stride], weights[1::stride]
     b = torch.cat(weights[2::stride]) + torch.cat(weights[3::stride]) if bias else None
-    gates_x = F.linear(x, torch.cat(w_ih), b).unflatten(-1, (len(w_ih), -1))
+    gates_x = project(x, torch.cat(w_ih), b).unflatten(-1, (len(w_ih), -1))
     return lstm_recurrence(gates_x, torch.stack(w_hh), h0, c0, lengths)
 
 
-def _is_one_operator(x: Tensor, weights: list[Tensor], h0: Tensor | None, c0: Tensor | None) -> bool:
-    if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.float64) or x.shape[-1:] == (0,):
+def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Projects all steps at once: x (T, B, I), weight (n, I) and bias (n,) -> (T, B, n).
+
+    One matrix product whatever x's strides. Of three dimensions with the batch first in memory, F.linear makes one for
+    each sequence, each with a copy of the weights, where these need no gradient.
+    """
+    steps, batch, features = x.shape
+    projected: Tensor = F.linear(x.reshape(steps * batch, features), weight, bias).unflatten(0, (steps, batch))
+    return projected
+
+
+def _is_one_operator(
+    x: Tensor, weights: list[Tensor], h0: Tensor | None, c0: Tensor | None, differentiated: bool
+) -> bool:
+    if x.device.type != "cpu" or x.shape[-1:] == (0,):
+        return False
+    if differentiated and x.dtype not in (torch.float32, torch.float64):
         return False
     return not _within_torch_func() and _needs_reference(x, *weights, h0, c0) is None
 
@@ -220,7 +242,7 @@ def _(
     y = x.new_empty(steps, batch, directions, hidden)
     state = x.new_empty(directions, batch, hidden)
     gates = x.new_empty(steps, batch, directions, 4 * hidden) if save == 1 else x.new_empty(0)
-    cells = torch.empty_like(y) if save else x.new_empty(0)
+    cells = x.new_empty(y.shape if save else (0,), dtype=_cell_dtype(x.dtype))
     return y, state, torch.empty_like(state), gates, cells
 
 

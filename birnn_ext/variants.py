@@ -24,6 +24,7 @@ from birnn_ext.ops import (
     _no_kernel,
     _weight_grad,
     _within_torch_func,
+    project,
 )
 
 _DEVICES = ("cpu", "cuda", "meta") if _C.build_info()["cuda"] else ("cpu", "meta")  # that have the operator
@@ -160,7 +161,7 @@ def lstm_variant_layer(
     # torch.compile fails within a checkpoint of this operator, with an internal error of torch 2.14
     if recompute and _can_recompute() and not torch.compiler.is_compiling():
         results: tuple[Tensor, Tensor, Tensor, Tensor | None] = checkpoint(
-            lstm_variant_layer, x, weights, h0, c0, lengths, variant, return_cells,
+            lstm_variant_layer, x.contiguous(), weights, h0, c0, lengths, variant, return_cells,
             use_reentrant=False, preserve_rng_state=False,
         )  # fmt: skip
         return results
@@ -169,7 +170,7 @@ def lstm_variant_layer(
         x = x.masked_fill(beyond.unsqueeze(-1), 0)
     w_ih, w_hh, bias, w_hr, ln_ih, ln_hh, ln_c = weights
     added = bias.flatten() if bias is not None and ln_ih is None else None
-    gates_x = F.linear(x, w_ih.flatten(0, 1), added).unflatten(-1, w_ih.shape[:2])
+    gates_x = project(x, w_ih.flatten(0, 1), added).unflatten(-1, w_ih.shape[:2])
     if ln_ih is not None:  # autocast would leave it in float32
         gates_x = F.layer_norm(gates_x, gates_x.shape[-1:], eps=EPS).to(x.dtype) * ln_ih
         gates_x = gates_x if bias is None else gates_x + bias

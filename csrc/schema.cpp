@@ -12,8 +12,8 @@ TORCH_LIBRARY(birnn_ext, m) {
       "lstm_recurrence_backward(Tensor w_hh, Tensor? c0, Tensor? lengths, Tensor gates, Tensor cells, Tensor? dy,"
       " Tensor? dh_n, Tensor? dc_n, bool state_grads) -> (Tensor d_gates_x, Tensor dh0, Tensor dc0)");
 
-  // A layer with its input projection, on the CPU in float32 and float64: x (T, B, I). weights: of each direction w_ih,
-  // w_hh and, if there are biases, bias_ih and bias_hh. save: 0 leaves gates and cells empty, 1 saves both, 2 the cells
+  // A layer with its input projection, on the CPU: x (T, B, I). weights: of each direction w_ih, w_hh and, if there are
+  // biases, bias_ih and bias_hh. save: 0 leaves gates and cells empty; in float32 and float64 1 saves both, 2 the cells
   // alone, and the backward pass recomputes the gates.
   m.def(
       "lstm_layer(Tensor x, Tensor[] weights, bool bias, Tensor? h0, Tensor? c0, Tensor? lengths, int save)"

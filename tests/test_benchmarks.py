@@ -46,6 +46,8 @@ def test_mnist_end_to_end():
     ("make", "options"),
     [
         (peers.inference, {}),
+        (peers.inference, {"dtype": torch.bfloat16}),
+        (peers.inference, {"dtype": torch.float16}),
         (peers.forward_backward, {}),
         (peers.forward_backward, {"last": True}),
         (peers.ragged, {}),
@@ -64,6 +66,7 @@ def test_peer_computes_what_torch_does(peer):
     if peer not in peers.installed():
         pytest.skip(f"{peer} is not installed")
     peers.check(peers.inference(TINY, [peer]), torch.float32)
+    peers.check(peers.inference(TINY, [peer], dtype=torch.bfloat16), torch.bfloat16)
     peers.check(peers.forward_backward(TINY, [peer], last=True), torch.float32)
 
 

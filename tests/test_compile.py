@@ -103,6 +103,45 @@ def test_autocast_compiles_into_one_graph(device):
     check(Model(), lambda batch, steps: ((torch.randn(steps, batch, 10, device=device),), {}), device, train=False)
 
 
+def graphs(module: nn.Module, dynamic: bool | None, sizes: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The sizes at which torch.compile makes a graph anew."""
+    torch._dynamo.reset()
+    made = []
+
+    def backend(graph: torch.fx.GraphModule, _: list[Tensor]) -> torch.fx.GraphModule:
+        made.append(size)
+        return graph
+
+    compiled = torch.compile(module, fullgraph=True, dynamic=dynamic, backend=backend)
+    with torch._dynamo.config.patch(error_on_recompile=False):
+        for size in sizes:
+            compiled(torch.randn(*size, 10))
+    counters.clear()
+    return made
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+@pytest.mark.parametrize("module", [LSTM(10, 8, batch_first=True), BiRNN(10, 8, 1, 2)], ids=lambda m: type(m).__name__)
+def test_there_are_as_many_graphs_as_of_nn_linear(module, dynamic):
+    """torch.compile's rules for sizes are PyTorch's, for 1 too: nothing of ours adds to the graphs that they make."""
+    sizes = [(3, 7), (5, 6), (9, 2), (1, 4), (4, 1), (6, 11)]
+    expected = graphs(nn.Sequential(nn.Linear(10, 8)), dynamic, sizes)
+    assert graphs(module, dynamic, sizes) == expected
+    if dynamic:
+        assert expected == [(3, 7), (1, 4), (4, 1)]
+
+
+def test_lists_of_lengths_compile():
+    """Their values are constants of the graph, or become variables of it: the results are those of a tensor."""
+    lstm = LSTM(10, 8, batch_first=True)
+    compiled = torch.compile(lstm, fullgraph=True, backend="eager")
+    x = torch.randn(3, 7, 10)
+    with torch._dynamo.config.patch(error_on_recompile=False):
+        for lengths in ([3, 7, 1], [7, 2, 5], [4, 4, 0]):
+            assert torch.equal(compiled(x, lengths=lengths)[0], lstm(x, lengths=torch.tensor(lengths))[0])
+    counters.clear()
+
+
 class Mine(LSTM):
     pass
 

@@ -12,7 +12,8 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import all_near, assert_near, error
+from helpers import all_near, as_double, assert_near, error
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import birnn_ext
 from birnn_ext import LSTM, op_calls
@@ -62,6 +63,50 @@ def results_and_gradients(function, x, weights, bias, h0, c0, lengths, **kwargs)
 def test_against_the_composite(case, dtype, recompute):
     args = random_layer(random.Random(case), dtype)
     all_near(results_and_gradients(lstm_layer, *args, recompute=recompute), results_and_gradients(composite, *args))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bit_inference_is_one_operator_and_the_same_for_any_number_of_threads(dtype):
+    """Its projection is not rounded, so that it is as near to float64 as the recurrence after a product is, or nearer."""
+    rng, squares = random.Random(0), torch.zeros(2)
+    threads = torch.get_num_threads()
+    # also more units than a thread's, few rows and many steps, more features than steps of any ISA's products
+    for sizes in [*[None] * 12, (40, 1, 70, 290), (3, 33, 65, 17)]:
+        x, weights, *rest = random_layer(rng, dtype, sizes)
+        x = x.transpose(0, 1).contiguous().transpose(0, 1)
+        truth = composite(*as_double([x]), as_double(weights), rest[0], *as_double(rest[1:]))
+        with torch.no_grad():
+            before = op_calls()
+            results = lstm_layer(x, weights, *rest)
+            assert op_calls()["cpu_forward"] == before["cpu_forward"] + 1
+            all_near(results, [t.to(dtype) for t in truth])
+            for count in (1, 2, 5):
+                torch.set_num_threads(count)
+                try:
+                    assert all(map(torch.equal, results, layer_op(x, weights, *rest, 0)[:3]))
+                finally:
+                    torch.set_num_threads(threads)
+            for k, y in enumerate((results[0], composite(x, weights, *rest)[0])):
+                squares[k] += (y.double() - truth[0]).square().sum()
+    assert squares[0] < squares[1]
+
+
+class NoBatchedProduct(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func.overloadpacket not in (torch.ops.aten.bmm, torch.ops.aten.baddbmm)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", [{}, {"dtype": torch.bfloat16}, {"proj_size": 4}, {"layer_norm": True}], ids=str)
+def test_an_input_projection_is_one_product(options, device):
+    """With the batch first and weights that need no gradient, PyTorch would copy the weights for each sequence."""
+    lstm = LSTM(6, 8, 2, batch_first=True, bidirectional=True, device=device, **options)
+    x = torch.randn(3, 5, 6, device=device, dtype=options.get("dtype"))
+    with NoBatchedProduct():
+        with torch.no_grad():
+            lstm(x)
+        lstm.requires_grad_(False)
+        lstm(x.requires_grad_())[0].sum().backward()
 
 
 @pytest.mark.slow
@@ -368,7 +413,8 @@ OK = [w(8, 3), w(8, 2)]
 ERRORS = [
     (lambda: layer_op(w(4, 3), OK, False, None, None, None, 0), ValueError, r"x must have shape \(T, B, I\), got \[4, 3\]"),
     (lambda: layer_op(w(0, 2, 3), OK, False, None, None, None, 0), ValueError, "at least one time step"),
-    (lambda: layer_op(w(4, 2, 3, dtype=torch.float16), OK, False, None, None, None, 0), TypeError, "x must be float64 or float32, got Half"),
+    (lambda: layer_op(w(4, 2, 3, dtype=torch.float16), OK, False, None, None, None, 1), TypeError, "x must be float64 or float32 for a backward pass, got Half"),
+    (lambda: layer_op(w(4, 2, 3, dtype=torch.float16), OK, False, None, None, None, 0), TypeError, "w_ih must be Half, got Float"),
     (lambda: layer_op(w(4, 2, 3), OK, True, None, None, None, 0), ValueError, "weights must be 4 or 8 tensors, got 2"),
     (lambda: layer_op(w(4, 2, 3), [w(8, 3), w(8)], False, None, None, None, 0), ValueError, r"w_hh must have shape \(4H, H\), got \[8\]"),
     (lambda: layer_op(w(4, 2, 3), [w(8, 4), w(8, 2)], False, None, None, None, 0), ValueError, r"w_ih must have shape \[8, 3\], got \[8, 4\]"),

@@ -393,6 +393,28 @@ def test_lengths_equal_packing(lengths, bidirectional, with_state, device):
     all_near(gradients(ours, [y, *states], [x]), gradients(theirs, [expected, *expected_states], [x]))
 
 
+@pytest.mark.parametrize("kind", [list, tuple, torch.tensor])
+def test_lengths_on_the_host_are_moved(kind, device):
+    """Tensors on the CPU, lists and tuples: the same results as of a tensor on the device."""
+    lstm = LSTM(3, 5, 2, bidirectional=True, device=device)
+    x = torch.randn(6, 4, 3, device=device)
+    for output in ("all", "last"):
+        expected, _ = lstm(x, lengths=torch.tensor([3, 6, 0, 2], device=device), output=output)
+        assert torch.equal(lstm(x, lengths=kind([3, 6, 0, 2]), output=output)[0], expected)
+    with pytest.raises(ValueError, match=r"lengths must be between 0 and T = 6, got lengths\[2\] = 7"):
+        lstm(x, lengths=kind([3, 6, 7, 2]))  # on CUDA, too, where a tensor on the device ends in an assertion
+    assert lstm(x[:, :0], lengths=kind([]) if kind is not torch.tensor else torch.zeros(0).long())[0].shape[1] == 0
+
+
+def test_lengths_on_the_cpu_for_an_input_elsewhere():
+    """As on a GPU: on no other device are they taken."""
+    lstm, x = LSTM(3, 5, device="meta"), torch.empty(4, 2, 3, device="meta")
+    for lengths in ([1, 2], torch.tensor([1, 2])):
+        assert lstm(x, lengths=lengths)[0].shape == (4, 2, 5)
+    with pytest.raises(ValueError, match=r"got lengths\[1\] = 5"):
+        lstm(x, lengths=torch.tensor([1, 5]))
+
+
 @pytest.mark.parametrize("bidirectional", [True, False], ids=["bi", "uni"])
 def test_last_with_lengths(bidirectional, device):
     ours, _ = twins(3, 7, 2, bidirectional=bidirectional, batch_first=True, device=device, dtype=torch.float64)
@@ -519,7 +541,7 @@ ERRORS = [
     (lambda m: m(torch.randn(4, 3), lengths=torch.tensor([4])), ValueError, "lengths must be None with unbatched"),
     (lambda m: m(pack_sequence([torch.randn(2, 3)]), lengths=torch.tensor([2])), ValueError, "lengths must be None with a PackedSequence"),
     (lambda m: m([1.0]), TypeError, "input must be a tensor or a PackedSequence, got list"),
-    (lambda m: m(torch.randn(4, 2, 3), lengths=[1, 2]), TypeError, "lengths must be a tensor, got list"),
+    (lambda m: m(torch.randn(4, 2, 3), lengths={1, 2}), TypeError, "lengths must be a tensor or a list of integers, got set"),
     (lambda m: m(torch.randn(4, 2, 3), torch.zeros(1, 2, 5)), TypeError, "hx must be None or a pair of tensors"),
     (lambda m: m(torch.randn(4, 2, 3), 5), TypeError, "hx must be None or a pair of tensors"),
     (lambda m: with_weight(m, torch.zeros(20, 5, dtype=torch.float64))(torch.randn(4, 2, 3)), ValueError, "weight_hh_l0 must be torch.float32 on cpu as weight_ih_l0, got torch.float64"),

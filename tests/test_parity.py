@@ -107,7 +107,7 @@ class NoDeviceRead(TorchDispatchMode):
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("kind", ["sorted", "unsorted", "lengths"])
+@pytest.mark.parametrize("kind", ["sorted", "unsorted", "lengths", "list", "on the CPU"])
 def test_ragged_batches_do_not_wait_for_the_device(kind):
     ours = LSTM(3, 5, 2, bidirectional=True, device="cuda")
     x = torch.randn(6, 4, 3, device="cuda", requires_grad=True)
@@ -118,8 +118,9 @@ def test_ragged_batches_do_not_wait_for_the_device(kind):
     torch.cuda.set_sync_debug_mode("error")
     try:
         with NoDeviceRead():
-            if kind == "lengths":
-                y, (h_n, c_n) = ours(x, state, lengths=on_device)
+            if kind in ("lengths", "list", "on the CPU"):
+                given = {"lengths": on_device, "list": lengths, "on the CPU": torch.tensor(lengths)}[kind]
+                y, (h_n, c_n) = ours(x, state, lengths=given)
             else:
                 y, (h_n, c_n) = ours(packed, state)
                 y = y.data
@@ -232,6 +233,57 @@ def test_large_numbers_of_sequences(device):
     x = torch.randn(2, 10240, 1, device=device)
     y, _ = ours(x)
     assert_near(y[:, -3:], ours(x[:, -3:].contiguous())[0])
+
+
+# --- an input that changes, or that allows no gradients --------------------------------------------------------------
+
+KEEPING = [{}, {"recompute": True}, {"dtype": torch.bfloat16}, {"dtype": torch.bfloat16, "recompute": True}]
+KEEPING += [{"zoneout": 0.1}, {"zoneout": 0.1, "recompute": True}]
+
+
+def same_call(options: dict, batch: int, batch_first: bool) -> list[tuple[nn.LSTM, Tensor]]:
+    """Ours and nn.LSTM's, and their input."""
+    x = torch.randn((batch, 5, 3) if batch_first else (5, batch, 3), dtype=options.get("dtype"))
+    theirs = {k: v for k, v in options.items() if k == "dtype"}
+    return [(cls(3, 4, batch_first=batch_first, **o), x.clone()) for cls, o in ((LSTM, options), (nn.LSTM, theirs))]
+
+
+@pytest.mark.parametrize(("batch", "batch_first"), [(4, True), (1, True), (4, False)])
+@pytest.mark.parametrize("options", KEEPING, ids=str)
+def test_an_input_may_change_in_place_where_it_may_with_nn_lstm(options, batch, batch_first):
+    """Where the batch is first, each keeps a copy; elsewhere both say that the input has changed."""
+    allowed = []
+    for module, x in same_call(options, batch, batch_first):
+        y, _ = module(x)
+        expected = torch.autograd.grad(y.sum(), module.parameters(), retain_graph=True)
+        x += 1
+        try:
+            assert all(map(torch.equal, torch.autograd.grad(y.sum(), module.parameters()), expected))
+            allowed.append(True)
+        except RuntimeError as error:
+            assert "modified by an inplace operation" in str(error)
+            allowed.append(False)
+    assert allowed == [batch_first and batch > 1] * 2
+
+
+@pytest.mark.parametrize(("batch", "batch_first"), [(4, True), (1, True), (4, False)])
+@pytest.mark.parametrize("options", KEEPING, ids=str)
+def test_an_input_made_in_inference_mode_trains_where_it_does_with_nn_lstm(options, batch, batch_first):
+    allowed = []
+    for module, x in same_call(options, batch, batch_first):
+        with torch.inference_mode():
+            made = x.clone()
+        try:
+            seen = []
+            for z in (made, x):
+                torch.manual_seed(3)  # of zoneout's masks
+                seen.append(torch.autograd.grad(module(z)[0].sum(), module.parameters()))
+            assert all(map(torch.equal, *seen))
+            allowed.append(True)
+        except RuntimeError as error:
+            assert "Inference tensors cannot be saved for backward" in str(error)
+            allowed.append(False)
+    assert allowed == [batch_first and batch > 1] * 2
 
 
 # --- arguments, attributes and methods --------------------------------------------------------------------------------

@@ -83,11 +83,17 @@ INLINE void project(const InputProjection& input, int64_t d, int64_t H, int64_t 
   }
 }
 
-// The rows of some steps as factors, [step][plane][packed_rows(n)], zeros beyond n values and in the last tile.
+// Values between neighbouring rows of n factors, and planes of a split type: whole vectors of them, whole kSteps.
+template <class S>
+INLINE int64_t factor_row(int64_t n) {
+  return round_up(round_up(n, kLanes<Accumulate<S>>), kStep<S>);
+}
+
+// The rows of some steps as factors, [step][plane][factor_row(n)], zeros beyond n values and in the last tile.
 template <class S, class Row>
 INLINE void gather_rows(const Steps& steps, int64_t n, const Row& row_of, Factor<S>* to) {
   using A = Accumulate<S>;
-  const int64_t K = packed_rows<S>(n);
+  const int64_t K = factor_row<S>(n);
   Cursor cursor(steps);
   for (int64_t k = 0; k < round_up(steps.total, kTileRows<S>); ++k, to += kPlanes<S> * K) {
     const S* row = k < steps.total ? row_of(cursor) : nullptr;
@@ -178,7 +184,7 @@ struct Forward {
   const int64_t plane = round_up(padded, kStep<S>), row_size = plane * kPlanes<S>;
   A* c;               // [row][padded]
   A* z;               // [step][block][gate][lane]: the projected steps
-  Factor<S>* x_rows;  // the projected steps' x as factors, of a split type
+  Factor<S>* x_rows;  // the projected steps' x as factors, of a converted type
   A* xt;              // x transposed, where it is projected unpacked
   Factor<S>* h[2];    // [row][plane] of the previous and of this step, alternating
 
@@ -202,8 +208,8 @@ struct Forward {
     if (p.gates_x) steps = 0;
     return ((rows + 4 * rows * steps) * padded + transposed_values(p, rows, steps)) * sizeof(A) +
            2 * round_up(rows, kTileRows<S>) * round_up(padded, kStep<S>) * kPlanes<S> * sizeof(Factor<S>) +
-           (kSplit<S>
-                ? round_up(rows * steps, kTileRows<S>) * packed_rows<S>(p.input.I) * kPlanes<S> * sizeof(Factor<S>)
+           (kConverted<S>
+                ? round_up(rows * steps, kTileRows<S>) * factor_row<S>(p.input.I) * kPlanes<S> * sizeof(Factor<S>)
                 : 0);
   }
 
@@ -318,30 +324,28 @@ struct Forward {
     member.barrier->wait(member.count);
     for (int64_t s0 = 0; s0 < p.T; s0 += steps_at_once) {
       const Steps steps(p, chain, s0, minimum(p.T, s0 + steps_at_once), true);
-      if constexpr (kLayer<S>) {
-        const InputProjection& in = p.input;
-        const auto x_of = [&](const Cursor& at) INLINE_LAMBDA {
-          const int64_t t = d == 0 ? at.s : p.T - 1 - at.s;
-          return static_cast<const S*>(in.x) + t * in.stride_t + chain.rows[at.row] * in.stride_b;
-        };
-        const auto factors_of = [&](const Cursor& at, int64_t k) INLINE_LAMBDA -> const Factor<S>* {
-          if constexpr (kSplit<S>)
-            return x_rows + k * packed_rows<S>(in.I) * kPlanes<S>;
-          else
-            return x_of(at);
-        };
-        if (!p.gates_x && panels.ih) {
-          if constexpr (kSplit<S>) {
-            if (member.index == 0) gather_rows<S>(steps, in.I, x_of, x_rows);
-            member.barrier->wait(member.count);
-          }
-          project<S>(in, d, H, begin, end, panels, steps, factors_of, static_cast<decltype(&factors_of)>(nullptr), z);
-        } else if (!p.gates_x) {
-          if constexpr (!kSplit<S>) {
-            if (member.index == 0) transpose_x<S>(in.I, steps, x_of, xt);
-            member.barrier->wait(member.count);
-            project_unpacked<S>(in, d, H, begin, end, steps.total, xt, z);
-          }
+      const InputProjection& in = p.input;
+      const auto x_of = [&](const Cursor& at) INLINE_LAMBDA {
+        const int64_t t = d == 0 ? at.s : p.T - 1 - at.s;
+        return static_cast<const S*>(in.x) + t * in.stride_t + chain.rows[at.row] * in.stride_b;
+      };
+      const auto factors_of = [&](const Cursor& at, int64_t k) INLINE_LAMBDA -> const Factor<S>* {
+        if constexpr (kConverted<S>)
+          return x_rows + k * factor_row<S>(in.I) * kPlanes<S>;
+        else
+          return x_of(at);
+      };
+      if (!p.gates_x && panels.ih) {
+        if constexpr (kConverted<S>) {
+          if (member.index == 0) gather_rows<S>(steps, in.I, x_of, x_rows);
+          member.barrier->wait(member.count);
+        }
+        project<S>(in, d, H, begin, end, panels, steps, factors_of, static_cast<decltype(&factors_of)>(nullptr), z);
+      } else if (!p.gates_x) {
+        if constexpr (!kConverted<S>) {
+          if (member.index == 0) transpose_x<S>(in.I, steps, x_of, xt);
+          member.barrier->wait(member.count);
+          project_unpacked<S>(in, d, H, begin, end, steps.total, xt, z);
         }
       }
       for (int64_t s = s0; s < steps.end; ++s) {

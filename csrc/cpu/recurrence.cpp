@@ -323,7 +323,8 @@ void recurrence_forward(DType dtype, const ForwardParams& params, int64_t max_th
   const Kernels& kernels = chosen_kernels(dtype);
   Packing packing(dtype, params, kernels);
   if (params.T > 1 || params.h0) packing.add(params.w_hh, params.H, false, &Panels::hh);
-  if (!params.gates_x && (params.T * params.B > kMostUnpackedRows || dtype == DType::f32_high))
+  const bool converted = dtype != DType::f64 && dtype != DType::f32;  // only what is multiplied as it is goes unpacked
+  if (!params.gates_x && (params.T * params.B > kMostUnpackedRows || converted))
     packing.add(params.input.w_ih, params.input.I, false, &Panels::ih);
 
   with_threads(params, max_threads, kernels, dtype, [&](int64_t threads) {

@@ -92,13 +92,13 @@ struct Layer {
   std::vector<Tensor> weights;  // contiguous; of each direction w_ih, w_hh (, bias_ih, bias_hh)
   int64_t per_direction;
 
-  Layer(const Tensor& x, at::TensorList given, bool bias) : per_direction(bias ? 4 : 2) {
+  Layer(const Tensor& x, at::TensorList given, bool bias, bool saved) : per_direction(bias ? 4 : 2) {
     TORCH_CHECK_VALUE(x.dim() == 3, "lstm_layer: x must have shape (T, B, I), got ", x.sizes());
     TORCH_CHECK_VALUE(x.size(0) > 0 && x.size(2) > 0,
                       "lstm_layer: x must have at least one time step and one feature, got shape ", x.sizes());
     dtype = dtype_of(x, "x");
-    TORCH_CHECK_TYPE(dtype == DType::f64 || dtype == DType::f32, "lstm_layer: x must be float64 or float32, got ",
-                     x.scalar_type());
+    TORCH_CHECK_TYPE(!saved || dtype == DType::f64 || dtype == DType::f32,
+                     "lstm_layer: x must be float64 or float32 for a backward pass, got ", x.scalar_type());
     const auto count = static_cast<int64_t>(given.size());
     TORCH_CHECK_VALUE(count == per_direction || count == 2 * per_direction, "lstm_layer: weights must be ",
                       per_direction, " or ", 2 * per_direction, " tensors, got ", count);
@@ -138,7 +138,7 @@ Tensor with_dense_rows(const Tensor& t) { return t.size(-1) <= 1 || t.stride(-1)
 FiveTensors lstm_layer(const Tensor& x_, at::TensorList weights, bool bias, const OptionalTensor& h0,
                        const OptionalTensor& c0, const OptionalTensor& lengths, int64_t save) {
   TORCH_CHECK_VALUE(0 <= save && save <= 2, "lstm_layer: save must be 0, 1 or 2, got ", save);
-  const Layer layer(x_, weights, bias);
+  const Layer layer(x_, weights, bias, save != 0);
   const Tensor x = with_dense_rows(x_);
   birnn::Forward call(layer.dtype, {layer.T, layer.B, layer.D, layer.H}, x.options(), h0, c0, lengths, save == 1,
                       save != 0);
@@ -150,7 +150,7 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor, Tensor> lstm_layer_backward(
     const Tensor& x_, at::TensorList weights, bool bias, const OptionalTensor& h0, const OptionalTensor& c0,
     const OptionalTensor& lengths, const Tensor& y_, const Tensor& gates, const Tensor& cells, const OptionalTensor& dy,
     const OptionalTensor& dh_n, const OptionalTensor& dc_n, bool x_grad, bool weight_grads, bool state_grads) {
-  const Layer layer(x_, weights, bias);
+  const Layer layer(x_, weights, bias, true);
   const Tensor x = with_dense_rows(x_), y = y_.contiguous();
   const auto [T, B, I, D, H] = std::tie(layer.T, layer.B, layer.I, layer.D, layer.H);
   check(y, "y", {T, B, D, H}, x.scalar_type(), x.device());

@@ -24,9 +24,12 @@ constexpr int kStep = kAmx<S>     ? 32
                                   : 1;
 template <class S>
 constexpr int kPlanes = kSplit<S> ? 2 : 1;
-// Types of which the kernels do a whole layer with its input projection: those that are their own accumulation type.
+// Types of which the kernels do a whole layer's backward pass: those that are their own accumulation type.
 template <class S>
 constexpr bool kLayer = std::is_same_v<S, Accumulate<S>> || kSplit<S>;
+// Types that are not multiplied as they stand in memory: rows of x are made factors first.
+template <class S>
+constexpr bool kConverted = !std::is_same_v<S, Accumulate<S>>;
 template <class S>
 constexpr int kEven = kStep<S> > 2 ? kStep<S> : 2;  // panels are packed two k at a time
 template <class S>
