@@ -4,6 +4,7 @@
 turns the LSTMs of a model that somebody else wrote.
 """
 
+from birnn_ext import integrations
 from birnn_ext._info import __version__, build_info, op_calls
 from birnn_ext.acceleration import Acceleration, accelerate, restore
 from birnn_ext.modules import LSTM, BiRNN
@@ -15,6 +16,7 @@ __all__ = [
     "__version__",
     "accelerate",
     "build_info",
+    "integrations",
     "op_calls",
     "restore",
 ]
