@@ -68,9 +68,9 @@ def variant(gates_x: Shape, w_hh: Shape, w_hr: Shape | None, *_: Any, **__: Any)
 
 def variant_backward(w_hh: Shape, w_hr: Shape | None, *rest: Any, out_shape: Any = None) -> int:
     """``lstm_variant_backward``: their transposes' products; the weights' gradients are PyTorch's, as above."""
-    steps, batch = out_shape[0][:2]
+    steps, batch, *_ = map(int, out_shape[0])
     state_grads: bool = rest[-1]
-    return 2 * int(batch) * ((steps - 1 + state_grads) * prod(w_hh) + (steps * prod(w_hr) if w_hr else 0))
+    return 2 * batch * ((steps - 1 + state_grads) * prod(w_hh) + (steps * prod(w_hr) if w_hr else 0))
 
 
 def register(flop_counter: ModuleType) -> None:

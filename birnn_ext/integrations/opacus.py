@@ -91,13 +91,15 @@ def _watch(hooks: Any, lstm: LSTM, args: tuple[Any, ...], kwargs: dict[str, Any]
 
     def take(*gradients: Tensor) -> None:
         """Computes the samples' gradients from those of the outputs, and hands them to Opacus."""
+        if not hooks.hooks_enabled:
+            return  # ghost clipping's second backward pass
         cotangents = {
             name: _padded(t._replace(data=g), lstm) if isinstance(t, PackedSequence) else g
             for (name, t), g in zip(outputs.items(), gradients, strict=True)
         }
         parameters = {name: p for name, p in lstm.named_parameters() if p.requires_grad}
         detached = {name: p.detach() for name, p in parameters.items()}
-        was = hooks.hooks_enabled, hooks.force_functorch
+        functorch = hooks.force_functorch
         hooks.hooks_enabled = hooks.force_functorch = False
         try:
             with autocast:
@@ -107,7 +109,7 @@ def _watch(hooks: Any, lstm: LSTM, args: tuple[Any, ...], kwargs: dict[str, Any]
             hooks.hooks_enabled = True
             hooks.capture_backprops_hook(lstm, None, (x,), hooks.loss_reduction, hooks.batch_first)
         finally:
-            hooks.hooks_enabled, hooks.force_functorch = was
+            hooks.hooks_enabled, hooks.force_functorch = True, functorch
 
     data = _Outputs.apply(take, *(t.data if isinstance(t, PackedSequence) else t for t in outputs.values()))
     for (name, t), passed in zip(list(outputs.items()), data, strict=True):
