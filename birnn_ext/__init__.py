@@ -4,7 +4,7 @@
 turns the LSTMs of a model that somebody else wrote.
 """
 
-from birnn_ext import integrations
+from birnn_ext import integrations as integrations  # what other packages are told of us
 from birnn_ext._info import __version__, build_info, op_calls
 from birnn_ext.acceleration import Acceleration, accelerate, restore
 from birnn_ext.modules import LSTM, BiRNN
@@ -16,7 +16,6 @@ __all__ = [
     "__version__",
     "accelerate",
     "build_info",
-    "integrations",
     "op_calls",
     "restore",
 ]

@@ -7,6 +7,7 @@ import types
 import warnings
 from abc import ABCMeta
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from inspect import getattr_static
 from typing import Any, cast
@@ -237,7 +238,9 @@ def _names(forward: object, cls: type) -> Iterator[str]:
         if not isinstance(function, types.FunctionType) or function in seen:
             continue
         seen.add(function)
-        todo += [cell.cell_contents for cell in function.__closure__ or ()]  # what a decorator has wrapped
+        for cell in function.__closure__ or ():  # what a decorator has wrapped
+            with suppress(ValueError):  # an empty one
+                todo.append(cell.cell_contents)
         codes = [function.__code__]
         while codes:
             code = codes.pop()
