@@ -30,6 +30,9 @@ F64 = {"dtype": torch.float64}
 pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # of Opacus's, at a model's first layer
 
 
+needs_third_party = pytest.mark.slow  # they are installed for CI's slow part
+
+
 def third_party(name: str) -> types.ModuleType:
     try:
         return importlib.import_module(name)
@@ -97,6 +100,7 @@ def torchinfo(package: types.ModuleType, model: nn.Module) -> tuple[float, float
     return counts.total_mult_adds, counts.total_params
 
 
+@needs_third_party
 @pytest.mark.filterwarnings("ignore:distutils")
 @pytest.mark.parametrize("count", [thop, ptflops, torchinfo])
 def test_other_counters_count_what_they_count_for_nn_lstm(count):
@@ -221,22 +225,26 @@ def check_per_sample_gradients(call: str, reduction: str, batch_first: bool, **o
     assert not model.lstm._forward_hooks
 
 
+@needs_third_party
 @pytest.mark.parametrize("reduction, batch_first", [("mean", True), ("sum", False)])
 @pytest.mark.parametrize("call", [call for call in CALLS if call not in ("cells", "reset")])
 def test_opacus_per_sample_gradients_equal_a_loops(call, reduction, batch_first):
     check_per_sample_gradients(call, reduction, batch_first)
 
 
+@needs_third_party
 def test_opacus_per_sample_gradients_of_learned_states():
     check_per_sample_gradients("plain", "mean", True, learned_state=True)
 
 
+@needs_third_party
 @pytest.mark.filterwarnings("ignore:birnn_ext..lstm_variant.* has no rule for torch.func's transforms:UserWarning")
 @pytest.mark.parametrize("call", ["cells", "reset"])
 def test_opacus_per_sample_gradients_of_variants(call, reference_operators):
     check_per_sample_gradients(call, "mean", False)
 
 
+@needs_third_party
 @pytest.mark.parametrize("mode", ["hooks", "functorch", "ghost"])
 @pytest.mark.parametrize("made", ["ours", "accelerated", "parametrized"])
 @pytest.mark.filterwarnings("ignore:Secure RNG turned off")
@@ -286,6 +294,7 @@ class SumOfSquares(nn.Module):
         return losses.mean() if self.reduction == "mean" else losses
 
 
+@needs_third_party
 @pytest.mark.parametrize("options", [{"dropout": 0.5}, {"recurrent_dropout": 0.5}, {"zoneout": 0.1}], ids=str)
 def test_opacus_is_told_of_dropout(options):
     opacus = third_party("opacus")
@@ -296,6 +305,7 @@ def test_opacus_is_told_of_dropout(options):
         opacus.GradSampleModule(model)
 
 
+@needs_third_party
 def test_opacus_is_told_of_a_forward_that_is_not_ours():
     opacus = third_party("opacus")
 
@@ -309,6 +319,7 @@ def test_opacus_is_told_of_a_forward_that_is_not_ours():
         opacus.GradSampleModule(model)
 
 
+@needs_third_party
 def test_opacus_is_told_that_samples_need_a_batch():
     opacus = third_party("opacus")
     with pytest.raises(ValueError, match="input must be batched, 3-D, got 2-D"):
