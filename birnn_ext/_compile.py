@@ -7,16 +7,13 @@ one of ours, and only then: nn.LSTM is treated as before.
 
 from __future__ import annotations
 
-import sys
-from importlib.abc import MetaPathFinder
-from importlib.util import find_spec
+from functools import partial
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
-if TYPE_CHECKING:
-    from importlib.machinery import ModuleSpec
+from birnn_ext._after_import import after_import
 
 _BUILDER = "torch._dynamo.variables.builder"  # decides how Dynamo represents a Python object
 
@@ -33,31 +30,6 @@ def _admit(cls: type[nn.Module], builder: ModuleType) -> None:
     builder.VariableBuilder.wrap_module = wrap
 
 
-class _AfterImport(MetaPathFinder):
-    """Admits a class as soon as Dynamo is imported, which takes as long as importing torch, so it is not done here."""
-
-    def __init__(self, cls: type[nn.Module]) -> None:
-        self.cls = cls
-
-    def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
-        if fullname != _BUILDER:
-            return None
-        sys.meta_path.remove(self)
-        spec = find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            execute = spec.loader.exec_module
-
-            def exec_module(module: ModuleType) -> None:
-                execute(module)
-                _admit(self.cls, module)
-
-            spec.loader.exec_module = exec_module  # type: ignore[method-assign]  # of this one import
-        return spec
-
-
 def let_dynamo_trace(cls: type[nn.Module]) -> None:
     """Makes torch.compile trace instances of cls, a subclass of nn.LSTM whose forward is its own."""
-    if _BUILDER in sys.modules:
-        _admit(cls, sys.modules[_BUILDER])
-    else:
-        sys.meta_path.insert(0, _AfterImport(cls))
+    after_import(_BUILDER, partial(_admit, cls))  # Dynamo takes as long to import as torch

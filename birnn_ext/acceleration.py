@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import sys
+import types
 import warnings
+from abc import ABCMeta
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import cast
+from inspect import getattr_static
+from typing import Any, cast
 
+import torch
 from torch import nn
 
 from birnn_ext.modules import LSTM
@@ -17,7 +24,7 @@ class Acceleration:
 
     Attributes:
         replaced: names of the modules that are ours now, as in ``model.named_modules()``; "" is the model itself.
-        left: names of the nn.LSTM modules that are as they were, and why.
+        left: names of the LSTMs that are as they were, and why.
     """
 
     replaced: list[str] = field(default_factory=list)
@@ -39,14 +46,25 @@ def accelerate(model: nn.Module) -> Acceleration:
 
     The modules stay the same objects, with the same Parameters, buffers, hooks and state_dict keys: only their class
     changes. So modules that are shared or that other code refers to, optimizers and checkpoints are not disturbed.
-    Subclasses are left alone, as their own code may rely on what nn.LSTM does.
+
+    A module of a class derived from nn.LSTM gets a class of the same name that is derived from that one and from
+    `birnn_ext.LSTM`. Its own code goes on as before, and what it asks of ``super()`` comes from us. It is left as it is
+    if we can't tell that this comes to the same:
+
+    - its forward, if it has one, does not call ``super().forward`` (``nn.LSTM.forward(self, ...)`` would not reach us),
+    - its forward, or what that calls of its class and its package, uses inner workings of nn.LSTM, such as
+      ``_flat_weights``, ``_VF`` or ``check_forward_args``; reading and setting the weights themselves is no obstacle,
+    - its class replaces a method that nn.LSTM's forward calls,
+    - it has an attribute of a name that `birnn_ext.LSTM` uses for something else, such as ``layer_norm``.
+
+    Classes that PyTorch makes at run time (parametrizations, fully_shard) are made anew, on top of ours.
 
     Args:
         model: any module, which may itself be an nn.LSTM.
 
     Returns:
         Which modules were replaced, and which were left and why; printing it gives a line for each. A module that the
-        model holds under several names is named once.
+        model holds under several names is named once. LSTMs in TorchScript and in exported graphs are named as left.
 
     Raises:
         TypeError: model is not a module.
@@ -54,14 +72,13 @@ def accelerate(model: nn.Module) -> Acceleration:
     _check_model(model)
     report = Acceleration()
     for name, module in model.named_modules():
-        if not isinstance(module, nn.LSTM) or isinstance(module, LSTM):
+        if isinstance(module, LSTM):
             continue
-        if type(module) is not nn.LSTM:
-            report.left[name] = f"its class {type(module).__name__} is a subclass of nn.LSTM"
-        elif "forward" in vars(module):
-            report.left[name] = "its forward has been replaced, by a hook of another library perhaps"
-        else:
-            module.__class__ = LSTM
+        why = _why_left(module) if isinstance(module, nn.LSTM) else _program_with_lstm(module)
+        if why:
+            report.left[name] = why
+        elif isinstance(module, nn.LSTM):
+            module.__class__ = _ours(type(module))
             cast(LSTM, module)._drop_flat_weights()
             module.accelerated = True
             report.replaced.append(name)
@@ -69,7 +86,7 @@ def accelerate(model: nn.Module) -> Acceleration:
 
 
 def restore(model: nn.Module) -> list[str]:
-    """Turns what `accelerate` has turned back into `torch.nn.LSTM`, in place.
+    """Turns what `accelerate` has turned back into what it was, in place.
 
     Args:
         model: the module that `accelerate` was given, or any that contains parts of it. LSTMs that were birnn_ext's
@@ -77,7 +94,7 @@ def restore(model: nn.Module) -> list[str]:
 
     Returns:
         The names of the modules that were turned back. A warning names those that can't be, as their class has been
-        changed since, by a parametrization for instance.
+        changed since, by something other than PyTorch's parametrizations or fully_shard.
 
     Raises:
         TypeError: model is not a module.
@@ -87,15 +104,164 @@ def restore(model: nn.Module) -> list[str]:
     for name, module in model.named_modules():
         if not isinstance(module, LSTM) or not getattr(module, "accelerated", False):
             continue
-        if type(module) is not LSTM:
+        theirs = _theirs(type(module))
+        if theirs is None:
             warnings.warn(
                 f"birnn_ext.restore: {name or 'the model itself'} is left, as something has changed its class to "
-                f"{type(module).__name__} since; undo that first (parametrizations: remove them)",
+                f"{type(module).__name__} since; undo that first",
                 stacklevel=2,
             )
         else:
-            module.__class__ = nn.LSTM  # type: ignore[assignment]  # mypy does not see that the class may change
+            module.__class__ = theirs
             del module.accelerated
             module._init_flat_weights()
             names.append(name)
     return names
+
+
+# --- classes ----------------------------------------------------------------------------------------------------------
+
+
+def _reduce_ex(module: nn.Module, protocol: Any) -> tuple[Any, ...]:
+    """For copies and pickles: in place of a class that `_ours` has made, which no import finds, it names the user's."""
+    made = next(cls for cls in type(module).__mro__ if _is_made(cls))
+    theirs: Any = made.__bases__[0]
+    function, arguments, *rest = theirs.__reduce_ex__(module, protocol)
+    return _rebuild, (function, *(theirs if a is made else a for a in arguments)), *rest
+
+
+def _rebuild(function: Callable[..., nn.Module], *arguments: Any) -> nn.Module:
+    module = function(*arguments)
+    module.__class__ = _ours(type(module))
+    return module
+
+
+def _is_made(cls: type) -> bool:
+    """Whether it is a class that `_ours` has made of a user's, its first base."""
+    return vars(cls).get("__reduce_ex__") is _reduce_ex
+
+
+def _ours(cls: type) -> Any:  # a type; mypy does not see that the class of a module may change
+    """What instances of a class are once they are accelerated."""
+    if cls is nn.LSTM:
+        return LSTM
+    if _is_pytorchs(cls):
+        return _with_bases(cls, _ours)
+    derived: list[type] = cls.__subclasses__()
+    for known in derived:
+        if _is_made(known):
+            return known
+    names = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(cls)(cls.__name__, (cls, LSTM), {**names, "__reduce_ex__": _reduce_ex})
+
+
+def _theirs(cls: type) -> Any:
+    """What instances of a class were before they were accelerated; None if that can't be told."""
+    if cls is LSTM:
+        return nn.LSTM
+    if _is_made(cls):
+        return cls.__bases__[0]
+    return _with_bases(cls, _theirs) if _is_pytorchs(cls) else None
+
+
+def _is_pytorchs(cls: type) -> bool:
+    """Whether PyTorch has derived this class from a module's, as parametrizations and fully_shard do at run time."""
+    return cls.__module__.startswith("torch.")
+
+
+def _with_bases(cls: type, convert: Callable[[type], Any]) -> type | None:
+    """A class like cls, the LSTMs among whose bases are converted; None if one can't be."""
+    bases = tuple(convert(base) if issubclass(base, nn.LSTM) else base for base in cls.__bases__)
+    if None in bases:
+        return None
+    of_the_class = ("__dict__", "__weakref__")
+    return type(cls)(cls.__name__, bases, {name: v for name, v in vars(cls).items() if name not in of_the_class})
+
+
+# --- what is left -----------------------------------------------------------------------------------------------------
+
+# nn.LSTM's inner workings: what its forward calls, and where it finds the weights. A subclass may do what it likes with
+# the rest, which is the same in ours.
+_INNER = {name for cls in (nn.RNNBase, nn.LSTM) for name in vars(cls) if not name.startswith("__")} | {
+    "_VF", "_all_weights", "_flat_weight_refs", "_flat_weights", "_flat_weights_names",
+}  # fmt: skip
+_INNER -= {"forward", "reset_parameters", "extra_repr", "flatten_parameters"}
+_NAMES = {"accelerated", *dir(LSTM)} - {*dir(nn.LSTM), "_flat_weights"}  # that we give a meaning
+
+
+def _why_left(module: nn.LSTM) -> str | None:
+    if "forward" in vars(module):
+        return "its forward has been replaced, by a hook of another library perhaps"
+    for name in sorted(_NAMES):
+        if hasattr(module, name):
+            return f"it has an attribute {name}, a name that birnn_ext.LSTM uses for something else"
+    mro = type(module).__mro__
+    for cls in mro[: mro.index(nn.LSTM)]:
+        why = None if _is_pytorchs(cls) else _why_class_is_left(cls, type(module))
+        if why:
+            return f"its class {cls.__name__} {why}"
+    return None
+
+
+def _why_class_is_left(cls: type, of: type) -> str | None:
+    """Of a class of's method resolution order before nn.LSTM."""
+    if type(cls) not in (type, ABCMeta) or "__init_subclass__" in vars(cls):
+        return "has a metaclass or an __init_subclass__, which may not want another class"
+    home = sys.modules.get(cls.__module__)
+    if (
+        home is not None
+        and "<locals>" not in cls.__qualname__
+        and not hasattr(home, cls.__qualname__.partition(".")[0])
+    ):
+        return "was made at run time, by another library perhaps"
+    for name in sorted(_INNER & vars(cls).keys()):
+        return f"has {name}, one of nn.LSTM's inner workings, of its own"
+    forward = vars(cls).get("forward")
+    if forward is None:
+        return None
+    names = set(_names(forward, of))
+    if not {"super", "forward"} <= names:
+        return "has a forward that does not call super().forward"
+    for name in sorted(_INNER & names):
+        return f"has a forward that uses {name}, one of nn.LSTM's inner workings"
+    return None
+
+
+def _names(forward: object, cls: type) -> Iterator[str]:
+    """All names and strings in a method's code, and in the code of what it names in its class and its package."""
+    todo, seen = [forward], set()
+    while todo:
+        function = todo.pop()
+        if isinstance(function, property):
+            todo += [function.fget, function.fset]
+        function = getattr(function, "__func__", function)  # of a staticmethod or a classmethod
+        if not isinstance(function, types.FunctionType) or function in seen:
+            continue
+        seen.add(function)
+        for cell in function.__closure__ or ():  # what a decorator has wrapped
+            with suppress(ValueError):  # an empty one
+                todo.append(cell.cell_contents)
+        codes = [function.__code__]
+        while codes:
+            code = codes.pop()
+            codes += [constant for constant in code.co_consts if isinstance(constant, types.CodeType)]
+            names = {*code.co_names, *(constant for constant in code.co_consts if isinstance(constant, str))}
+            yield from names
+            for name in names:
+                for found in (getattr_static(cls, name, None), function.__globals__.get(name)):
+                    package = str(getattr(found, "__module__", None)).partition(".")[0]
+                    if package == cls.__module__.partition(".")[0] or isinstance(found, property):
+                        todo.append(found)
+
+
+def _program_with_lstm(module: nn.Module) -> str | None:
+    """Says so of a module whose forward is no Python, but a program in which an LSTM is one operator."""
+    if isinstance(module, torch.jit.ScriptModule):
+        methods = [module._c._get_method(name) for name in module._c._method_names()]
+        if any(method.graph.findAllNodes("aten::lstm") for method in methods):
+            return "it is TorchScript, which can't be changed: accelerate the model before it is scripted or traced"
+    elif isinstance(module, torch.fx.GraphModule) and any(
+        getattr(node.target, "overloadpacket", None) is torch.ops.aten.lstm for node in module.graph.nodes
+    ):
+        return "it is an exported graph, which can't be changed: accelerate the model before it is exported"
+    return None

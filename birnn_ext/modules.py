@@ -171,6 +171,8 @@ class LSTM(nn.LSTM):
         return [*names, *(f"{kind}_l{layer}{'_reverse' if d else ''}" for kind in kinds)]
 
     def _reset_own_parameters(self) -> None:
+        if not (self.layer_norm or self.learned_state):  # a subclass that was accelerated may use these names
+            return
         for name, parameter in self.named_parameters():
             if name.startswith("weight_ln_"):
                 nn.init.ones_(parameter)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import copy
+import gc
+import io
 import pickle
+import sys
+import weakref
 
 import pytest
 import torch
 from helpers import TutorialBiRNN, all_near
 from torch import nn
+from torch.nn.utils import parametrizations, parametrize
 
 import birnn_ext
 from birnn_ext import accelerate, restore
@@ -28,8 +33,8 @@ class Shared(nn.Module):
         return self.outside[0](self.again(self.first(x)[0])[0])[0]
 
 
-def outputs_and_gradients(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
-    y = model(x)
+def outputs_and_gradients(model: nn.Module, x: torch.Tensor, output=lambda result: result) -> list[torch.Tensor]:
+    y = output(model(x))
     return [y, *torch.autograd.grad(y.square().sum(), list(model.parameters()))]
 
 
@@ -78,18 +83,6 @@ def test_the_model_itself():
     assert str(accelerate(lstm)) == "found no nn.LSTM"  # once is enough
 
 
-def test_what_is_left_and_why():
-    class Peephole(nn.LSTM):
-        pass
-
-    model = nn.ModuleDict({"own": Peephole(3, 4), "gru": nn.GRU(3, 4)})
-    report = accelerate(model)
-    assert report.replaced == []
-    assert report.left == {"own": "its class Peephole is a subclass of nn.LSTM"}
-    assert str(report) == "left own: its class Peephole is a subclass of nn.LSTM"
-    assert restore(model) == []
-
-
 def test_forward_that_was_replaced_is_left():
     lstm = nn.LSTM(3, 4)
     lstm.forward = lstm.forward
@@ -97,12 +90,13 @@ def test_forward_that_was_replaced_is_left():
 
 
 def test_restore_says_what_it_leaves():
+    """Whoever derives a class at run time wants it back as it was."""
     model = nn.Sequential(nn.LSTM(3, 4))
     accelerate(model)
-    nn.utils.parametrizations.weight_norm(model[0], "weight_hh_l0")
-    with pytest.warns(UserWarning, match=r"restore: 0 is left, .* ParametrizedLSTM since"):
+    model[0].__class__ = type("Wrapped", (birnn_ext.LSTM,), {})
+    with pytest.warns(UserWarning, match="restore: 0 is left, .* Wrapped since"):
         assert restore(model) == []
-    nn.utils.parametrize.remove_parametrizations(model[0], "weight_hh_l0")
+    model[0].__class__ = birnn_ext.LSTM
     assert restore(model) == ["0"]
 
 
@@ -111,3 +105,312 @@ def test_restore_leaves_what_was_ours_from_the_beginning():
     assert accelerate(model).replaced == ["theirs"]
     assert restore(model) == ["theirs"]
     assert type(model["ours"]) is birnn_ext.LSTM
+
+
+# --- subclasses -------------------------------------------------------------------------------------------------------
+
+
+class Initialised(nn.LSTM):
+    """Another initialisation, by the list of names that nn.LSTM keeps."""
+
+    def reset_parameters(self) -> None:
+        for names in self._all_weights:
+            for name in names:
+                nn.init.normal_(getattr(self, name), std=0.3)
+
+
+class Options(nn.LSTM):
+    def __init__(self, size: int, hidden: int) -> None:
+        super().__init__(size, hidden, 2, batch_first=True, bidirectional=True)
+
+
+class Scaled(nn.LSTM):
+    """A parameter of its own, and a forward that prepares input and output; h_0 is another name that we know."""
+
+    def __init__(self, *args) -> None:
+        super().__init__(*args)
+        self.scale = nn.Parameter(torch.full((1,), 1.5))
+        self.h_0 = nn.Parameter(torch.randn(1, 1, args[1]))
+
+    def forward(self, x: torch.Tensor, hx: tuple | None = None) -> tuple:
+        h_0 = self.h_0.expand(-1, x.shape[1], -1).contiguous()
+        y, states = super().forward(x * self.scale, hx or (h_0, torch.zeros_like(h_0)))
+        return y * 2, states
+
+
+class Grandchild(Scaled):
+    def forward(self, input: torch.Tensor) -> tuple:
+        return super(Grandchild, self).forward(self.prepared(input))  # noqa: UP008, older code has it
+
+    @staticmethod
+    def prepared(x: torch.Tensor) -> torch.Tensor:
+        return x.flip(0)
+
+
+class Doubling:
+    def forward(self, input: torch.Tensor, hx: tuple | None = None) -> tuple:
+        y, states = super().forward(input, hx)
+        return y + y, states
+
+
+class Mixed(Doubling, nn.LSTM):
+    pass
+
+
+class WeightDrop(nn.LSTM):
+    """Sets a weight anew before each call."""
+
+    def __init__(self, *args) -> None:
+        super().__init__(*args)
+        self.raw = nn.Parameter(self.weight_hh_l0.detach().clone())
+        del self.weight_hh_l0
+        self.set_weight()
+
+    def set_weight(self) -> None:
+        self.weight_hh_l0 = self.raw * 0.5
+
+    def flatten_parameters(self) -> None:
+        pass
+
+    def forward(self, *args) -> tuple:
+        self.set_weight()
+        return super().forward(*args)
+
+
+def results(module: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    return outputs_and_gradients(module, x, lambda result: result[0])
+
+
+SUBCLASSES = [Initialised, Options, Scaled, Grandchild, Mixed, WeightDrop]
+
+
+@pytest.mark.parametrize("cls", SUBCLASSES)
+def test_subclasses_whose_forward_is_nn_lstms_or_ends_in_it(cls, device):
+    module = cls(4, 6).to(device)
+    x = torch.randn(5, 3, 4, device=device)
+    before = results(module, x)
+    parameters = dict(module.named_parameters())
+    assert str(accelerate(module)) == "replaced (the model itself)"
+    assert isinstance(module, cls)
+    assert isinstance(module, birnn_ext.LSTM)
+    assert (type(module).__name__, type(module).__module__) == (cls.__name__, cls.__module__)
+    assert repr(module) == repr(cls(4, 6))
+    assert accelerate(module).replaced == []  # once is enough
+    assert all(p is parameters[name] for name, p in module.named_parameters())
+    calls = birnn_ext.op_calls()
+    all_near(results(module, x), before)
+    assert birnn_ext.op_calls()[f"{device}_forward"] > calls[f"{device}_forward"]
+    assert birnn_ext.op_calls()[f"{device}_backward"] > calls[f"{device}_backward"]
+
+    assert restore(module) == [""]
+    assert type(module) is cls
+    calls = birnn_ext.op_calls()
+    all_near(results(module, x), before)
+    assert birnn_ext.op_calls() == calls
+
+
+@pytest.mark.parametrize("where", ["a module", "__main__"])
+def test_subclasses_are_copied_and_saved_as_the_users_class(where, monkeypatch):
+    if where == "__main__":  # a script or a notebook
+        monkeypatch.setattr(Scaled, "__module__", "__main__")
+        monkeypatch.setattr(sys.modules["__main__"], "Scaled", Scaled, raising=False)
+    model = nn.Sequential(Scaled(4, 6))
+    accelerate(model)
+    x = torch.randn(5, 2, 4)
+    y, _ = model(x)
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    copies = [copy.deepcopy(model), torch.load(file, weights_only=False)]
+    copies += [pickle.loads(pickle.dumps(model, protocol)) for protocol in (0, 2, 5)]
+    shallow = copy.copy(model[0])
+    assert shallow.scale is model[0].scale
+    for twin in (*copies, [shallow]):
+        assert type(twin[0]) is type(model[0])
+    for twin in copies:
+        assert torch.equal(twin(x)[0], y)
+        assert twin[0].scale is not model[0].scale
+        assert restore(twin) == ["0"]
+        assert type(twin[0]) is Scaled
+
+
+def test_a_subclass_is_given_initial_values_anew_by_its_own_code():
+    """Also of parameters that we would set to 0, were they ours."""
+    module = Scaled(4, 6)
+    accelerate(module)
+    module.reset_parameters()
+    assert module.h_0.abs().min() > 0
+
+
+def test_a_data_parallel_model_of_a_subclass():
+    model = nn.DataParallel(Scaled(4, 6))
+    x = torch.randn(5, 2, 4)
+    y, _ = model(x)
+    assert accelerate(model).replaced == ["module"]
+    all_near([model(x)[0]], [y])
+
+
+def test_a_subclasss_class_goes_when_nobody_has_it():
+    class Local(nn.LSTM):
+        pass
+
+    module, other = Local(4, 6), Local(4, 6)
+    accelerate(nn.ModuleList([module, other]))
+    assert type(module) is type(other)
+    made = weakref.ref(type(module))
+    restore(nn.ModuleList([module, other]))
+    gc.collect()
+    assert made() is None
+
+
+def own(**body: object) -> type[nn.LSTM]:
+    """A subclass with these methods, as if its package had it."""
+
+    class Own(nn.LSTM):
+        pass
+
+    for name, value in body.items():
+        setattr(Own, name, value)
+    return Own
+
+
+def calls_by_name(self, input, hx=None):
+    return nn.LSTM.forward(self, input, hx)
+
+
+def writes_its_own(self, input, hx=None):
+    return torch._VF.lstm(input, hx, self._flat_weights, True, 1, 0.0, False, False, False)
+
+
+def sets_flat_weights(self, input, hx=None):
+    _halve(self)
+    return super(type(self), self).forward(input, hx)
+
+
+def _halve(lstm):
+    setattr(lstm, "_flat_weights", [w / 2 for w in lstm.parameters()])  # noqa: B010
+
+
+def calls_super(self, input, hx=None):
+    return super(type(self), self).forward(input, hx)
+
+
+class Registered(nn.LSTM):
+    names: list[str] = []  # noqa: RUF012
+
+    def __init_subclass__(cls) -> None:
+        Registered.names.append(cls.__name__)
+
+
+def made_at_run_time() -> type[nn.LSTM]:
+    return type("Wrapped", (nn.LSTM,), {"__module__": __name__})
+
+
+@pytest.mark.parametrize(
+    "cls, why",
+    [
+        (own(forward=calls_by_name), "its class Own has a forward that does not call super().forward"),
+        (own(forward=writes_its_own), "its class Own has a forward that does not call super().forward"),
+        (own(forward=sets_flat_weights), "its class Own has a forward that uses _flat_weights, one of nn.LSTM's inner"),
+        (own(forward=len), "its class Own has a forward that does not call super().forward"),
+        (
+            own(check_input=lambda *_: None, forward=calls_super),
+            "its class Own has check_input, one of nn.LSTM's inner workings, of its own",
+        ),
+        (own(layer_norm=property(lambda self: nn.LayerNorm(4))), "it has an attribute layer_norm, a name that"),
+        (own(_run=calls_super), "it has an attribute _run, a name that birnn_ext.LSTM uses for something else"),
+        (Registered, "its class Registered has a metaclass or an __init_subclass__, which may not want another"),
+        (made_at_run_time(), "its class Wrapped was made at run time, by another library perhaps"),
+    ],
+)
+def test_subclasses_that_are_left_and_why(cls, why):
+    model = nn.ModuleDict({"own": cls(3, 4), "gru": nn.GRU(3, 4)})
+    report = accelerate(model)
+    assert report.replaced == []
+    assert str(report).startswith(f"left own: {why}")
+    assert type(model["own"]) is cls
+    assert restore(model) == []
+    assert Registered.names == []
+
+
+# --- classes that PyTorch makes ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("cls", [nn.LSTM, Scaled])
+@pytest.mark.parametrize("first", ["accelerated", "parametrized"])
+@pytest.mark.parametrize("norm", [parametrizations.weight_norm, parametrizations.spectral_norm])
+def test_parametrizations(norm, first, cls):
+    module = cls(4, 6).eval()
+    if first == "accelerated":
+        accelerate(module)
+    for name in ("weight_hh_l0", "weight_ih_l0"):  # the second one finds the class that the first one has made
+        norm(module, name)
+        if name == "weight_hh_l0" and first == "parametrized":
+            assert accelerate(module).replaced == [""]
+    x = torch.randn(5, 3, 4)
+    calls = birnn_ext.op_calls()["cpu_forward"]
+    ours = results(module, x)
+    assert birnn_ext.op_calls()["cpu_forward"] > calls
+    all_near(results(copy.deepcopy(module), x), ours)
+    assert type(module).__name__ == f"Parametrized{cls.__name__}"
+    assert isinstance(module, cls)
+
+    assert restore(module) == [""]
+    assert not isinstance(module, birnn_ext.LSTM)
+    all_near(ours, results(module, x))
+    accelerate(module)
+    for name in ("weight_hh_l0", "weight_ih_l0"):
+        parametrize.remove_parametrizations(module, name)
+    assert isinstance(module, birnn_ext.LSTM)
+    all_near([module(x)[0]], ours[:1])
+    restore(module)
+    assert type(module) is cls
+
+
+@pytest.mark.parametrize("first", ["accelerated", "normed"])
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.spectral_norm])
+@pytest.mark.filterwarnings("ignore:.*deprecated")
+def test_norms_by_hooks(norm, first):
+    """The older functions, which set a weight anew before each call."""
+    module = nn.LSTM(4, 6).double().eval()
+    steps = [accelerate, lambda module: norm(module, "weight_hh_l0")]
+    for step in steps if first == "accelerated" else reversed(steps):
+        step(module)
+    x = torch.randn(5, 3, 4).double()
+    calls = birnn_ext.op_calls()["cpu_forward"]
+    ours = results(module, x)
+    assert birnn_ext.op_calls()["cpu_forward"] > calls
+    assert restore(module) == [""]
+    all_near(ours, results(module, x))
+
+
+# --- programs ---------------------------------------------------------------------------------------------------------
+
+
+def loaded(program: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
+    file = io.BytesIO()
+    torch.jit.save(program, file)
+    file.seek(0)
+    return torch.jit.load(file)
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("way", ["scripted", "traced", "frozen"])
+def test_torchscript_is_listed_as_left(way):
+    model = TutorialBiRNN(4, 6, 2, 3).eval()
+    program = torch.jit.trace(model, torch.randn(2, 5, 4)) if way == "traced" else torch.jit.script(model)
+    if way == "frozen":  # one graph, without submodules
+        program = torch.jit.freeze(program)
+    for module in (program, loaded(program), nn.Sequential(loaded(program))):
+        report = accelerate(module)
+        assert report.replaced == []
+        parts = ["0"] * isinstance(module, nn.Sequential) + ["lstm"] * (way != "frozen")
+        assert list(report.left) == [".".join(parts)]
+        assert "it is TorchScript, which can't be changed" in str(report)
+
+
+@pytest.mark.filterwarnings("ignore:The tensor attributes self.lstm._flat_weights")
+def test_an_exported_graph_is_listed_as_left():
+    program = torch.export.export(TutorialBiRNN(4, 6, 2, 3), (torch.randn(2, 5, 4),)).module()
+    assert str(accelerate(program)).startswith("left (the model itself): it is an exported graph")
+    assert str(accelerate(torch.fx.symbolic_trace(nn.Sequential(nn.LSTM(3, 4))))) == "replaced 0"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from helpers import all_near, twins
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
+from birnn_ext import accelerate, op_calls, restore
 from birnn_ext.mnist.data import load_mnist
 from birnn_ext.mnist.processes import Processes
 from birnn_ext.mnist.training import Hyperparameters, Training
@@ -85,6 +87,34 @@ def test_wrappers_that_replace_parameters(wrap, one_process):
     expected.square().sum().backward()
     grads = [p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for p in model.parameters()]
     all_near(grads, [p.grad for p in theirs.parameters()])
+
+
+@pytest.mark.parametrize("first", ["accelerated", "sharded"])
+def test_fully_shard_and_accelerate_in_any_order(first, one_process):
+    theirs = nn.Sequential(nn.LSTM(3, 8, 2, batch_first=True, bidirectional=True))
+    model = copy.deepcopy(theirs)
+    steps = [accelerate, lambda model: fully_shard(model[0]) and fully_shard(model)]
+    for step in steps if first == "accelerated" else reversed(steps):
+        step(model)
+    assert type(model[0]).__name__ == "FSDPLSTM"
+    x = torch.randn(4, 5, 3)
+
+    def results(model: nn.Module) -> list[torch.Tensor]:
+        y, _ = model(x)
+        model.zero_grad()
+        y.square().sum().backward()
+        grads = [p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad for p in model.parameters()]
+        return [y, *grads]
+
+    expected = results(theirs)
+    calls = op_calls()["cpu_backward"]
+    all_near(results(model), expected)
+    assert op_calls()["cpu_backward"] > calls
+
+    assert restore(model) == ["0"]
+    calls = op_calls()["cpu_backward"]
+    all_near(results(model), expected)
+    assert op_calls()["cpu_backward"] == calls
 
 
 @pytest.mark.slow

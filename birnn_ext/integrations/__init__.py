@@ -1,0 +1,65 @@
+"""What birnn_ext adds to other packages, as soon as both are imported, in any order. Nothing has to be called.
+
+Each adds entries for our own operators and modules, and imports nothing that the program has not.
+
+- ``torch.utils.flop_counter.FlopCounterMode`` counts our operators (`birnn_ext.integrations.flops`).
+- thop, ptflops, calflops and DeepSpeed's profiler look a module's rule up by its type: `birnn_ext.LSTM` has nn.LSTM's.
+- Opacus gets per-sample gradients of `birnn_ext.LSTM` (`birnn_ext.integrations.opacus`).
+
+For another tool that looks modules up by their type in some table, two lines do:
+
+    import birnn_ext, torch
+    table[birnn_ext.LSTM] = table[torch.nn.LSTM]
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from importlib import import_module
+from types import ModuleType
+
+from torch import nn
+
+from birnn_ext._after_import import after_import
+from birnn_ext.modules import LSTM
+
+RULES_BY_TYPE = {
+    "thop.profile": "register_hooks",
+    "ptflops.pytorch_ops": "MODULES_MAPPING",
+    "calflops.pytorch_ops": "MODULE_HOOK_MAPPING",
+    "deepspeed.profiling.flops_profiler.profiler": "MODULE_HOOK_MAPPING",
+}
+
+
+def _share_rule(module: ModuleType) -> None:
+    rules = getattr(module, RULES_BY_TYPE[module.__name__])
+    rules.setdefault(LSTM, rules[nn.LSTM])
+
+
+def _call(name: str, function: str) -> Callable[[ModuleType], None]:
+    """A function of a module here, which is imported only then."""
+    return lambda module: getattr(import_module(f"{__name__}.{name}"), function)(module)
+
+
+def _when_imported(name: str, register: Callable[[ModuleType], None]) -> None:
+    """A package that has changed must not fail to import because of us."""
+
+    def then(module: ModuleType) -> None:
+        try:
+            register(module)
+        except Exception as error:
+            warnings.warn(
+                f"birnn_ext.integrations: {name} of this version does not know birnn_ext's LSTM ({error!r}); "
+                "birnn_ext.restore gives it nn.LSTM's",
+                stacklevel=2,
+            )
+
+    after_import(name, then)
+
+
+for name in RULES_BY_TYPE:
+    _when_imported(name, _share_rule)
+_when_imported("torch.utils.flop_counter", _call("flops", "register"))
+_when_imported("opacus.grad_sample.grad_sample_module", _call("opacus", "register"))
+_when_imported("opacus.validators.module_validator", _call("opacus", "register_validator"))

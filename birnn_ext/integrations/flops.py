@@ -1,0 +1,79 @@
+"""Floating-point operations of birnn_ext's operators, for ``torch.utils.flop_counter.FlopCounterMode``.
+
+As there, a product of (m, k) and (k, n) counts 2 m n k, and nothing else counts: these are the products of nn.LSTM's
+equations and of their derivatives, over all T steps. Lengths are values, not shapes, so padding counts, too.
+"""
+
+from __future__ import annotations
+
+from math import prod
+from types import ModuleType
+from typing import Any
+
+import torch
+
+Shape = tuple[int, ...]
+
+
+def recurrence(gates_x: Shape, w_hh: Shape, *_: Any, **__: Any) -> int:
+    """``lstm_recurrence``: W_hh h of each step."""
+    steps, batch = gates_x[:2]
+    return 2 * steps * batch * prod(w_hh)
+
+
+def recurrence_backward(w_hh: Shape, c0: Any, lengths: Any, gates: Shape, *rest: Any, out_shape: Any = None) -> int:
+    """``lstm_recurrence_backward``: W_hh^T dz of each step; before the first one only if h0's gradient is wanted.
+
+    The weights' gradients are products of PyTorch's, which it counts.
+    """
+    steps, batch = gates[:2]
+    state_grads: bool = rest[-1]
+    return 2 * (steps - 1 + state_grads) * batch * prod(w_hh)
+
+
+def layer(x: Shape, weights: list[Shape], *_: Any, **__: Any) -> int:
+    """``lstm_layer``: W_ih x and W_hh h."""
+    steps, batch = x[:2]
+    return 2 * steps * batch * sum(prod(w) for w in weights if len(w) == 2)
+
+
+def layer_backward(
+    x: Shape,
+    weights: list[Shape],
+    bias: bool,
+    h0: Any,
+    c0: Any,
+    lengths: Any,
+    y: Shape,
+    gates: Shape,
+    *rest: Any,
+    out_shape: Any = None,
+) -> int:
+    """``lstm_layer_backward``: the gradients that are wanted, and the forward products if gates are computed anew."""
+    steps, batch = x[:2]
+    x_grad, weight_grads, state_grads = map(int, rest[-3:])
+    stride = 4 if bias else 2
+    w_ih, w_hh = (sum(map(prod, weights[k::stride])) for k in (0, 1))
+    recomputed = len(gates) == 1
+    of_w_ih = steps * (x_grad + weight_grads + recomputed)
+    of_w_hh = steps * (1 + weight_grads + recomputed) - 1 + state_grads
+    return 2 * batch * (of_w_ih * w_ih + of_w_hh * w_hh)
+
+
+def variant(gates_x: Shape, w_hh: Shape, w_hr: Shape | None, *_: Any, **__: Any) -> int:
+    """``lstm_variant``: W_hh h and, with a projection, W_hr (o tanh(c))."""
+    steps, batch = gates_x[:2]
+    return 2 * steps * batch * (prod(w_hh) + (prod(w_hr) if w_hr else 0))
+
+
+def variant_backward(w_hh: Shape, w_hr: Shape | None, *rest: Any, out_shape: Any = None) -> int:
+    """``lstm_variant_backward``: their transposes' products; the weights' gradients are PyTorch's, as above."""
+    steps, batch, *_ = map(int, out_shape[0])
+    state_grads: bool = rest[-1]
+    return 2 * batch * ((steps - 1 + state_grads) * prod(w_hh) + (steps * prod(w_hr) if w_hr else 0))
+
+
+def register(flop_counter: ModuleType) -> None:
+    """Tells PyTorch's module ``torch.utils.flop_counter`` of these formulas."""
+    for of in (recurrence, layer, variant, recurrence_backward, layer_backward, variant_backward):
+        flop_counter.register_flop_formula(getattr(torch.ops.birnn_ext, f"lstm_{of.__name__}"))(of)

@@ -1,0 +1,171 @@
+"""Per-sample gradients of `birnn_ext.LSTM` for Opacus, hence differentially private training. Import both: that is all.
+
+Opacus takes a layer's positional tensors and its first output's gradient, from hooks, for all that a gradient depends
+on. An LSTM has initial states, lengths and final states, too; without them the gradients that are clipped would be
+others than those of the loss, without a word. So this module takes part in each call of an LSTM itself: what the call
+returns goes through an identity, whose backward pass has the gradients of all of it at once. Then
+``torch.func.vmap(torch.func.grad(...))`` runs all samples in the kernels, and Opacus gets what comes out.
+
+Everything that `birnn_ext.LSTM` takes works, PackedSequences included, but dropout between layers, recurrent dropout
+and zoneout, whose masks can't be drawn a second time; ModuleValidator says so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
+
+from birnn_ext.modules import LSTM
+
+
+def why_not(lstm: LSTM) -> str | None:
+    """What keeps an LSTM from having per-sample gradients; None if it has them."""
+    if type(lstm).forward is not LSTM.forward:
+        return f"birnn_ext.LSTM: {type(lstm).__name__} has a forward of its own, whose samples Opacus can't tell apart"
+    if lstm.recurrent_dropout or any(lstm.zoneout) or (lstm.dropout and lstm.num_layers > 1):
+        return (
+            "birnn_ext.LSTM: dropout, recurrent_dropout and zoneout must be 0 with Opacus, which computes the samples' "
+            "gradients in a second pass, with other masks; put nn.Dropout between LSTMs of one layer each"
+        )
+    return None
+
+
+class _Outputs(torch.autograd.Function):
+    """Identity of all that a call returned: its backward pass hands over the gradients of all."""
+
+    @staticmethod
+    def forward(ctx: Any, take: Any, *outputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.take = take
+        return tuple(output.view_as(output) for output in outputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.take(*gradients)
+        return None, *gradients
+
+
+def _watch(hooks: Any, lstm: LSTM, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
+    """A forward hook: has Opacus count the call, and asks for the gradients of all that it has returned."""
+    input, hx, options = _arguments(*args, **kwargs)
+    x = input
+    if isinstance(input, PackedSequence):  # samples are told apart in a padded batch
+        x, options["lengths"] = (t.to(input.data.device) for t in pad_packed_sequence(input, lstm.batch_first))
+        if options.get("reset") is not None:
+            options["reset"] = _padded(options["reset"], lstm)
+    if x.dim() != 3:
+        raise ValueError(f"birnn_ext.LSTM: with Opacus input must be batched, 3-D, got {x.dim()}-D")
+    batch = 0 if lstm.batch_first else 1
+
+    calls = len(getattr(lstm, "activations", ()))
+    hooks.capture_activations_hook(lstm, (x.movedim(batch, 0 if hooks.batch_first else 1),), result)
+    if len(getattr(lstm, "activations", ())) == calls:
+        return None  # evaluation, or our own second pass
+
+    device = x.device.type
+    autocast = torch.autocast(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device), False)
+    given = {"x": x, **({} if hx is None else {"h_0": hx[0], "c_0": hx[1]}), **options}
+    inputs = {name: t.detach() for name, t in given.items() if isinstance(t, Tensor)}
+    options = {name: value for name, value in options.items() if not isinstance(value, Tensor)}
+    outputs = _outputs(result)
+    # where each has its samples
+    input_dims = {name: {"x": batch, "reset": batch, "lengths": 0}.get(name, 1) for name in inputs}
+    output_dims = {name: 1 if name in ("h_n", "c_n") else batch for name in outputs}
+    if options.get("output") == "last":
+        output_dims["y"] = 0
+
+    def loss(parameters: dict[str, Tensor], inputs: dict[str, Tensor], cotangents: dict[str, Tensor]) -> Tensor:
+        """Of one sample, what has the gradients that the loss of all has."""
+        given: dict[str, Any] = {name: t.unsqueeze(input_dims[name]) for name, t in inputs.items()}
+        hx = (given.pop("h_0"), given.pop("c_0")) if "h_0" in given else None
+        found = _outputs(functional_call(lstm, parameters, (given.pop("x"), hx), {**options, **given}))
+        products = [(found[name] * g.unsqueeze(output_dims[name])).sum() for name, g in cotangents.items()]
+        return torch.stack(products).sum()
+
+    def take(*gradients: Tensor) -> None:
+        """Computes the samples' gradients from those of the outputs, and hands them to Opacus."""
+        if not hooks.hooks_enabled:
+            return  # ghost clipping's second backward pass
+        cotangents = {
+            name: _padded(t._replace(data=g), lstm) if isinstance(t, PackedSequence) else g
+            for (name, t), g in zip(outputs.items(), gradients, strict=True)
+        }
+        parameters = {name: p for name, p in lstm.named_parameters() if p.requires_grad}
+        detached = {name: p.detach() for name, p in parameters.items()}
+        functorch = hooks.force_functorch
+        hooks.hooks_enabled = hooks.force_functorch = False
+        try:
+            with autocast:
+                samples = vmap(grad(loss), in_dims=(None, input_dims, output_dims))(detached, inputs, cotangents)
+            scale = x.shape[batch] if hooks.loss_reduction == "mean" else 1
+            lstm._grad_samples = {p: samples[name] * scale for name, p in parameters.items()}
+            hooks.hooks_enabled = True
+            hooks.capture_backprops_hook(lstm, None, (x,), hooks.loss_reduction, hooks.batch_first)
+        finally:
+            hooks.hooks_enabled, hooks.force_functorch = True, functorch
+
+    data = _Outputs.apply(take, *(t.data if isinstance(t, PackedSequence) else t for t in outputs.values()))
+    for (name, t), passed in zip(list(outputs.items()), data, strict=True):
+        outputs[name] = t._replace(data=passed) if isinstance(t, PackedSequence) else passed
+    states = (outputs["h_n"], outputs["c_n"]) if "h_n" in outputs else None
+    return (outputs["y"], states, outputs["cells"]) if "cells" in outputs else (outputs["y"], states)
+
+
+def _arguments(input: Any, hx: Any = None, **options: Any) -> tuple[Any, Any, dict[str, Any]]:
+    """`LSTM.forward`'s."""
+    return input, hx, options
+
+
+def _outputs(result: Any) -> dict[str, Any]:
+    """What `LSTM.forward` has returned, by name."""
+    y, states, *cells = result
+    h_n_c_n = {} if states is None else {"h_n": states[0], "c_n": states[1]}
+    return {"y": y, **h_n_c_n, **({"cells": cells[0]} if cells else {})}
+
+
+def _padded(packed: PackedSequence, lstm: LSTM) -> Tensor:
+    return pad_packed_sequence(packed, lstm.batch_first)[0]
+
+
+def grad_sampler(lstm: LSTM, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
+    """What Opacus calls for a call's per-sample gradients, once they have been computed."""
+    samples: dict[nn.Parameter, Tensor] = vars(lstm).pop("_grad_samples")
+    return samples
+
+
+def register(grad_sample_module: ModuleType) -> None:
+    """Tells Opacus's module ``opacus.grad_sample.grad_sample_module`` of `birnn_ext.LSTM`."""
+    of = getattr(grad_sample_module, "GradSampleHooks", grad_sample_module.GradSampleModule)
+    theirs = of.iterate_submodules
+
+    def iterate_submodules(hooks: Any, module: nn.Module) -> Iterator[nn.Module]:
+        """Those that Opacus is to hook."""
+        if not isinstance(module, LSTM):
+            yield from theirs(hooks, module)
+        elif any(p.requires_grad for p in module.parameters()):
+            why = why_not(module)
+            if why:
+                raise NotImplementedError(why)
+            hooks.GRAD_SAMPLERS[type(module)] = grad_sampler
+            handle = module.register_forward_hook(partial(_watch, hooks), with_kwargs=True)
+            hooks._module.autograd_grad_sample_hooks.append(handle)
+
+    of.iterate_submodules = iterate_submodules
+    of.GRAD_SAMPLERS[LSTM] = grad_sampler
+
+
+def register_validator(module_validator: ModuleType) -> None:
+    """Tells ``opacus.validators.module_validator`` what can't be."""
+
+    def validate(lstm: LSTM) -> list[Exception]:
+        why = why_not(lstm)
+        return [module_validator.UnsupportedModuleError(why)] if why else []
+
+    module_validator.ModuleValidator.VALIDATORS[LSTM] = validate

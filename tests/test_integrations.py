@@ -1,0 +1,326 @@
+"""Other packages that look at a model: counters of operations, and Opacus.
+
+Those of tests/third_party.txt are skipped where they are not installed, but fail if BIRNN_THIRD_PARTY is set, as by CI.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import importlib.util
+import os
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+
+import pytest
+import torch
+from helpers import all_near, random_state
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.utils.flop_counter import FlopCounterMode
+
+import birnn_ext
+from birnn_ext import LSTM, accelerate
+from birnn_ext._after_import import after_import
+
+STEPS, BATCH, FEATURES, HIDDEN, LAYERS = 5, 4, 6, 8, 2
+F64 = {"dtype": torch.float64}
+pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # of Opacus's, at a model's first layer
+
+
+needs_third_party = pytest.mark.slow  # they are installed for CI's slow part
+
+
+def third_party(name: str) -> types.ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if os.environ.get("BIRNN_THIRD_PARTY"):
+            raise
+        pytest.skip(f"{error}: pip install --no-deps -r tests/third_party.txt")
+
+
+# --- after_import -----------------------------------------------------------------------------------------------------
+
+
+def test_after_import(tmp_path, monkeypatch):
+    (tmp_path / "birnn_test_late.py").write_text("value = 1")
+    monkeypatch.syspath_prepend(tmp_path)
+    seen = []
+    for k in range(2):
+        after_import("birnn_test_late", lambda module, k=k: seen.append((k, module.value)))
+    assert importlib.util.find_spec("birnn_test_late") is not None  # a look is no import
+    assert seen == []
+    module = importlib.import_module("birnn_test_late")
+    assert seen == [(0, 1), (1, 1)]
+    after_import("birnn_test_late", seen.append)
+    assert seen[2:] == [module]
+    monkeypatch.delitem(sys.modules, "birnn_test_late")
+
+
+def test_a_package_that_has_changed_is_still_imported(monkeypatch):
+    monkeypatch.setitem(sys.modules, "other_tool", types.ModuleType("other_tool"))
+    with pytest.warns(UserWarning, match="other_tool of this version does not know birnn_ext's LSTM .*'rules'"):
+        birnn_ext.integrations._when_imported("other_tool", lambda module: module.rules)
+
+
+def test_nothing_else_is_imported():
+    names = {*birnn_ext.integrations.RULES_BY_TYPE, "torch.utils.flop_counter", "opacus"}
+    code = f"import sys, birnn_ext; assert not {names} & sys.modules.keys()"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# --- counters ---------------------------------------------------------------------------------------------------------
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn = nn.LSTM(FEATURES, HIDDEN, LAYERS, batch_first=True, bidirectional=True)
+        self.fc = nn.Linear(2 * HIDDEN, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.rnn(x)[0])
+
+
+def thop(package: types.ModuleType, model: nn.Module) -> tuple[float, float]:
+    return package.profile(model, (torch.randn(BATCH, STEPS, FEATURES),), verbose=False)
+
+
+def ptflops(package: types.ModuleType, model: nn.Module) -> tuple[float, float]:
+    return package.get_model_complexity_info(
+        model, (STEPS, FEATURES), as_strings=False, print_per_layer_stat=False, backend="pytorch"
+    )
+
+
+def torchinfo(package: types.ModuleType, model: nn.Module) -> tuple[float, float]:
+    counts = package.summary(model, (BATCH, STEPS, FEATURES), verbose=0)
+    return counts.total_mult_adds, counts.total_params
+
+
+@needs_third_party
+@pytest.mark.filterwarnings("ignore:distutils")
+@pytest.mark.parametrize("count", [thop, ptflops, torchinfo])
+def test_other_counters_count_what_they_count_for_nn_lstm(count):
+    package = third_party(count.__name__)
+    model = Model()
+    expected = count(package, model)
+    assert expected[0] > 10000
+    assert expected[1] == sum(p.numel() for p in model.parameters())
+    accelerate(model)
+    assert count(package, model) == expected
+
+
+def flops(model: nn.Module, x: Tensor, hx: tuple[Tensor, Tensor] | None) -> tuple[int, int]:
+    """Of a forward and a backward pass."""
+    with FlopCounterMode(display=False) as forward:
+        y, (h_n, c_n) = model(x, hx)
+    with FlopCounterMode(display=False) as backward:
+        (y.sum() + h_n.sum() + c_n.sum()).backward()
+    return forward.get_total_flops(), backward.get_total_flops()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["layer", "recurrence"])
+@pytest.mark.parametrize("options", [{}, {"bias": False, "bidirectional": True}, {"proj_size": 3}], ids=str)
+@pytest.mark.parametrize("state", ["none", "given", "trainable"])
+@pytest.mark.parametrize("trainable_input", [False, True])
+def test_flop_counter_mode(trainable_input, state, options, dtype):
+    """nn.LSTM in float64 is made of matrix products that PyTorch counts."""
+    theirs = nn.LSTM(FEATURES, HIDDEN, LAYERS, **options, **F64)
+    ours = LSTM(FEATURES, HIDDEN, LAYERS, **options, dtype=dtype)
+    rows = LAYERS * (2 if "bidirectional" in options else 1)
+    hx = random_state(rows, BATCH, HIDDEN)
+    hx = None if state == "none" else (hx[0][..., : options.get("proj_size")], hx[1])
+
+    def count(lstm: nn.LSTM) -> tuple[int, int]:
+        kind = lstm.weight_ih_l0.dtype
+        x = torch.randn(STEPS, BATCH, FEATURES, dtype=kind, requires_grad=trainable_input)
+        states = hx and tuple(t.to(kind).requires_grad_(state == "trainable") for t in hx)
+        return flops(lstm, x, states)
+
+    forward, backward = count(theirs)
+    if state == "none" and (dtype == torch.bfloat16 or "proj_size" in options):
+        # nn.LSTM multiplies by its initial state of zeros for dW_hh; where PyTorch makes that product, we have none
+        backward -= rows * 2 * BATCH * 4 * HIDDEN * options.get("proj_size", HIDDEN)
+    assert count(ours) == (forward, backward)
+
+
+def test_flop_counter_mode_counts_what_is_computed_anew():
+    x = torch.randn(STEPS, BATCH, FEATURES)
+    forward, backward = flops(LSTM(FEATURES, HIDDEN, bidirectional=True), x, None)
+    assert flops(LSTM(FEATURES, HIDDEN, bidirectional=True, recompute=True), x, None) == (forward, forward + backward)
+
+
+# --- Opacus -----------------------------------------------------------------------------------------------------------
+
+
+LENGTHS = [3, 5, 1, 4]
+
+CALLS: dict[str, Callable[..., tuple]] = {
+    "plain": lambda lstm, x, lengths, hx: lstm(x),
+    "states": lambda lstm, x, lengths, hx: lstm(x, hx),
+    "keywords": lambda lstm, x, lengths, hx: lstm(input=x, hx=hx, lengths=lengths),
+    "last": lambda lstm, x, lengths, hx: (lstm(x, output="last", lengths=lengths)[0], (None, None)),
+    "cells": lambda lstm, x, lengths, hx: (sum(lstm(x, return_cell_states=True)[::2]), (None, None)),
+    "reset": lambda lstm, x, lengths, hx: lstm(x, reset=x[..., 0] > 0.5),
+    "twice": lambda lstm, x, lengths, hx: lstm(lstm(x)[0][..., :FEATURES]),
+    "packed": lambda lstm, x, lengths, hx: lstm(
+        pack_padded_sequence(x, lengths, lstm.batch_first, enforce_sorted=False), hx
+    ),
+}
+
+
+class Private(nn.Module):
+    """An LSTM between linear layers; a loss of all that a call returns."""
+
+    def __init__(self, call: str, batch_first: bool, **options) -> None:
+        super().__init__()
+        self.call = CALLS[call]
+        self.before = nn.Linear(3, FEATURES, **F64)
+        lstm = {"num_layers": LAYERS, "batch_first": batch_first, "bidirectional": True, **options}
+        self.lstm = LSTM(FEATURES, HIDDEN, **lstm, **F64)
+        self.after = nn.Linear(2 * HIDDEN, 2, **F64)
+
+    def forward(self, x: Tensor, lengths: Tensor, h_0: Tensor, c_0: Tensor) -> Tensor:
+        """(B, T, 3), (B,) and two of (B, rows, H) to (B, 2)"""
+        x = self.before(x)
+        batch = 0 if self.lstm.batch_first else 1
+        hx = (h_0.transpose(0, 1), c_0.transpose(0, 1))
+        y, states, *_ = self.call(self.lstm, x if batch == 0 else x.transpose(0, 1), lengths, hx)
+        if not isinstance(y, Tensor):
+            y = pad_packed_sequence(y, self.lstm.batch_first)[0]
+        if y.dim() == 3:
+            y = y.sum(1 - batch)
+        if states[0] is not None:
+            y = y + torch.cat([states[0][-1], states[1][0]], -1)
+        return self.after(y)
+
+
+def samples() -> tuple[Tensor, ...]:
+    states = torch.randn(2, BATCH, 2 * LAYERS, HIDDEN, **F64)
+    return torch.randn(BATCH, STEPS, 3, **F64), torch.tensor(LENGTHS), *states
+
+
+def gradients_in_a_loop(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    of_each = []
+    for k in range(BATCH):
+        loss = model(*(t[k : k + 1] for t in inputs)).square().sum()
+        of_each.append(torch.autograd.grad(loss, list(model.parameters())))
+    return [torch.stack(parts) for parts in zip(*of_each, strict=True)]
+
+
+def check_per_sample_gradients(call: str, reduction: str, batch_first: bool, **options) -> None:
+    opacus = third_party("opacus")
+    model = Private(call, batch_first, **options)
+    inputs = samples()
+    expected = gradients_in_a_loop(model, inputs)
+    assert importlib.import_module("opacus.validators").ModuleValidator.validate(model, strict=True) == []
+    private = opacus.GradSampleModule(model, loss_reduction=reduction)
+    losses = private(*inputs).square().sum(-1)
+    (losses.mean() if reduction == "mean" else losses.sum()).backward()
+    all_near([p.grad_sample for p in model.parameters()], expected)
+    private.remove_hooks()
+    assert not model.lstm._forward_hooks
+
+
+@needs_third_party
+@pytest.mark.parametrize("reduction, batch_first", [("mean", True), ("sum", False)])
+@pytest.mark.parametrize("call", [call for call in CALLS if call not in ("cells", "reset")])
+def test_opacus_per_sample_gradients_equal_a_loops(call, reduction, batch_first):
+    check_per_sample_gradients(call, reduction, batch_first)
+
+
+@needs_third_party
+def test_opacus_per_sample_gradients_of_learned_states():
+    check_per_sample_gradients("plain", "mean", True, learned_state=True)
+
+
+@needs_third_party
+@pytest.mark.filterwarnings("ignore:birnn_ext..lstm_variant.* has no rule for torch.func's transforms:UserWarning")
+@pytest.mark.parametrize("call", ["cells", "reset"])
+def test_opacus_per_sample_gradients_of_variants(call, reference_operators):
+    check_per_sample_gradients(call, "mean", False)
+
+
+@needs_third_party
+@pytest.mark.parametrize("mode", ["hooks", "functorch", "ghost"])
+@pytest.mark.parametrize("made", ["ours", "accelerated", "parametrized"])
+@pytest.mark.filterwarnings("ignore:Secure RNG turned off")
+def test_opacus_trains_differentially_private(made, mode):
+    opacus = third_party("opacus")
+    model = Private("plain", True)
+    if made != "ours":
+        model.lstm = nn.LSTM(FEATURES, HIDDEN, LAYERS, batch_first=True, bidirectional=True, **F64)
+        if made == "parametrized":
+            nn.utils.parametrizations.weight_norm(model.lstm, "weight_hh_l0")
+        assert accelerate(model).replaced == ["lstm"]
+    expected = gradients_in_a_loop(model, inputs := samples())
+    norms = torch.stack([g.flatten(1).norm(dim=1) for g in expected]).norm(dim=0)
+    clip = float(norms.median())
+    clipped = [torch.tensordot((clip / (norms + 1e-6)).clamp(max=1), g, 1) / BATCH for g in expected]
+
+    before = copy.deepcopy([p.detach() for p in model.parameters()])
+    engine = opacus.PrivacyEngine()
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*inputs), batch_size=BATCH)
+    private, optimizer, *rest = engine.make_private(
+        module=model,
+        optimizer=torch.optim.SGD(model.parameters(), lr=1.0),
+        data_loader=loader,
+        noise_multiplier=0.0,
+        max_grad_norm=clip,
+        poisson_sampling=False,
+        grad_sample_mode=mode,
+        **({"criterion": SumOfSquares()} if mode == "ghost" else {}),
+    )
+    loss = (
+        rest[0](private(*inputs), torch.zeros(BATCH, 2, **F64))
+        if mode == "ghost"
+        else private(*inputs).square().sum(-1).mean()
+    )
+    loss.backward()
+    optimizer.step()
+    all_near([b - p.detach() for b, p in zip(before, model.parameters(), strict=True)], clipped)
+
+
+class SumOfSquares(nn.Module):
+    """A criterion that Opacus takes: it asks for each sample's loss."""
+
+    reduction = "mean"
+
+    def forward(self, y: Tensor, target: Tensor) -> Tensor:
+        losses = (y - target).square().sum(-1)
+        return losses.mean() if self.reduction == "mean" else losses
+
+
+@needs_third_party
+@pytest.mark.parametrize("options", [{"dropout": 0.5}, {"recurrent_dropout": 0.5}, {"zoneout": 0.1}], ids=str)
+def test_opacus_is_told_of_dropout(options):
+    opacus = third_party("opacus")
+    model = Private("plain", True, **options)
+    (error,) = importlib.import_module("opacus.validators").ModuleValidator.validate(model)
+    assert "dropout, recurrent_dropout and zoneout must be 0 with Opacus" in str(error)
+    with pytest.raises(NotImplementedError, match="must be 0 with Opacus"):
+        opacus.GradSampleModule(model)
+
+
+@needs_third_party
+def test_opacus_is_told_of_a_forward_that_is_not_ours():
+    opacus = third_party("opacus")
+
+    class Mine(nn.LSTM):
+        def forward(self, x: Tensor) -> tuple:
+            return super().forward(x * 2)
+
+    model = nn.Sequential(Mine(3, 4))
+    accelerate(model)
+    with pytest.raises(NotImplementedError, match="Mine has a forward of its own"):
+        opacus.GradSampleModule(model)
+
+
+@needs_third_party
+def test_opacus_is_told_that_samples_need_a_batch():
+    opacus = third_party("opacus")
+    with pytest.raises(ValueError, match="input must be batched, 3-D, got 2-D"):
+        opacus.GradSampleModule(LSTM(3, 4))(torch.randn(5, 3))
