@@ -141,7 +141,6 @@ class Training:
             steps = self.steps_per_epoch
             if progress.step >= steps or len(progress.losses) != progress.epoch * steps + progress.step:
                 raise UserError(f"the training to resume did not have {steps} steps per epoch, as this one has")
-        self.network = self.processes.wrap(self.model)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -207,11 +206,12 @@ class Training:
                     settle()
                     return True
                 mine = processes.share(batch)
-                scores = self.network(hp.sequences(train.images[mine]))
+                scores = self.model(hp.sequences(train.images[mine]))
                 # this share of the whole batch's mean; the shares may differ in size
                 loss = F.cross_entropy(scores, train.labels[mine], reduction="sum") / len(batch)
                 self.optimizer.zero_grad()
-                (loss * processes.count).backward()  # gradients are averaged over processes, and shall be summed
+                loss.backward()
+                processes.sum_gradients(self.model)
                 self.optimizer.step()
                 pending.append(loss.detach())
                 progress.step += 1
