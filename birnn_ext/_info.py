@@ -35,6 +35,21 @@ def build_info() -> dict[str, Any]:
     return {"version": __version__, **_C.build_info()}
 
 
+def describe() -> str:
+    """`build_info` in lines for people to read."""
+    info = build_info()
+    cuda = f"CUDA {info['cuda']}, for {info['cuda_architectures']}" if info["cuda"] else "none"
+    return "\n".join(
+        [
+            f"birnn_ext {info['version']}",
+            f"torch: {torch.__version__} (built with {info['torch']})",
+            f"CPU kernels: {info['cpu_isa']}, of {', '.join(info['cpu_isas'])}",
+            f"CUDA kernels: {cuda}",
+            f"compiler: {info['compiler']}",
+        ]
+    )
+
+
 def op_calls() -> dict[str, int]:
     """Counts the calls of each implementation of the operators in this process.
 
