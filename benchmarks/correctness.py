@@ -85,13 +85,8 @@ def draw(found: Errors, path: Path) -> None:
             theirs, ours = [they for _, they in pairs], [us for us, _ in pairs]
             axes.loglog(theirs, ours, ".", color="#0072B2", alpha=0.4, markersize=4, markeredgewidth=0)
             below = sum(us < they for us, they in pairs) / max(1, len(pairs))
-            where = {"xytext": (4, -4), "textcoords": "offset points", "va": "top", "fontsize": 9}
-            axes.annotate(
-                f"{len(pairs):,} tensors,\n{100 * below:.0f} % below",
-                (0, 1),
-                xycoords="axes fraction",
-                **where,
-            )
+            text = f"{len(pairs):,} tensors,\n{100 * below:.0f} % below"
+            axes.text(0.03, 0.97, text, transform=axes.transAxes, va="top", fontsize=9)
     for column, dtype in zip(panels.T, dtypes, strict=True):
         column[0].set_title(dtype)
         column[-1].set_xlabel("error of nn.LSTM")
