@@ -40,10 +40,12 @@ def draw_curves(losses: Sequence[float], evaluations: Sequence[tuple[int, float]
         means = np.convolve(losses, np.full(over, 1 / over), "valid")
         centres = np.arange(len(means)) + (over + 1) / 2
         above.plot(centres, means, color=LOSS, linewidth=2, label=f"mean of {over} steps")
-    above.set(ylabel="training loss (cross-entropy)", yscale="log")
-    above.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    above.yaxis.set_major_formatter("{x:g}")
-    above.yaxis.set_minor_formatter(NullFormatter())
+    above.set_ylabel("training loss (cross-entropy)")
+    if any(0 < loss < np.inf for loss in losses):  # as of any training that has not diverged
+        above.set_yscale("log")
+        above.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        above.yaxis.set_major_formatter("{x:g}")
+        above.yaxis.set_minor_formatter(NullFormatter())
     above.legend(frameon=False)
 
     below.plot([step for step, _ in evaluations], [100 * accuracy for _, accuracy in evaluations], "o:", color=ACCURACY)
