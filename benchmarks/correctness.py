@@ -72,20 +72,31 @@ def table(found: Errors) -> str:
 
 
 def draw(found: Errors, path: Path) -> None:
-    """A dot for each tensor: nn.LSTM's error and ours, where neither is 0."""
+    """A dot for each tensor: nn.LSTM's error and ours, where neither is 0. A row for each kind: none hides another."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
     dtypes = [dtype for dtype in DTYPES if dtype != "float64"]
-    for axes, dtype in zip(figure.subplots(1, len(dtypes)), dtypes, strict=True):
-        for kind in KINDS:
+    figure = Figure(figsize=(9, 8.6), layout="constrained")
+    figure.suptitle("Error of each tensor against float64: below the line birnn_ext's is the smaller")
+    panels = figure.subplots(len(KINDS), len(dtypes), sharex="col", sharey="col")
+    for row, kind in zip(panels, KINDS, strict=True):
+        for axes, dtype in zip(row, dtypes, strict=True):
             pairs = [pair for pair in found[dtype, kind] if min(pair) > 0]
-            axes.loglog([theirs for _, theirs in pairs], [ours for ours, _ in pairs], ".", markersize=3, label=kind)
-        low, high = (of(axes.get_xlim() + axes.get_ylim()) for of in (min, max))
-        axes.axline((low, low), (high, high), color="black", linewidth=0.8)
-        axes.set(title=dtype, xlabel="error of nn.LSTM", ylabel="error of birnn_ext", aspect="equal")
-        axes.set(xlim=(low, high), ylim=(low, high))
-    figure.axes[0].legend(fontsize=8)
+            theirs, ours = [they for _, they in pairs], [us for us, _ in pairs]
+            axes.loglog(theirs, ours, ".", color="#0072B2", alpha=0.4, markersize=4, markeredgewidth=0)
+            below = sum(us < they for us, they in pairs) / max(1, len(pairs))
+            text = f"{len(pairs):,} tensors,\n{100 * below:.0f} % below"
+            axes.text(0.03, 0.97, text, transform=axes.transAxes, va="top", fontsize=9)
+    for column, dtype in zip(panels.T, dtypes, strict=True):
+        column[0].set_title(dtype)
+        column[-1].set_xlabel("error of nn.LSTM")
+        low, high = (of(column[0].get_xlim() + column[0].get_ylim()) for of in (min, max))
+        for axes in column:
+            axes.set(xlim=(low, high), ylim=(low, high), aspect="equal")
+            axes.axline((low, low), (high, high), color="black", linewidth=0.8)
+            axes.grid(color="0.9")
+    for row, kind in zip(panels, KINDS, strict=True):
+        row[0].set_ylabel(f"{kind}\nerror of birnn_ext")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
 

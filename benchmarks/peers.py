@@ -43,6 +43,8 @@ ROOT = Path(__file__).parents[1]
 RESULTS, CHART = ROOT / "benchmarks" / "results" / "peers.json", ROOT / "docs" / "peers.png"
 OURS, TORCH = "birnn_ext", "nn.LSTM"
 PEERS = {"ONNX Runtime": ("onnxruntime", "onnx"), "OpenVINO": ("openvino", "onnx"), "JAX": ("jax",)}  # what they need
+# Okabe and Ito's, which the colour-blind tell apart
+COLOURS = {OURS: "#0072B2", "ONNX Runtime": "#E69F00", "OpenVINO": "#009E73", "JAX": "#999999"}
 # Relative to the largest value: nothing is wrong, no more.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 MNIST: Shape = (100, 28, 28, 128, 2)
@@ -80,6 +82,11 @@ class Row:
         """How many times less birnn_ext takes than the best of the others."""
         found = [self.median(name) for name in others if name in self.figures]
         return min(found) / self.median(OURS) if found and OURS in self.figures else None
+
+
+def in_words(shape: Shape) -> str:
+    batch, steps, features, hidden, layers = shape
+    return f"batch {batch}, {steps} steps, {features} features, {hidden} units, {layers} layer{'s' * (layers > 1)}"
 
 
 def installed() -> list[str]:
@@ -425,7 +432,7 @@ def draw(rows: Sequence[Row], title: str, path: Path) -> None:
     rows = [row for row in rows if row.unit == "ms" and row.figures]
     names = [name for name in [OURS, *PEERS] if any(name in row.figures for row in rows)]
     bars = sum(len(row.figures) - 1 for row in rows)
-    figure = Figure(figsize=(9, 1 + 0.24 * bars + 0.2 * len(rows)), layout="constrained")
+    figure = Figure(figsize=(10, 1.6 + 0.22 * bars + 0.2 * len(rows)), layout="constrained")
     axes = figure.subplots()
     places: dict[str, list[float]] = {name: [] for name in names}
     speeds: dict[str, list[float]] = {name: [] for name in names}
@@ -440,17 +447,27 @@ def draw(rows: Sequence[Row], title: str, path: Path) -> None:
         place += 0.7  # between groups
     for name in names:
         # from the line at 1, on a logarithmic scale: twice and half as fast are bars of the same length
-        drawn = axes.barh(places[name], [speed - 1 for speed in speeds[name]], height=0.9, left=1, label=name)
+        lengths = [speed - 1 for speed in speeds[name]]
+        drawn = axes.barh(places[name], lengths, height=0.9, left=1, label=name, color=COLOURS[name])
         axes.bar_label(drawn, [f"{speed:.2f}" for speed in speeds[name]], padding=3, fontsize=8)
-    axes.axvline(1, color="black", linewidth=1)
-    axes.set_yticks(ticks, [f"{row.name}\n{row.sizes}" for row in rows], fontsize=8)
+    axes.axvline(1, color="black", linewidth=1, label=TORCH)
+    axes.set_yticks(ticks, [f"{row.name}\n{in_words(row.shape)}" for row in rows], fontsize=8)
+    axes.tick_params("y", length=0)
     axes.invert_yaxis()
     axes.margins(x=0.1, y=0.01)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.set_xlabel(f"speed relative to {TORCH}, the line at 1; more is better\n{title}")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside upper center", ncols=len(names), fontsize=8)
+    axes.grid(axis="x", color="0.9")
+    axes.set_axisbelow(True)
+    axes.set_xlabel(f"time of {TORCH} / time (logarithmic); right of the line is faster")
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    figure.legend(
+        loc="outside upper center",
+        ncols=len(names) + 1,
+        frameon=False,
+        title=f"Bidirectional LSTM: speed relative to {TORCH}, on {title}",
+        title_fontsize="large",
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
 
@@ -476,6 +493,14 @@ class Comparison:
             f"products, {100 * self.recurrence_gflops / self.sgemm_gflops:.0f} % of torch's 1024 x 1024 x 1024 product "
             f"({self.sgemm_gflops:.0f} GFLOP/s)."
         )
+
+    @classmethod
+    def load(cls) -> Comparison:
+        """What save has saved."""
+        saved = json.loads(RESULTS.read_text())
+        rows = [Row(**{**row, "shape": tuple(row["shape"])}) for row in saved.pop("rows")]
+        rates = {name: saved.pop(name) for name in ("recurrence_gflops", "sgemm_gflops")}
+        return cls(saved, rows, **rates)
 
     def save(self) -> None:
         """The figures of all rounds, and the chart."""

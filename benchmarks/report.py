@@ -93,6 +93,15 @@ def put_into_readme(text: str) -> None:
     README.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
 
 
+def redraw() -> None:
+    """The pictures whose figures the last report has left; those of the errors it has not, as they are thousands."""
+    comparison = peers.Comparison.load()
+    peers.draw(comparison.rows, comparison.title, peers.CHART)
+    trainings = peers.RESULTS.parent / "mnist.json"
+    if trainings.exists():
+        mnist_end_to_end.draw(json.loads(trainings.read_text()), DOCS / "report-mnist.png")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=100, help="configurations of each type, for the errors")
@@ -102,7 +111,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--select", default="float32 or mnist", help="pytest's -k, for the benchmarks")
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of MNIST (default: data)")
     parser.add_argument("--data-source", choices=("auto", *SOURCES), default="auto", help="see birnn-mnist train")
+    parser.add_argument("--redraw", action="store_true", help="only draw, from the figures in benchmarks/results")
     args = parser.parse_args(arguments)
+    if args.redraw:
+        redraw()
+        return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     load = os.getloadavg()[0]
     description = machine()  # before a file of the repository is written
@@ -117,8 +130,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         comparison = peers.compare(torch.get_num_threads(), args.rounds, load=load)
 
     correctness.draw(errors, DOCS / "report-errors.png")
-    mnist_end_to_end.draw(trainings, DOCS / "report-mnist.png")
+    mnist_end_to_end.draw(mnist_end_to_end.curves(trainings), DOCS / "report-mnist.png")
     comparison.save()
+    (peers.RESULTS.parent / "mnist.json").write_text(json.dumps(mnist_end_to_end.curves(trainings)) + "\n")
     (DOCS / "report.md").write_text(f"""# Report
 
 `make report` writes this page; {args.seeds} seeds, {args.rounds} rounds. Other machines give other figures, of speed

@@ -15,8 +15,11 @@ import peers
 import pytest
 import report
 import torch
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 
-SCRIPTS = Path(__file__).parents[1] / "benchmarks"
+ROOT = Path(__file__).parents[1]
+SCRIPTS = ROOT / "benchmarks"
 TINY = (3, 5, 4, 6, 2)
 
 
@@ -112,8 +115,47 @@ def test_mnist_from_several_seeds(tmp_path):
     results["tutorial"] = [slower, result, result]
     lines = mnist_end_to_end.report({name: [*of, result][:3] for name, of in results.items()}).splitlines()
     assert "| time to 97 %, s | 2.0 | 2.0 | 1.00 |" in lines
-    mnist_end_to_end.draw(results, tmp_path / "curves.png")
+    mnist_end_to_end.draw(mnist_end_to_end.curves(results), tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture
+def figures(monkeypatch) -> list[Figure]:
+    """What is drawn, in place of files."""
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: drawn.append(figure))
+    return drawn
+
+
+def texts(figure: Figure) -> list[str]:
+    return [text.get_text() for text in figure.findobj(Text)]
+
+
+def test_the_chart_of_the_report_explains_itself(figures):
+    """It is of the figures that stand in the documents' tables."""
+    comparison = peers.Comparison.load()
+    assert all(comparison.text() in (ROOT / path).read_text() for path in ("README.md", "docs/report.md"))
+    report.redraw()
+    found = texts(figures[0])
+    assert "training step\nbatch 100, 28 steps, 28 features, 128 units, 2 layers" in found
+    assert "forward + backward, ragged\nbatch 32, 400 steps, 64 features, 128 units, 1 layer" in found
+    assert f"Bidirectional LSTM: speed relative to nn.LSTM, on {comparison.title}" in found
+    for row in comparison.rows:
+        if row.unit == "ms" and row.figures:
+            assert f"{row.advantage(peers.TORCH):.2f}" in found
+    assert len(set(peers.COLOURS.values())) == len(peers.COLOURS) == 1 + len(peers.PEERS)
+
+
+def test_pictures_of_the_report_explain_themselves(figures, tmp_path):
+    curve = [(10.0, 0.9), (20.0, 0.972)]
+    mnist_end_to_end.draw({"tutorial": [curve, curve], "birnn_ext": [curve, curve]}, tmp_path / "mnist.png")
+    expected = {"97 %", "Training on MNIST: accuracy every 100 steps, 2 seeds of each", "time of training (s)"}
+    assert expected <= set(texts(figures[0]))
+    pairs = [(1e-7, 2e-7)] * 3 + [(2e-7, 1e-7), (0.0, 1e-7)]
+    correctness.draw({(dtype, kind): pairs for dtype in correctness.DTYPES for kind in correctness.KINDS}, tmp_path)
+    panels = figures[1].axes
+    assert len(panels) == 9  # one for each type and kind: none hides another
+    assert all("4 tensors,\n75 % below" in texts(panel) for panel in panels)
 
 
 @pytest.mark.slow
@@ -139,6 +181,10 @@ def test_the_report(tmp_path, monkeypatch):
         assert f"\n{beginning}" in written
     pictures = re.findall(r"!\[.*\]\((.*)\)", written)
     assert sorted(pictures) == ["peers.png", "report-errors.png", "report-mnist.png"]
+    assert all((tmp_path / picture).exists() for picture in pictures)
+    (tmp_path / "report-mnist.png").unlink()
+    (tmp_path / "peers.png").unlink()
+    report.main(["--redraw"])
     assert all((tmp_path / picture).exists() for picture in pictures)
     readme = report.README.read_text()
     assert readme.startswith(f"before\n{report.BEGIN}\n\n")

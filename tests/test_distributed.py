@@ -66,6 +66,46 @@ def test_two_processes_come_to_the_model_of_one(tmp_path):
     assert run.stderr.count("Epoch 1/2:   0%") == 1
 
 
+# Runs the command in two processes, so many times: forked, as importing takes far longer than these trainings.
+FORKED = """
+import os, socket, sys
+from matplotlib.backends import backend_agg
+from birnn_ext.mnist import main
+
+runs, *arguments = sys.argv[1:]
+for _ in range(int(runs)):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    children = []
+    for rank in "01":
+        children.append(os.fork())
+        if children[-1] == 0:
+            os.environ.update(TORCHELASTIC_RUN_ID="a", RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            sys.argv[1:] = arguments
+            status = main()
+            names = [open(f"/proc/self/task/{thread}/comm").read().strip() for thread in os.listdir("/proc/self/task")]
+            print("threads:", *names, flush=True)
+            sys.exit(status)
+    print("statuses:", *(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children), flush=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are listed in Linux's /proc")
+@pytest.mark.parametrize("runs", [1, pytest.param(30, marks=pytest.mark.slow)])
+def test_no_thread_of_the_group_is_left_when_python_ends(tmp_path, runs):
+    """One that drops a tensor while Python ends aborts the process, once in twenty runs or so."""
+    arguments = [*TRAIN[2:], "--batch-size", "2500", "--max-steps", "1", "--out", tmp_path]
+    done = subprocess.run(
+        [sys.executable, "-c", FORKED, str(runs), *arguments], capture_output=True, text=True, env=ENVIRONMENT
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("statuses: 0 0\n") == runs, done.stdout + done.stderr
+    threads = re.findall("^threads: (.*)$", done.stdout, re.MULTILINE)
+    assert len(threads) == 2 * runs
+    assert not any("gloo" in names for names in threads), threads
+
+
 @pytest.fixture
 def one_process(tmp_path):
     """A process group of this process alone."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import io
 import os
 import shlex
@@ -17,6 +18,7 @@ from typing import Any, NoReturn, TextIO
 import torch
 from tqdm import tqdm
 
+from birnn_ext._info import describe
 from birnn_ext.mnist import data, processes, training
 from birnn_ext.mnist.data import Mnist, UserError, reason, refuse_folders, write_together
 from birnn_ext.mnist.pictures import draw_curves, draw_misclassified
@@ -24,7 +26,11 @@ from birnn_ext.mnist.processes import Processes
 from birnn_ext.mnist.training import Hyperparameters, Training
 
 PROGRAM = "birnn-mnist"
+FOLDER = Path("runs/mnist")  # for results, if nothing else is said
 RESULTS = ("model.ckpt", "training_state.pt", "metrics.json", "curves.png", "misclassified.png")
+
+ALIASES = {"num_epochs": ["--epochs"], "learning_rate": ["--lr"]}  # options' names that people try first
+SURE = 0.7  # a lesser probability is told to be no certain answer
 
 
 class Unbroken:
@@ -63,17 +69,32 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see {self.prog} --help)")
 
+    def refuse(self, word: str) -> NoReturn:
+        """Raises UserError for a word that is no argument; of an option, with the nearest that there is."""
+        if not word.startswith("-"):
+            self.error(f"there is one argument too many: {word!r}")
+        name = word.split("=")[0]
+        options = {option.lstrip("-"): option for option in self._option_string_actions}
+        near = difflib.get_close_matches(name.lstrip("-"), options, 1)
+        self.error(f"there is no option {name}" + "".join(f"; did you mean {options[one]}?" for one in near))
 
-def make_parser() -> argparse.ArgumentParser:
-    parser = Parser(prog=PROGRAM, description=__doc__)
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = Parser(
+        prog=PROGRAM,
+        description=__doc__,
+        epilog="Exit status: 0; 1 if some pictures can't be read, 2 for other errors, 130 if interrupted.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,  # of the version's lines, too
+    )
+    parser.add_argument("--version", action="version", version=describe(), help="print what was built, and exit")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def command(name: str, help: str) -> argparse.ArgumentParser:
+    def command(name: str, help: str) -> Parser:
         sub = commands.add_parser(name, help=help, description=help, formatter_class=argparse.RawTextHelpFormatter)
         sub.add_argument("--device", help="torch device (default: cuda if there is one, else cpu)")
         return sub
 
-    def add_data(sub: argparse.ArgumentParser) -> None:
+    def add_data(sub: Parser) -> None:
         sub.add_argument("--data", type=Path, default=Path("data"), help="folder of MNIST (default: data)")
         sub.add_argument(
             "--data-source",
@@ -89,18 +110,26 @@ def make_parser() -> argparse.ArgumentParser:
         "With `torchrun --nproc-per-node N -m birnn_ext.mnist train`, N processes share each training step.",
     )
     add_data(train)
-    train.add_argument("--out", type=Path, default=Path("runs/mnist"), help="folder for results (default: runs/mnist)")
+    train.add_argument(
+        "--out", type=Path, help=f"folder for results (default: that of the training to resume, else {FOLDER})"
+    )
+    train.add_argument(
+        "--overwrite",
+        action="store_true",
+        help="replace another, or a longer, training in that folder",
+    )
     train.add_argument(
         "--resume",
         nargs="?",
         const=True,
         metavar="FROM",
-        help="go on with the interrupted training in folder or file FROM (default: the --out folder)",
+        help="go on with the training in folder or file FROM (default: the --out folder), or add epochs to it",
     )
     train.add_argument("--max-steps", type=int, metavar="N", help="stop after N training steps")
     for one in fields(Hyperparameters):
         train.add_argument(
             "--" + one.name.replace("_", "-"),
+            *ALIASES.get(one.name, []),
             type=type(one.default),
             default=argparse.SUPPRESS,  # --resume must know what was given
             help=f"{one.metadata['help']} (default: {one.default})",
@@ -113,7 +142,11 @@ def make_parser() -> argparse.ArgumentParser:
     predict = command("predict", "Tell which digits pictures show.")
     predict.add_argument("checkpoint", type=Path, metavar="CKPT", help="a model.ckpt")
     predict.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="a PNG or JPEG of one digit")
-    return parser
+
+    args, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        commands.choices[args.command].refuse(unknown[0])
+    return args
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -160,6 +193,10 @@ def resume_command(args: argparse.Namespace) -> str:
 
 
 def run_train(args: argparse.Namespace) -> int:
+    if args.resume == "":
+        raise UserError("--resume: FROM is empty")
+    args.resume = args.out or FOLDER if args.resume is True else args.resume and Path(args.resume)
+    args.out = args.out or (training.state_file(args.resume).parent if args.resume else FOLDER)
     device = choose_device(args.device)
     with processes.joined(device) as group:
         return train(args, device, group)
@@ -172,9 +209,7 @@ def train(args: argparse.Namespace, device: torch.device, group: Processes) -> i
         raise UserError(f"max_steps must be positive, got {args.max_steps}")
     state = None
     if args.resume is not None:
-        if args.resume == "":
-            raise UserError("--resume: FROM is empty")
-        state = group.same(lambda: training.load_state(args.out if args.resume is True else Path(args.resume)))
+        state = group.same(lambda: training.load_state(args.resume))
         before = state["hyperparameters"]
         for name, value in given.items():
             if name != "num_epochs" and value != before[name]:  # more epochs are a reason to resume
@@ -189,6 +224,7 @@ def train(args: argparse.Namespace, device: torch.device, group: Processes) -> i
 
     first = group.rank == 0
     run = Training(hp, mnist, device, state, group)
+    group.same(lambda: check_replaces(args, run))
     with training.interruptible() as stop:
         finished = run.run(
             args.max_steps,
@@ -209,7 +245,7 @@ def train(args: argparse.Namespace, device: torch.device, group: Processes) -> i
     say(training.accuracy_line(run.accuracy, mnist.test))
     if mnist.source == "sample":
         say("(accuracy on the embedded sample's test digits, not on MNIST's 10000)")
-    pictures = draw_curves(run.progress, run.steps_per_epoch), draw_misclassified(mnist.test, predicted)
+    pictures = draw_curves(run.progress.losses, run.evaluations, mnist), draw_misclassified(mnist.test, predicted)
     write_together({args.out / "curves.png": pictures[0], args.out / "misclassified.png": pictures[1]})
     say(f"Saved model.ckpt, metrics.json, curves.png and misclassified.png in {args.out}")
     return 0
@@ -225,6 +261,13 @@ def check_out(folder: Path) -> None:
     refuse_folders(folder / name for name in RESULTS)
 
 
+def check_replaces(args: argparse.Namespace, run: Training) -> None:
+    """Refuses to replace another training, but where that is asked for, or is the one that goes on."""
+    goes_on = args.resume and training.state_file(args.resume).resolve() == training.state_file(args.out).resolve()
+    if not args.overwrite and not goes_on:
+        training.check_replaces(run, args.max_steps, args.out, say)
+
+
 def run_evaluate(args: argparse.Namespace) -> int:
     device = choose_device(args.device)
     model, hp = training.load_model(args.checkpoint, device)
@@ -237,16 +280,24 @@ def run_predict(args: argparse.Namespace) -> int:
     device = choose_device(args.device)
     model, hp = training.load_model(args.checkpoint, device)
     model.eval()
-    pictures = torch.stack([data.read_picture(path) for path in args.images]).to(device)
+    paths, pictures = [], []
+    for path in args.images:
+        try:
+            pictures.append(data.read_picture(path))
+            paths.append(path)
+        except UserError as error:
+            print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+    if not pictures:
+        return 2
     with torch.no_grad():
-        probabilities, classes = model(hp.sequences(pictures)).softmax(1).max(1)
-    for path, digit, probability in zip(args.images, classes.tolist(), probabilities.tolist(), strict=True):
-        say(f"{path}: {digit} (probability {probability:.3f})")
-    return 0
+        probabilities, classes = model(hp.sequences(torch.stack(pictures).to(device))).softmax(1).max(1)
+    for path, digit, probability in zip(paths, classes.tolist(), probabilities.tolist(), strict=True):
+        say(f"{path}: {digit} (probability {probability:.3f}{'' if probability >= SURE else ', not sure'})")
+    return 0 if paths == args.images else 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit status: 0, 2 for a user's error, 130 for Ctrl-C."""
+    """Runs the command; returns its exit status: 0, 1 or 2 for a user's error (see --help), 130 for Ctrl-C."""
     with redirect_stdout(Unbroken(sys.stdout, "standard output")), redirect_stderr(Unbroken(sys.stderr)):
         return run_command(arguments)
 
@@ -254,7 +305,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run_command(arguments: Sequence[str] | None) -> int:
     try:
         try:
-            args = make_parser().parse_args(arguments)
+            args = parse(arguments)
             return {"train": run_train, "evaluate": run_evaluate, "predict": run_predict}[args.command](args)
         finally:
             sys.stdout.flush()  # here rather than at exit, where a broken pipe and a full disk are errors of Python's

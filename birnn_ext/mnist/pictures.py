@@ -3,28 +3,61 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 
+import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 from torch import Tensor
 
-from birnn_ext.mnist.data import Digits
-from birnn_ext.mnist.training import Progress
+from birnn_ext.mnist.data import Digits, Mnist
 
+LOSS, ACCURACY = "#0072B2", "#D55E00"  # of Okabe and Ito's colours, which the colour-blind tell apart
+SMOOTHED = 50  # steps over which the loss is averaged
+FEW = 20  # steps, of less than which there is no mean
+LABELLED = 6  # accuracies for which there is room
 GRID = 6  # rows and columns of misclassified digits
 
 
-def draw_curves(progress: Progress, steps_per_epoch: int) -> bytes:
-    """A PNG: loss of every step, and test accuracy after every epoch."""
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    left = figure.subplots()
-    left.plot(range(1, len(progress.losses) + 1), progress.losses, color="tab:blue", linewidth=0.8)
-    left.set(xlabel="step", ylabel="training loss (cross-entropy)", ylim=(0, None))
-    right = left.twinx()
-    epochs = range(1, len(progress.accuracies) + 1)
-    right.plot([e * steps_per_epoch for e in epochs], [100 * a for a in progress.accuracies], "o-", color="tab:orange")
-    right.set(ylabel="test accuracy (%)")
-    for axis, colour in ((left, "tab:blue"), (right, "tab:orange")):
-        axis.yaxis.label.set_color(colour)
+def draw_curves(losses: Sequence[float], evaluations: Sequence[tuple[int, float]], mnist: Mnist) -> bytes:
+    """A PNG: the loss of every step and, below it, accuracies on the test set.
+
+    Args:
+        losses: of every step.
+        evaluations: how many steps were done before each, and the accuracy, 0 .. 1.
+        mnist: what the training read.
+    """
+    steps = len(losses)
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    above, below = figure.subplots(2, sharex=True, height_ratios=(3, 2))
+    digits = f"{len(mnist.train):,} digits of MNIST" + (", its embedded sample" if mnist.source == "sample" else "")
+    figure.suptitle(f"Training of a BiRNN on {digits}")
+
+    dotted = ".-" if steps < FEW else "-"
+    above.plot(range(1, steps + 1), losses, dotted, color=LOSS, alpha=0.4, linewidth=0.8, label="each step")
+    if steps >= FEW:
+        over = min(SMOOTHED, steps // 4)
+        means = np.convolve(losses, np.full(over, 1 / over), "valid")
+        centres = np.arange(len(means)) + (over + 1) / 2
+        above.plot(centres, means, color=LOSS, linewidth=2, label=f"mean of {over} steps")
+    above.set_ylabel("training loss (cross-entropy)")
+    if any(0 < loss < np.inf for loss in losses):  # as of any training that has not diverged
+        above.set_yscale("log")
+        above.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        above.yaxis.set_major_formatter("{x:g}")
+        above.yaxis.set_minor_formatter(NullFormatter())
+    above.legend(frameon=False)
+
+    below.plot([step for step, _ in evaluations], [100 * accuracy for _, accuracy in evaluations], "o:", color=ACCURACY)
+    for step, accuracy in evaluations if len(evaluations) <= LABELLED else evaluations[-1:]:
+        text = f"{100 * accuracy:.2f} %"
+        below.annotate(text, (step, 100 * accuracy), (0, 8), textcoords="offset points", ha="center")
+    below.set(xlabel="training steps", ylabel=f"accuracy (%)\non {len(mnist.test):,} test digits")
+    below.set_xlim(0, 1.05 * steps)
+    below.margins(y=0.4)
+    for axes in (above, below):
+        axes.grid(color="0.9")
+        axes.spines[["top", "right"]].set_visible(False)
     return _png(figure, 120)
 
 

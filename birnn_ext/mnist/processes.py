@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any, TypeVar
 
 import torch
@@ -57,9 +58,16 @@ class Processes:
         value: T = made[0]
         return value
 
-    def wrap(self, model: nn.Module) -> nn.Module:
-        """A module whose backward pass averages the gradients of all processes."""
-        return nn.parallel.DistributedDataParallel(model) if self.count > 1 else model
+    def sum_gradients(self, model: nn.Module) -> None:
+        """Over all processes, in one message.
+
+        DistributedDataParallel would send them during the backward pass, but it keeps the group: see `joined`.
+        """
+        if self.count > 1:
+            gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+            whole = self.sum(torch.cat([gradient.flatten() for gradient in gradients]))
+            for gradient, part in zip(gradients, whole.split([one.numel() for one in gradients]), strict=True):
+                gradient.copy_(part.view_as(gradient))
 
 
 def launched() -> bool:
@@ -74,10 +82,17 @@ def local_rank() -> int:
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[Processes]:
-    """Joins the processes that torchrun has started: through gloo, for CUDA tensors through nccl."""
+    """Joins the processes that torchrun has started: through gloo, for CUDA tensors through nccl.
+
+    The group's threads end with it, once nothing keeps it. One that is left may drop a tensor while Python ends, which
+    aborts the process.
+    """
     if not launched():
         yield Processes()
         return
+    # Its functions have the group as a default argument if there is one when they are defined. An optimizer's first
+    # step imports the module: later than here, it would keep the group for ever.
+    import_module("torch.distributed.nn.functional")
     if device.type == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")

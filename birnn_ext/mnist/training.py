@@ -141,11 +141,19 @@ class Training:
             steps = self.steps_per_epoch
             if progress.step >= steps or len(progress.losses) != progress.epoch * steps + progress.step:
                 raise UserError(f"the training to resume did not have {steps} steps per epoch, as this one has")
-        self.network = self.processes.wrap(self.model)
 
     @property
     def steps_per_epoch(self) -> int:
         return -(-len(self.mnist.train) // self.hyperparameters.batch_size)
+
+    @property
+    def evaluations(self) -> list[tuple[int, float]]:
+        """Steps done and the accuracy on the test set, after every epoch and at the end."""
+        progress = self.progress
+        found = [((epoch + 1) * self.steps_per_epoch, one) for epoch, one in enumerate(progress.accuracies)]
+        if progress.step and self.accuracy is not None:  # the training ended within an epoch
+            found.append((len(progress.losses), self.accuracy))
+        return found
 
     def state(self) -> dict[str, Any]:
         return {
@@ -207,11 +215,12 @@ class Training:
                     settle()
                     return True
                 mine = processes.share(batch)
-                scores = self.network(hp.sequences(train.images[mine]))
+                scores = self.model(hp.sequences(train.images[mine]))
                 # this share of the whole batch's mean; the shares may differ in size
                 loss = F.cross_entropy(scores, train.labels[mine], reduction="sum") / len(batch)
                 self.optimizer.zero_grad()
-                (loss * processes.count).backward()  # gradients are averaged over processes, and shall be summed
+                loss.backward()
+                processes.sum_gradients(self.model)
                 self.optimizer.step()
                 pending.append(loss.detach())
                 progress.step += 1
@@ -296,6 +305,36 @@ def save(training: Training, out: Path) -> None:
     write_together({out / name: content for name, content in contents.items()})
 
 
+def check_replaces(training: Training, max_steps: int | None, out: Path, log: Callable[[str], None]) -> None:
+    """Looks at the training in the folder that this one will write to, and tells log if it has this one's steps.
+
+    Raises:
+        UserError: it is another one, or longer, and would be lost.
+    """
+    try:
+        metrics = json.loads((out / "metrics.json").read_text())
+        before, steps, source = metrics["hyperparameters"], len(metrics["loss"]), metrics["data"]["source"]
+        different = [
+            f"{name} {before.get(name)}, not {value}"
+            for name, value in asdict(training.hyperparameters).items()
+            if name != "num_epochs" and before.get(name) != value  # with more epochs it is the same, and goes on
+        ]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return  # no training
+    if source != training.mnist.source and "sample" in (source, training.mnist.source):  # the others are the same data
+        different.append(f"data from {source}, not {training.mnist.source}")
+    planned = training.hyperparameters.num_epochs * training.steps_per_epoch
+    planned = planned if max_steps is None else min(max_steps, planned)
+    if not different and steps > planned:
+        different.append(f"{steps} steps, not {planned}")
+    if different:
+        raise UserError(
+            f"{out} holds another training ({'; '.join(different)}): choose another folder with --out, "
+            "or replace that training with --overwrite"
+        )
+    log(f"{out} holds this training's first {steps} steps, which are done again (--resume would go on from there)")
+
+
 def _load(path: Path) -> dict[Any, Any]:
     """What a checkpoint holds; nothing if that is no dict, and lacks what is looked for."""
     try:
@@ -355,13 +394,18 @@ def _check_moments(found: dict[int, dict[str, Tensor]], parameters: list[nn.Para
             raise ValueError(f"the moments of parameter {k}")
 
 
+def state_file(path: Path) -> Path:
+    """The file of a training's state: path, or the one in this folder."""
+    return path / "training_state.pt" if path.is_dir() else path
+
+
 def load_state(path: Path) -> dict[str, Any]:
     """The training state in a file, or in the folder of a run.
 
     Raises:
         UserError: there is none.
     """
-    path = path / "training_state.pt" if path.is_dir() else path
+    path = state_file(path)
     state = _load(path)
     try:
         hp = Hyperparameters(**state["hyperparameters"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import re
@@ -21,6 +22,7 @@ from PIL import Image
 
 import birnn_ext.mnist
 from birnn_ext.mnist import cli, data, training
+from birnn_ext.mnist import pictures as pictures_module
 from birnn_ext.mnist.training import Hyperparameters, Training, load_state, save
 
 COMMAND = [sys.executable, "-m", "birnn_ext.mnist"]
@@ -116,7 +118,10 @@ def test_predict(trained, tmp_path):
         image.save(paths[-1])
     done = run("predict", out / "model.ckpt", "--device", "cpu", *paths)
     assert done.returncode == 0, done.stderr
-    found = [re.fullmatch(r"(.*): (\d) \(probability ([01]\.\d{3})\)", line) for line in done.stdout.splitlines()]
+    found = [
+        re.fullmatch(r"(.*): (\d) \(probability [01]\.\d{3}(?:, not sure)?\)", line)
+        for line in done.stdout.splitlines()
+    ]
     assert [m.group(1) for m in found] == [str(p) for p in paths]
     model = TutorialBiRNN(28, 24, 2, 10)
     model.load_state_dict(torch.load(out / "model.ckpt", weights_only=True))
@@ -125,6 +130,78 @@ def test_predict(trained, tmp_path):
     same = [int(m.group(2)) == digit for m, digit in zip(found, expected, strict=True)]
     assert all(same[::2])  # taken as they are
     assert sum(same[1::2]) >= 6  # of 10; they come back nearly as they were
+
+
+@pytest.fixture
+def pictures(trained, tmp_path) -> list[Path]:
+    """Two digits, with a file between them that is no picture, and noise."""
+    _, test = data.read_sample(trained[0])
+    noise = torch.randint(0, 256, (28, 28), dtype=torch.uint8)
+    paths = [tmp_path / name for name in ("first.png", "bad.png", "second.png", "noise.png")]
+    for path, image in zip(paths, (test.images[0], None, test.images[1], noise), strict=True):
+        path.write_text("no picture") if image is None else Image.fromarray(image.numpy()).save(path)
+    return paths
+
+
+def test_predict_names_a_bad_picture_and_goes_on(trained, pictures, capsys):
+    first, bad, second, _ = map(str, pictures)
+    assert cli.main(["predict", str(trained[0] / "model.ckpt"), first, bad, second, first]) == 1
+    printed = capsys.readouterr()
+    assert re.findall(r"^(.*): \d \(probability [01]\.\d{3}[^)]*\)$", printed.out, re.MULTILINE) == [
+        first,
+        second,
+        first,
+    ]
+    assert re.fullmatch(f"birnn-mnist: error: {re.escape(bad)} can't be read as a picture: .*\n", printed.err)
+    assert cli.main(["predict", str(trained[0] / "model.ckpt"), bad, bad]) == 2  # nothing is left to predict
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err.count("can't be read as a picture")) == ("", 2)
+
+
+def test_predict_says_when_it_is_not_sure(tmp_path, pictures, capsys):
+    """A model that gives 3 the probability p whatever it sees, and a ninth of the rest to every other digit."""
+    model = Hyperparameters(hidden_size=4).model()
+    for p, expected in ((0.69, "3 (probability 0.690, not sure)"), (0.71, "3 (probability 0.710)")):
+        with torch.no_grad():
+            model.fc.weight.zero_()
+            model.fc.bias.fill_((1 - p) / 9)[3] = p
+            model.fc.bias.log_()
+        torch.save(model.state_dict(), tmp_path / "model.ckpt")
+        assert cli.main(["predict", str(tmp_path / "model.ckpt"), str(pictures[-1])]) == 0
+        assert capsys.readouterr().out == f"{pictures[-1]}: {expected}\n"
+
+
+def test_curves_are_smoothed_and_say_what_they_are(monkeypatch):
+    monkeypatch.setattr(pictures_module, "_png", lambda figure, dpi: figure)
+    digits = [data.Digits(torch.zeros(n, 28, 28), torch.zeros(n)) for n in (60000, 10000)]
+    losses = [2.0, 0.0] * 600
+    figure = pictures_module.draw_curves(losses, [(600, 0.9531), (1200, 0.9796)], data.Mnist(*digits, "npm"))
+    above, below = figure.axes
+    assert figure.get_suptitle() == "Training of a BiRNN on 60,000 digits of MNIST"
+    raw, smooth = above.get_lines()
+    assert list(raw.get_ydata()) == losses
+    assert raw.get_alpha() < 1
+    assert smooth.get_ydata() == pytest.approx([1.0] * 1151)  # 50 at a time
+    assert [smooth.get_xdata()[k] for k in (0, -1)] == [25.5, 1175.5]  # in their middle
+    assert [text.get_text() for text in above.get_legend().get_texts()] == ["each step", "mean of 50 steps"]
+    (points,) = below.get_lines()
+    assert points.get_xydata().ravel().tolist() == pytest.approx([600, 95.31, 1200, 97.96])
+    assert [text.get_text() for text in below.texts] == ["95.31 %", "97.96 %"]
+    assert below.get_xlabel() == "training steps"
+    assert "accuracy (%)" in below.get_ylabel()
+    odd = [math.nan, 0.0, math.inf]
+    assert pictures_module.draw_curves(odd, [], data.Mnist(*digits, "sample")).axes  # such a training is drawn, too
+
+
+def test_every_evaluation_is_in_the_curves(undrawn, tmp_path, monkeypatch):
+    """After 2 steps an epoch, and at the end within the second."""
+    found = []
+    monkeypatch.setattr(cli, "draw_curves", lambda *arguments: found.append(arguments) or b"")
+    assert cli.main(["train", *TINY, "--max-steps", "3", "--out", str(tmp_path)]) == 0
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    ((losses, evaluations, _),) = found
+    assert losses == metrics["loss"]
+    assert evaluations == [(2, metrics["epoch_accuracy"][0]), (3, metrics["accuracy"])]
 
 
 @pytest.mark.slow
@@ -397,6 +474,67 @@ def test_max_steps_and_more_epochs(tmp_path):
     assert len(metrics["epoch_accuracy"]) == 2
 
 
+TINY = [*SAMPLE, "--hidden-size", "4", "--batch-size", "2500"]  # 2 steps an epoch
+
+
+@pytest.fixture
+def undrawn(monkeypatch) -> None:
+    """Drawing takes longer than these trainings."""
+    monkeypatch.setattr(cli, "draw_curves", lambda *_: b"")
+    monkeypatch.setattr(cli, "draw_misclassified", lambda *_: b"")
+
+
+def steps_in(folder: Path) -> int:
+    return len(json.loads((folder / "metrics.json").read_text())["loss"])
+
+
+def test_resume_goes_on_in_the_folder_that_it_resumes(undrawn, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", *TINY, "--epochs", "1"]) == 0
+    finished = Path("runs/mnist/model.ckpt").read_bytes()
+    for k, given in enumerate(("runs/a", "runs/b/training_state.pt")):
+        folder = Path("runs", "ab"[k])
+        assert cli.main(["train", *TINY, "--max-steps", "1", "--out", str(folder)]) == 0
+        assert cli.main(["train", *SAMPLE, "--max-steps", "3", "--resume", given]) == 0
+        assert f"in {folder}\n" in capsys.readouterr().out
+        assert steps_in(folder) == 3
+    assert cli.main(["train", *SAMPLE, "--max-steps", "4", "--resume", "runs/a", "--out", "runs/c"]) == 0
+    assert (steps_in(Path("runs/a")), steps_in(Path("runs/c"))) == (3, 4)
+    assert Path("runs/mnist/model.ckpt").read_bytes() == finished
+    assert cli.main(["train", *SAMPLE, "--epochs", "2", "--resume"]) == 0  # of the folder that is the default
+    assert steps_in(Path("runs/mnist")) == 4
+
+
+def test_another_training_is_not_overwritten_unasked(undrawn, tmp_path, capsys):
+    train = ["train", *TINY, "--out", str(tmp_path)]
+    assert cli.main([*train, "--max-steps", "2"]) == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    capsys.readouterr()
+    for arguments, why in (
+        (["--seed", "4", "--lr", "0.1"], "learning_rate 0.003, not 0.1; seed 3, not 4"),
+        (["--max-steps", "1"], "2 steps, not 1"),
+    ):
+        assert cli.main([*train, *arguments]) == 2
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert said == (
+            f"birnn-mnist: error: {tmp_path} holds another training ({why}): choose another folder with --out, or "
+            "replace that training with --overwrite"
+        )
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert cli.main([*train, "--max-steps", "1", "--overwrite"]) == 0
+    assert steps_in(tmp_path) == 1
+
+
+def test_the_same_training_may_be_done_again(undrawn, tmp_path, capsys):
+    """As with `make train`, twice: it comes to all that was there."""
+    train = ["train", *TINY, "--out", str(tmp_path)]
+    assert cli.main([*train, "--max-steps", "1"]) == 0
+    assert "holds" not in capsys.readouterr().out
+    assert cli.main([*train, "--max-steps", "2"]) == 0
+    assert f"{tmp_path} holds this training's first 1 steps, which are done again" in capsys.readouterr().out
+    assert steps_in(tmp_path) == 2
+
+
 @pytest.mark.parametrize("steps", [1, 3, 4, 6, 9], ids="cut_after_{}".format)
 def test_resume_in_every_epoch_is_bitwise(tmp_path, steps):
     train, test = (data.Digits(part.images[:200], part.labels[:200]) for part in data.read_sample(tmp_path))
@@ -435,6 +573,17 @@ class Code:
 ERRORS = [
     ([], "the following arguments are required: command"),
     (["fly"], "invalid choice: 'fly'"),
+    (
+        ["train", "--epoochs", "3"],
+        "there is no option --epoochs; did you mean --epochs? (see birnn-mnist train --help)\n",
+    ),
+    (
+        ["train", "--hidden_size=3"],
+        "there is no option --hidden_size; did you mean --hidden-size? (see birnn-mnist train ",
+    ),
+    (["evaluate", "x", "--foo"], "there is no option --foo (see birnn-mnist evaluate --help)\n"),
+    (["evaluate", "x", "y"], "there is one argument too many: 'y' (see birnn-mnist evaluate --help)\n"),
+    (["--foo", "train"], "there is no option --foo (see birnn-mnist train --help)\n"),
     (["train", "--batch-size", "many"], "argument --batch-size: invalid int value: 'many'"),
     (["train", "--batch-size", "0"], "batch_size must be positive, got 0"),
     (["train", "--batch-size", "1" + "0" * 30], "batch_size is too large"),
@@ -548,11 +697,29 @@ def test_help(command, capsys):
     said = capsys.readouterr().out
     expected = {
         (): ["train", "evaluate", "predict"],
-        ("train",): ["--hidden-size", "(default: 128)", "--seed", "--device", "--data", "--out", "--resume"],
+        ("train",): ["--hidden-size", "(default: 128)", "--seed", "--device", "--out", "--overwrite", "--resume"],
         ("evaluate",): ["CKPT", "--data", "--device"],
         ("predict",): ["CKPT", "IMAGE"],
     }
     assert all(word in said for word in expected[tuple(command)])
+
+
+def test_version_tells_what_was_built(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["--version"])
+    assert stopped.value.code == 0
+    said, info = capsys.readouterr().out, birnn_ext.build_info()
+    assert said.startswith(f"birnn_ext {birnn_ext.__version__}\n")
+    assert all(part in said for part in (info["torch"], info["cpu_isa"], info["cuda"] or "CUDA kernels: none"))
+    assert said.count("\n") >= 4  # a line for each
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--num-epochs", "5", "--learning-rate", "0.5"], ["--epochs", "5", "--lr", "0.5"]]
+)
+def test_options_have_the_names_that_people_try(arguments):
+    args = cli.parse(["train", *arguments])
+    assert (args.num_epochs, args.learning_rate) == (5, 0.5)
 
 
 def test_missing_extra_is_named(monkeypatch, capsys):
