@@ -9,6 +9,7 @@ from typing import cast
 from torch import nn
 
 from birnn_ext.modules import LSTM
+from birnn_ext.portable import beyond_nn_lstm, nn_lstm_state
 
 
 @dataclass
@@ -69,15 +70,18 @@ def accelerate(model: nn.Module) -> Acceleration:
 
 
 def restore(model: nn.Module) -> list[str]:
-    """Turns what `accelerate` has turned back into `torch.nn.LSTM`, in place.
+    """Turns every `birnn_ext.LSTM` in a model into a `torch.nn.LSTM`, in place.
+
+    What `accelerate` has turned is as it was before, and a model that was written with ours becomes one for tools that
+    know nn.LSTM by its type, such as quantization. As with `accelerate` the modules stay the same objects. A model that
+    calls them with what nn.LSTM has no argument for, ``lengths`` or ``output="last"``, no longer runs; `BiRNN` does.
 
     Args:
-        model: the module that `accelerate` was given, or any that contains parts of it. LSTMs that were birnn_ext's
-            from the beginning stay so.
+        model: any module, which may itself be one of ours.
 
     Returns:
-        The names of the modules that were turned back. A warning names those that can't be, as their class has been
-        changed since, by a parametrization for instance.
+        The names of the modules that were turned. A warning names those that can't be: their class has been changed
+        since, by a parametrization for instance, or they have an option that nn.LSTM lacks, such as zoneout.
 
     Raises:
         TypeError: model is not a module.
@@ -85,17 +89,20 @@ def restore(model: nn.Module) -> list[str]:
     _check_model(model)
     names = []
     for name, module in model.named_modules():
-        if not isinstance(module, LSTM) or not getattr(module, "accelerated", False):
+        if not isinstance(module, LSTM):
             continue
-        if type(module) is not LSTM:
-            warnings.warn(
-                f"birnn_ext.restore: {name or 'the model itself'} is left, as something has changed its class to "
-                f"{type(module).__name__} since; undo that first (parametrizations: remove them)",
-                stacklevel=2,
+        no = beyond_nn_lstm(module)
+        if type(module) is not LSTM or no:
+            why = (
+                f"nn.LSTM has no {', '.join(no)}"
+                if no
+                else f"something has changed its class to {type(module).__name__} since; undo that first "
+                "(parametrizations: remove them)"
             )
+            warnings.warn(f"birnn_ext.restore: {name or 'the model itself'} is left, as {why}", stacklevel=2)
         else:
+            module.__dict__ = nn_lstm_state(module)
             module.__class__ = nn.LSTM  # type: ignore[assignment]  # mypy does not see that the class may change
-            del module.accelerated
             module._init_flat_weights()
             names.append(name)
     return names

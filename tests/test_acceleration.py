@@ -104,10 +104,3 @@ def test_restore_says_what_it_leaves():
         assert restore(model) == []
     nn.utils.parametrize.remove_parametrizations(model[0], "weight_hh_l0")
     assert restore(model) == ["0"]
-
-
-def test_restore_leaves_what_was_ours_from_the_beginning():
-    model = nn.ModuleDict({"ours": birnn_ext.LSTM(3, 4), "theirs": nn.LSTM(3, 4)})
-    assert accelerate(model).replaced == ["theirs"]
-    assert restore(model) == ["theirs"]
-    assert type(model["ours"]) is birnn_ext.LSTM
