@@ -4,10 +4,17 @@
 turns the LSTMs of a model that somebody else wrote.
 """
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from birnn_ext import integrations as integrations  # what other packages are told of us
 from birnn_ext._info import __version__, build_info, op_calls
 from birnn_ext.acceleration import Acceleration, accelerate, restore
 from birnn_ext.modules import LSTM, BiRNN
+from birnn_ext.portable import as_nn_lstm
+
+if TYPE_CHECKING:
+    from birnn_ext import onnx as onnx
 
 __all__ = [
     "LSTM",
@@ -15,7 +22,19 @@ __all__ = [
     "BiRNN",
     "__version__",
     "accelerate",
+    "as_nn_lstm",
     "build_info",
     "op_calls",
     "restore",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Loads `birnn_ext.onnx` when it is asked for."""
+    if name != "onnx":
+        raise AttributeError(f"module 'birnn_ext' has no attribute {name!r}")
+    return importlib.import_module("birnn_ext.onnx")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), "onnx"})

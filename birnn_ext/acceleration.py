@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from birnn_ext.modules import LSTM
+from birnn_ext.portable import beyond_nn_lstm, nn_lstm_state
 
 
 @dataclass
@@ -86,15 +87,20 @@ def accelerate(model: nn.Module) -> Acceleration:
 
 
 def restore(model: nn.Module) -> list[str]:
-    """Turns what `accelerate` has turned back into what it was, in place.
+    """Turns every `birnn_ext.LSTM` in a model into a `torch.nn.LSTM`, in place.
+
+    What `accelerate` has turned gets the class back that it had, and a model that was written with ours becomes one for
+    tools that know nn.LSTM by its type, such as quantization. As with `accelerate` the modules stay the same objects. A
+    model that calls them with what nn.LSTM has no argument for, ``lengths`` or ``output="last"``, no longer runs;
+    `BiRNN` does.
 
     Args:
-        model: the module that `accelerate` was given, or any that contains parts of it. LSTMs that were birnn_ext's
-            from the beginning stay so.
+        model: any module, which may itself be one of ours.
 
     Returns:
-        The names of the modules that were turned back. A warning names those that can't be, as their class has been
-        changed since, by something other than PyTorch's parametrizations or fully_shard.
+        The names of the modules that were turned. A warning names those that can't be: they have an option that nn.LSTM
+        lacks, such as zoneout, or their class is neither ours nor made by `accelerate`, PyTorch's parametrizations or
+        fully_shard.
 
     Raises:
         TypeError: model is not a module.
@@ -102,18 +108,20 @@ def restore(model: nn.Module) -> list[str]:
     _check_model(model)
     names = []
     for name, module in model.named_modules():
-        if not isinstance(module, LSTM) or not getattr(module, "accelerated", False):
+        if not isinstance(module, LSTM):
             continue
-        theirs = _theirs(type(module))
-        if theirs is None:
-            warnings.warn(
-                f"birnn_ext.restore: {name or 'the model itself'} is left, as something has changed its class to "
-                f"{type(module).__name__} since; undo that first",
-                stacklevel=2,
+        theirs, no = _theirs(type(module)), beyond_nn_lstm(module)
+        if theirs is None or no:
+            why = (
+                f"nn.LSTM has no {', '.join(no)}"
+                if no
+                else f"its class {type(module).__name__} is not one that accelerate has made; if something has changed "
+                "it since, undo that first"
             )
+            warnings.warn(f"birnn_ext.restore: {name or 'the model itself'} is left, as {why}", stacklevel=2)
         else:
+            module.__dict__ = nn_lstm_state(module)
             module.__class__ = theirs
-            del module.accelerated
             module._init_flat_weights()
             names.append(name)
     return names
@@ -193,6 +201,8 @@ def _why_left(module: nn.LSTM) -> str | None:
     if "forward" in vars(module):
         return "its forward has been replaced, by a hook of another library perhaps"
     for name in sorted(_NAMES):
+        if name == "recompute" and vars(module).get(name) is True:
+            continue  # as `restore` leaves it; no result depends on it
         if hasattr(module, name):
             return f"it has an attribute {name}, a name that birnn_ext.LSTM uses for something else"
     mro = type(module).__mro__
@@ -259,7 +269,7 @@ def _program_with_lstm(module: nn.Module) -> str | None:
     if isinstance(module, torch.jit.ScriptModule):
         methods = [module._c._get_method(name) for name in module._c._method_names()]
         if any(method.graph.findAllNodes("aten::lstm") for method in methods):
-            return "it is TorchScript, which can't be changed: accelerate the model before it is scripted or traced"
+            return "it is TorchScript, which can't be changed, and has nn.LSTM's operator: torch.export keeps ours"
     elif isinstance(module, torch.fx.GraphModule) and any(
         getattr(node.target, "overloadpacket", None) is torch.ops.aten.lstm for node in module.graph.nodes
     ):

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import numbers
+import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, NoReturn, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from birnn_ext import portable
 from birnn_ext._compile import let_dynamo_trace
 from birnn_ext.ops import lstm_layer
 from birnn_ext.variants import Variant, Weights, lstm_variant_layer
@@ -216,11 +219,18 @@ class LSTM(nn.LSTM):
         vars(self).pop("_flat_weights", None)
         self._flat_weight_refs = []  # tensors with weak references can't be swapped
 
-    def __prepare_scriptable__(self) -> NoReturn:
-        raise NotImplementedError(
-            "birnn_ext.LSTM can't be compiled by torch.jit.script; use torch.compile or torch.export, or script a "
-            "model of torch.nn.LSTM, which has the same state_dict (birnn_ext.restore undoes birnn_ext.accelerate)"
+    def __prepare_scriptable__(self) -> nn.LSTM:
+        """What torch.jit.script compiles in place of an LSTM."""
+        # nn.LSTM, or the user's class that `accelerate` has found
+        cls = next(c for c in type(self).__mro__ if issubclass(c, nn.LSTM) and not issubclass(c, LSTM))
+        if type(self).forward not in (LSTM.forward, cls.forward):
+            raise NotImplementedError(f"LSTM: torch.jit.script would leave out the forward of {type(self).__name__}")
+        warnings.warn(
+            "torch.jit.script compiles an nn.LSTM of the same parameters in place of a birnn_ext.LSTM, and leaves it "
+            "in the model that held ours; birnn_ext.accelerate(model) brings ours back",
+            stacklevel=2,
         )
+        return portable.scriptable(self, cls)
 
     @overload
     def forward(
@@ -321,6 +331,11 @@ class LSTM(nn.LSTM):
             RuntimeError: sizes of input or hx, their devices or hx's dtype that do not fit, as `torch.nn.LSTM`.
             TypeError: an argument of a wrong type or dtype.
         """
+        tracer = portable.fx_tracer(input, hx, lengths, reset)
+        if tracer is not None:
+            keywords = {"lengths": lengths, "output": output, "reset": reset, "return_cell_states": return_cell_states}
+            leaf: tuple[Any, ...] = portable.as_leaf(tracer, self, (input, hx), keywords)
+            return leaf
         if output not in ("all", "last"):
             raise ValueError(f'LSTM: output must be "all" or "last", got {output!r}')
         if return_cell_states and output == "last":
@@ -331,6 +346,10 @@ class LSTM(nn.LSTM):
             isinstance(hx, (tuple, list)) and len(hx) == 2 and all(isinstance(state, Tensor) for state in hx)
         ):
             raise TypeError("LSTM: hx must be None or a pair of tensors (h_0, c_0)")
+        if portable.is_recording():
+            portable.check_recordable(self, reset, return_cell_states)
+            if lengths is None and output == "all" and not self.learned_state:
+                return super().forward(input, hx)
         if isinstance(input, PackedSequence):
             if lengths is not None:
                 raise ValueError("LSTM: lengths must be None with a PackedSequence, which has its own")
@@ -464,6 +483,9 @@ class LSTM(nn.LSTM):
         if hx is None and self.learned_state:
             h_0, c_0 = (state.unsqueeze(1).expand(-1, x.shape[1], -1) for state in (self.h_0, self.c_0))
             hx = (h_0, c_0)
+        recording = portable.is_recording()
+        if hx is None and recording:
+            hx = portable.zero_state(self, x)
         self._check_sizes(x, hx)
         directions = 2 if self.bidirectional else 1
         dtype = _autocast_dtype(x)
@@ -487,7 +509,7 @@ class LSTM(nn.LSTM):
             x = y
         if last and self.bidirectional:
             return x, None, None
-        if not last and (x.requires_grad or torch._C._are_functorch_transforms_active()):
+        if not (last or recording) and (x.requires_grad or torch._C._are_functorch_transforms_active()):
             x = x.clone()  # the layer keeps its y for the backward pass, and users may change theirs in place
         if cells is not None:
             cells = cells.flatten(2).to(x.dtype, copy=cells.requires_grad)  # likewise
@@ -521,6 +543,11 @@ class LSTM(nn.LSTM):
         if x.shape[2] != self.input_size:
             raise RuntimeError(
                 f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {x.shape[2]}"
+            )
+        if x.is_quantized:
+            raise TypeError(
+                f"LSTM: input must not be quantized, got {x.dtype}; to have an LSTM quantized, make it an nn.LSTM by "
+                "birnn_ext.restore(model) before torch.ao.quantization.prepare"
             )
         autocasts = _autocast_dtype(x) is not None and _autocast_dtype(weight) is not None
         if x.dtype != weight.dtype and not autocasts:
@@ -566,6 +593,8 @@ class LSTM(nn.LSTM):
                 )
         if dtype != x.dtype:  # autocast
             weights = [w.to(x.dtype) for w in weights]
+        if portable.is_recording() and h0 is not None and c0 is not None:  # `_run` has made them
+            return *portable.lstm_layer(self, x, weights, h0, c0, lengths), None
         if variant is None:
             return *lstm_layer(x, weights, self.bias, h0, c0, lengths, self.recompute), None
 
@@ -650,9 +679,20 @@ class BiRNN(nn.Module):
         Raises:
             ValueError, RuntimeError, TypeError: as `LSTM.forward`.
         """
-        last, _ = self.lstm(x, output="last")
+        if isinstance(self.lstm, LSTM):
+            last, _ = self.lstm(x, output="last")
+        else:  # an nn.LSTM, by `restore` or within a script
+            last = self.lstm(x)[0][:, -1]
         scores: Tensor = self.fc(last)
         return scores
+
+    def __prepare_scriptable__(self) -> BiRNN:
+        """A twin that has the nn.LSTM, as torch.jit.script would put it into this one."""
+        twin = copy.copy(self)
+        twin._modules = dict(self._modules)
+        if isinstance(self.lstm, LSTM):
+            twin.lstm = portable.scriptable(self.lstm, nn.LSTM)  # type: ignore[assignment]
+        return twin
 
     if TYPE_CHECKING:  # nn.Module's says Any
         __call__ = forward

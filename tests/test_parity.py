@@ -692,22 +692,6 @@ def test_replicas_of_data_parallel():
     all_near(torch.autograd.grad(y.sum(), ours.parameters()), torch.autograd.grad(ours(x)[0].sum(), ours.parameters()))
 
 
-def test_script_says_what_to_do_instead():
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.lstm = LSTM(3, 5)
-
-        def forward(self, x):
-            return self.lstm(x)[0]
-
-    for module in (LSTM(3, 5), Model()):
-        with pytest.raises(
-            NotImplementedError, match=r"birnn_ext.LSTM can't be compiled by torch.jit.script; use torch"
-        ):
-            torch.jit.script(module)
-
-
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_quantize_dynamic_leaves_it_in_float_and_quantizes_what_was_restored():
     class Model(nn.Module):
