@@ -221,16 +221,16 @@ class LSTM(nn.LSTM):
 
     def __prepare_scriptable__(self) -> nn.LSTM:
         """What torch.jit.script compiles in place of an LSTM."""
-        # nn.LSTM, or the user's class that `accelerate` has found
-        cls = next(c for c in type(self).__mro__ if issubclass(c, nn.LSTM) and not issubclass(c, LSTM))
-        if type(self).forward not in (LSTM.forward, cls.forward):
-            raise NotImplementedError(f"LSTM: torch.jit.script would leave out the forward of {type(self).__name__}")
+        if type(self).forward is not LSTM.forward:
+            raise NotImplementedError(
+                f"LSTM: torch.jit.script would leave out the forward of {type(self).__name__}; trace it instead"
+            )
         warnings.warn(
             "torch.jit.script compiles an nn.LSTM of the same parameters in place of a birnn_ext.LSTM, and leaves it "
             "in the model that held ours; birnn_ext.accelerate(model) brings ours back",
             stacklevel=2,
         )
-        return portable.scriptable(self, cls)
+        return portable.scriptable(self)
 
     @overload
     def forward(
@@ -333,6 +333,11 @@ class LSTM(nn.LSTM):
         """
         tracer = portable.fx_tracer(input, hx, lengths, reset)
         if tracer is not None:
+            if type(self).forward is not LSTM.forward:  # a leaf would be called with what this has made of the input
+                raise NotImplementedError(
+                    f"LSTM: torch.fx can't trace through the forward of {type(self).__name__}; name it a leaf in a "
+                    "torch.fx.Tracer's is_leaf_module"
+                )
             keywords = {"lengths": lengths, "output": output, "reset": reset, "return_cell_states": return_cell_states}
             leaf: tuple[Any, ...] = portable.as_leaf(tracer, self, (input, hx), keywords)
             return leaf
@@ -691,7 +696,7 @@ class BiRNN(nn.Module):
         twin = copy.copy(self)
         twin._modules = dict(self._modules)
         if isinstance(self.lstm, LSTM):
-            twin.lstm = portable.scriptable(self.lstm, nn.LSTM)  # type: ignore[assignment]
+            twin.lstm = portable.scriptable(self.lstm)  # type: ignore[assignment]
         return twin
 
     if TYPE_CHECKING:  # nn.Module's says Any

@@ -151,8 +151,8 @@ def nn_lstm_state(lstm: LSTM) -> dict[str, Any]:
     return {name: value for name, value in vars(lstm).items() if name not in added}
 
 
-def scriptable(lstm: LSTM, cls: type[nn.LSTM]) -> nn.LSTM:
-    """One of nn.LSTM or a class derived from it for torch.jit.script, which shares all but the class with an LSTM."""
+def scriptable(lstm: LSTM) -> nn.LSTM:
+    """An nn.LSTM for torch.jit.script, which shares parameters, hooks and all else with an LSTM."""
     no = beyond_nn_lstm(lstm)
     if no:
         raise NotImplementedError(f"LSTM: torch.jit.script compiles an nn.LSTM, which has no {', '.join(no)}")
@@ -160,7 +160,7 @@ def scriptable(lstm: LSTM, cls: type[nn.LSTM]) -> nn.LSTM:
         raise NotImplementedError(
             "LSTM: torch.jit.script can't compile a parametrized nn.LSTM; remove_parametrizations first, or trace it"
         )
-    twin = cls.__new__(cls)
+    twin = nn.LSTM.__new__(nn.LSTM)
     vars(twin).update(nn_lstm_state(lstm))
     twin._init_flat_weights()
     return twin

@@ -30,6 +30,19 @@ pytestmark = [
 SIZES = [(1, 1), (7, 9), (2, 30)]  # B, T: none is the example's
 
 
+class Scaled(nn.LSTM):
+    """A subclass that prepares its input."""
+
+    def forward(self, input, hx=None):
+        return super().forward(input * 2, hx)
+
+
+class Initialised(nn.LSTM):
+    def reset_parameters(self) -> None:
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=0.3)
+
+
 class Tagger(nn.Module):
     """Any model: an LSTM, or one for each of several calls, and a linear layer."""
 
@@ -129,6 +142,19 @@ def test_a_trace_keeps_parametrizations():
     with torch.no_grad():
         lstm.parametrizations.weight_hh_l0.original1.mul_(2)
     all_near([traced(x)[0]], [lstm(x)[0]])
+
+
+@pytest.mark.parametrize("cls", [Scaled, Initialised])
+def test_an_accelerated_subclass_is_recorded_with_its_own_code(cls):
+    model = Plain(cls)
+    accelerate(model)
+    traced = torch.jit.trace(model, torch.randn(4, 5, 6))
+    assert operators(traced.inlined_graph)["aten::lstm"] == 1
+    x = torch.randn(7, 9, 6)
+    ours, calls = model(x), birnn_ext.op_calls()
+    with as_nn_lstm():
+        all_near([traced(x), model(x)], [ours, ours])
+    assert birnn_ext.op_calls() == calls
 
 
 def run_without_birnn_ext(files: list, cases: list, tmp_path) -> None:
@@ -279,6 +305,26 @@ def test_torch_fx_says_that_it_cannot_trace_into_one():
         torch.fx.symbolic_trace(LSTM(6, 8))
 
 
+def test_torch_fx_sees_a_leaf_in_an_accelerated_subclass_but_for_a_forward_of_its_own():
+    """The leaf would do again what that forward has done to the input."""
+    model = Plain(Initialised)
+    accelerate(model)
+    x = torch.randn(7, 9, 6)
+    all_near([torch.fx.symbolic_trace(model)(x)], [model(x)])
+    model = Plain(Scaled)
+    accelerate(model)
+    with pytest.raises(
+        NotImplementedError, match=r"torch\.fx can't trace through the forward of Scaled; name it a leaf"
+    ):
+        torch.fx.symbolic_trace(model)
+
+    class Tracer(torch.fx.Tracer):
+        def is_leaf_module(self, module, name):
+            return isinstance(module, LSTM) or super().is_leaf_module(module, name)
+
+    all_near([torch.fx.GraphModule(model, Tracer().trace(model))(x)], [model(x)])
+
+
 # --- torch.jit.script -------------------------------------------------------------------------------------------------
 
 
@@ -292,9 +338,9 @@ class Plain(nn.Module):
         return self.fc(self.rnn(x)[0])
 
 
-@pytest.mark.parametrize("made", ["accelerated", "ours"])
-def test_script(made):
-    model = Plain(nn.LSTM if made == "accelerated" else LSTM)
+@pytest.mark.parametrize("cls", [nn.LSTM, LSTM, Initialised])
+def test_script(cls):
+    model = Plain(cls)
     accelerate(model)
     x = torch.randn(7, 9, 6)
     expected, parameters = model(x), dict(model.named_parameters())
@@ -322,8 +368,10 @@ def test_script_says_what_it_cannot_compile():
     with pytest.raises(NotImplementedError, match=r"compiles an nn\.LSTM, which has no zoneout, learned_state"):
         torch.jit.script(LSTM(6, 8, zoneout=0.1, learned_state=True))
     lstm = nn.utils.parametrizations.weight_norm(LSTM(6, 8), "weight_hh_l0")
-    with pytest.raises(NotImplementedError, match="would leave out the forward of Doubled"):
-        torch.jit.script(type("Doubled", (LSTM,), {"forward": lambda self, x: LSTM.forward(self, 2 * x)})(6, 8))
+    model = Plain(Scaled)
+    accelerate(model)
+    with pytest.raises(NotImplementedError, match="would leave out the forward of Scaled; trace it instead"):
+        torch.jit.script(model)
     with pytest.raises(NotImplementedError, match="remove_parametrizations first, or trace it"):
         torch.jit.script(lstm)
 
@@ -382,6 +430,22 @@ def test_restore_turns_models_written_with_ours_where_they_use_nothing_beyond_nn
     all_near([model["plain"](x)[0]], [expected])
     assert accelerate(model).replaced == ["plain"]
     assert model["plain"].recompute
+
+
+def test_restore_keeps_parametrizations_of_models_written_with_ours():
+    lstm, x = nn.utils.parametrizations.weight_norm(LSTM(6, 8), "weight_hh_l0"), torch.randn(5, 4, 6)
+    expected = lstm(x)[0]
+    assert restore(lstm) == [""]
+    assert not isinstance(lstm, LSTM)
+    all_near([lstm(x)[0]], [expected])
+    nn.utils.parametrize.remove_parametrizations(lstm, "weight_hh_l0")
+    assert type(lstm) is nn.LSTM and accelerate(lstm).left == {}
+
+
+def test_restore_leaves_a_class_derived_from_ours():
+    lstm = type("Derived", (LSTM,), {})(6, 8)
+    with pytest.warns(UserWarning, match="restore: the model itself is left, as its class Derived is not one that acc"):
+        assert restore(lstm) == []
 
 
 def test_the_classifier_still_runs_restored():
