@@ -684,9 +684,11 @@ class BiRNN(nn.Module):
         Raises:
             ValueError, RuntimeError, TypeError: as `LSTM.forward`.
         """
-        if isinstance(self.lstm, LSTM):
+        if torch.jit.is_scripting():  # an nn.LSTM; the compiler leaves the other branches out, which it can't read
+            last = self.lstm(x)[0][:, -1]
+        elif isinstance(self.lstm, LSTM):
             last, _ = self.lstm(x, output="last")
-        else:  # an nn.LSTM, by `restore` or within a script
+        else:  # an nn.LSTM, by `restore`
             last = self.lstm(x)[0][:, -1]
         scores: Tensor = self.fc(last)
         return scores
