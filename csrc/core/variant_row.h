@@ -310,13 +310,17 @@ BIRNN_INLINE void variant_backward_row(const VariantBackward& p, const X& x, int
       load_gates<S>(x, p.normed, in_gates + u, H, count, normed);
       load_gates<S>(x, p.ln_hh, at.d * width + u, H, count, factor);
       load_gates<A>(x, p.d_ln_hh, state * width + u, H, count, sums);
-      V of_gates{}, of_gates_normed{};
+      V more[Lstm::kGates];
       BIRNN_UNROLL
       for (int g = 0; g < Lstm::kGates; ++g) {
-        const V more = dz[g] * normed[g];
-        sums[g] = sums[g] + more;
+        more[g] = dz[g] * normed[g];
+        sums[g] = sums[g] + more[g];
+      }
+      V of_gates = dz[0] * factor[0], of_gates_normed = more[0] * factor[0];
+      BIRNN_UNROLL
+      for (int g = 1; g < Lstm::kGates; ++g) {
         of_gates = of_gates + dz[g] * factor[g];
-        of_gates_normed = of_gates_normed + more * factor[g];
+        of_gates_normed = of_gates_normed + more[g] * factor[g];
       }
       store_gates<A>(x, p.d_ln_hh, state * width + u, H, sums, count);
       sum_dz = sum_dz + x.only(of_gates, count);

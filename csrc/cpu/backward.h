@@ -97,8 +97,9 @@ struct Backward {
         const V c = load<A>(static_cast<const A*>(p.cells) + row * H + unit, left);
         Cell::template backward<Math<A>>(values, c, c_prev, dh, dc_value, dz_values);
         store_vector(dc_row, dc_value);
-        BIRNN_UNROLL
-        for (int g = 0; g < kGates; ++g)
+        Factor<S>* dz_row = dz[s & 1] + (first + m) * row_size + unit;
+        for (int g = 0; g < kGates; ++g) {
+          store_row<S>(dz_row + g * padded, plane, Cell::recurrent(values, dz_values, g));
           if (slots.dz) {
             const int64_t vector = g * blocks + v + n, panel = vector / kTileVectors, column = vector % kTileVectors;
             store_vector(static_cast<A*>(slots.dz) + ((panel * slots.capacity + slot) * kTileVectors + column) * L,
@@ -106,10 +107,7 @@ struct Backward {
           } else {
             store<A>(static_cast<S*>(p.d_gates_x) + (row * kGates + g) * H + unit, dz_values[g], left);
           }
-        Cell::recurrent(values, dz_values);
-        Factor<S>* dz_row = dz[s & 1] + (first + m) * row_size + unit;
-        BIRNN_UNROLL
-        for (int g = 0; g < kGates; ++g) store_row<S>(dz_row + g * padded, plane, dz_values[g]);
+        }
       }
     }
   }

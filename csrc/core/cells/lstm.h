@@ -10,8 +10,10 @@
 // - forward() turns these values, in place, into those that the backward pass wants, which is all that is saved of a
 // step
 //   beside the state: what a unit carries from step to step and keeps in the accumulation type (a GRU's is its h).
-// - backward() makes dz, the gradient of the input parts, which goes to d_gates_x. recurrent() then turns dz, in place,
-//   into the gradient of the recurrent parts, which is what W_hh^T multiplies (a GRU's candidate has another there).
+// - backward() makes dz, the gradients of the input parts, which go to d_gates_x. recurrent() makes of them the
+// gradient
+//   of a gate's recurrent part, which is what W_hh^T multiplies: the same where kAddsParts, another for a GRU's
+//   candidate.
 #pragma once
 
 #include "../inline.h"
@@ -50,9 +52,11 @@ struct Lstm {
     state_backward<M>(values, c_prev, d_o, dc, dz);
   }
 
-  // Both parts have the same gradient.
+  // Both parts of a gate have the same gradient.
   template <class V>
-  static BIRNN_INLINE void recurrent(const V (&)[kValues], V (&)[kGates]) {}
+  static BIRNN_INLINE V recurrent(const V (&)[kValues], const V (&dz)[kGates], int gate) {
+    return dz[gate];
+  }
 
   // --- its parts, between which variants do more
 

@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const CellBackward p
   const int64_t state = (d * p.B + b) * p.H + unit;
   const int64_t gate = (d * p.B + b) * kGates * p.H + unit;
   const int64_t row = (t * p.B + b) * p.D + d, row_before = (order.before(t) * p.B + b) * p.D + d;
-  A values[kValues][N], dz[kGates][N];
+  A values[kValues][N], dz[kGates][N], recurrent[kGates][N];
   if (!order.active(t, length)) {
 #pragma unroll
     for (int k = 0; k < N; ++k) dz[0][k] = A(0);
@@ -155,20 +155,15 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const CellBackward p
     take(values_k, values, k);
     Cell::template backward<Math<A>>(values_k, c[k], c_prev[k], dh[k], dc[k], dz_k);
     put(dz, dz_k, k);
+#pragma unroll
+    for (int g = 0; g < kGates; ++g) recurrent[g][k] = Cell::recurrent(values_k, dz_k, g);
   }
   store<A, N>(p.dc, state, dc);
 #pragma unroll
-  for (int g = 0; g < kGates; ++g) store<S, N>(p.d_gates_x, (row * kGates + g) * p.H + unit, dz[g]);
-#pragma unroll
-  for (int k = 0; k < N; ++k) {
-    A values_k[kValues], dz_k[kGates];
-    take(values_k, values, k);
-    take(dz_k, dz, k);
-    Cell::recurrent(values_k, dz_k);
-    put(dz, dz_k, k);
+  for (int g = 0; g < kGates; ++g) {
+    store<S, N>(p.dz, gate + g * p.H, recurrent[g]);
+    store<S, N>(p.d_gates_x, (row * kGates + g) * p.H + unit, dz[g]);
   }
-#pragma unroll
-  for (int g = 0; g < kGates; ++g) store<S, N>(p.dz, gate + g * p.H, dz[g]);
 }
 
 bool aligned(std::initializer_list<const void*> pointers) {
