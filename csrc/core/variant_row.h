@@ -157,7 +157,8 @@ BIRNN_INLINE void variant_forward_row(const VariantForward& p, const X& x, int64
       BIRNN_UNROLL
       for (int g = 0; g < Lstm::kGates; ++g) recurrent[g] = recurrent[g] * factor[g];
     }
-    Lstm::combine(input, recurrent, gates);
+    BIRNN_UNROLL
+    for (int g = 0; g < Lstm::kGates; ++g) Lstm::combine(gates, g, input[g], recurrent[g]);
     Lstm::activate<M>(gates);
     const V c_prev = at.cleared ? V{} : x.template load<A>(p.c, state * H + u, count);
     V c = Lstm::state(gates, c_prev);

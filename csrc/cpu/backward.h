@@ -70,7 +70,7 @@ struct Backward {
     for (int m = 0; m < rows; ++m) {
       const int64_t b = chain.rows[first + m], row = (t * B + b) * D + d;
       const bool first_step = t == order.first(length(b)), last_step = t == order.last(length(b));
-      const int64_t row_before = (order.before(t) * B + b) * D + d;
+      const int64_t row_before = row + (order.before(t) - t) * B * D;
       const int64_t slot = slots.dz ? slots.offsets[t] + chain.rank + (first + m) * chain.rank_step - slots.first : 0;
       for (int n = 0; n < N; ++n) {
         const int64_t unit = (v + n) * L, left = H - unit;

@@ -4,8 +4,8 @@
 // A cell is a type, as Lstm below. What kernels know of it, whatever the cell:
 // - A unit has kGates pre-activations, in the order of the rows of W_ih and W_hh. Each has an input part, W_ih x and
 // the
-//   biases, and a recurrent part, W_hh h. combine() makes of both the kValues values with which the cell begins. Where
-//   kAddsParts, each value is the sum of a gate's parts, and a kernel may begin a sum with the one and gather the
+//   biases, and a recurrent part, W_hh h. combine() puts both among the kValues values with which the cell begins.
+//   Where kAddsParts, each value is the sum of a gate's parts, and a kernel may begin a sum with the one and gather the
 //   other; a gate that sees them apart (a GRU's candidate, tanh(input + r * recurrent)) takes a value more.
 // - forward() turns these values, in place, into those that the backward pass wants, which is all that is saved of a
 // step
@@ -27,9 +27,8 @@ struct Lstm {
   static constexpr bool kAddsParts = true;
 
   template <class V>
-  static BIRNN_INLINE void combine(const V (&input)[kGates], const V (&recurrent)[kGates], V (&values)[kValues]) {
-    BIRNN_UNROLL
-    for (int gate = 0; gate < kGates; ++gate) values[gate] = input[gate] + recurrent[gate];
+  static BIRNN_INLINE void combine(V (&values)[kValues], int gate, V input, V recurrent) {
+    values[gate] = input + recurrent;
   }
 
   // --- all of a step

@@ -55,17 +55,21 @@ __device__ Place place(const RecurrenceSizes& sizes) {
   return {row / sizes.B, row % sizes.B, index % units * N, row < sizes.D * sizes.B};
 }
 
-// The k-th of a thread's units, of arrays that hold N units of each value.
-template <int N, int values, class A>
-__device__ void take(A (&one)[values], const A (&all)[values][N], int k) {
+// Value v of N units, which hold their values side by side.
+template <class T, int N, int values, class A>
+__device__ void load_value(A (&to)[N][values], int v, const void* base, int64_t offset) {
+  A units[N];
+  load<T, N>(units, base, offset);
 #pragma unroll
-  for (int v = 0; v < values; ++v) one[v] = all[v][k];
+  for (int k = 0; k < N; ++k) to[k][v] = units[k];
 }
 
-template <int N, int values, class A>
-__device__ void put(A (&all)[values][N], const A (&one)[values], int k) {
+template <class T, int N, int values, class A>
+__device__ void store_value(void* base, int64_t offset, const A (&from)[N][values], int v) {
+  A units[N];
 #pragma unroll
-  for (int v = 0; v < values; ++v) all[v][k] = one[v];
+  for (int k = 0; k < N; ++k) units[k] = from[k][v];
+  store<T, N>(base, offset, units);
 }
 
 template <class Cell, class S, int N>
@@ -79,7 +83,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const CellForward p) 
   const int64_t state = (d * p.B + b) * p.H + unit;          // in (D, B, H)
   const int64_t gate = (d * p.B + b) * kGates * p.H + unit;  // in (D, B, kGates * H)
   const int64_t row = (t * p.B + b) * p.D + d;               // of (T, B, D)
-  A input[kGates][N], recurrent[kGates][N], values[kValues][N], c[N], h[N];
+  A input[N], recurrent[N], values[N][kValues], c[N], h[N];
   if (p.lengths && !order.active(t, p.lengths[b])) {
 #pragma unroll
     for (int k = 0; k < N; ++k) h[k] = A(0);
@@ -91,24 +95,19 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const CellForward p) 
   }
 #pragma unroll
   for (int g = 0; g < kGates; ++g) {
-    load<S, N>(input[g], p.gates_x, (row * kGates + g) * p.H + unit);
-    load<A, N>(recurrent[g], p.gates_h, gate + g * p.H);
+    load<S, N>(input, p.gates_x, (row * kGates + g) * p.H + unit);
+    load<A, N>(recurrent, p.gates_h, gate + g * p.H);
+#pragma unroll
+    for (int k = 0; k < N; ++k) Cell::combine(values[k], g, input[k], recurrent[k]);
   }
   load<A, N>(c, p.c, state);
 #pragma unroll
-  for (int k = 0; k < N; ++k) {
-    A input_k[kGates], recurrent_k[kGates], values_k[kValues];
-    take(input_k, input, k);
-    take(recurrent_k, recurrent, k);
-    Cell::combine(input_k, recurrent_k, values_k);
-    h[k] = Cell::template forward<Math<A>>(values_k, c[k]);
-    put(values, values_k, k);
-  }
+  for (int k = 0; k < N; ++k) h[k] = Cell::template forward<Math<A>>(values[k], c[k]);
   store<A, N>(p.c, state, c);
   store<S, N>(p.h, state, h);
   store<S, N>(p.y, row * p.H + unit, h);
 #pragma unroll
-  for (int v = 0; v < kValues; ++v) store<S, N>(p.gates, (row * kValues + v) * p.H + unit, values[v]);
+  for (int v = 0; v < kValues; ++v) store_value<S>(p.gates, (row * kValues + v) * p.H + unit, values, v);
   store<A, N>(p.cells, row * p.H + unit, c);
 }
 
@@ -123,14 +122,13 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const CellBackward p
   const int64_t state = (d * p.B + b) * p.H + unit;
   const int64_t gate = (d * p.B + b) * kGates * p.H + unit;
   const int64_t row = (t * p.B + b) * p.D + d, row_before = (order.before(t) * p.B + b) * p.D + d;
-  A values[kValues][N], dz[kGates][N], recurrent[kGates][N];
   if (!order.active(t, length)) {
+    const A zeros[N] = {};
 #pragma unroll
-    for (int k = 0; k < N; ++k) dz[0][k] = A(0);
-#pragma unroll
-    for (int g = 0; g < kGates; ++g) store<S, N>(p.d_gates_x, (row * kGates + g) * p.H + unit, dz[0]);
+    for (int g = 0; g < kGates; ++g) store<S, N>(p.d_gates_x, (row * kGates + g) * p.H + unit, zeros);
     return;
   }
+  A values[N][kValues], dz[N][kGates], recurrent[N];
   A dh[N], more[N], dc[N], c[N], c_prev[N];
   load<A, N>(dh, p.dh, state);
   load<S, N>(more, p.dy, row * p.H + unit);
@@ -148,21 +146,16 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const CellBackward p
   load<A, N>(c, p.cells, row * p.H + unit);
   load<A, N>(dc, p.dc, state);
 #pragma unroll
-  for (int v = 0; v < kValues; ++v) load<S, N>(values[v], p.gates, (row * kValues + v) * p.H + unit);
+  for (int v = 0; v < kValues; ++v) load_value<S>(values, v, p.gates, (row * kValues + v) * p.H + unit);
 #pragma unroll
-  for (int k = 0; k < N; ++k) {
-    A values_k[kValues], dz_k[kGates];
-    take(values_k, values, k);
-    Cell::template backward<Math<A>>(values_k, c[k], c_prev[k], dh[k], dc[k], dz_k);
-    put(dz, dz_k, k);
-#pragma unroll
-    for (int g = 0; g < kGates; ++g) recurrent[g][k] = Cell::recurrent(values_k, dz_k, g);
-  }
+  for (int k = 0; k < N; ++k) Cell::template backward<Math<A>>(values[k], c[k], c_prev[k], dh[k], dc[k], dz[k]);
   store<A, N>(p.dc, state, dc);
 #pragma unroll
   for (int g = 0; g < kGates; ++g) {
-    store<S, N>(p.dz, gate + g * p.H, recurrent[g]);
-    store<S, N>(p.d_gates_x, (row * kGates + g) * p.H + unit, dz[g]);
+#pragma unroll
+    for (int k = 0; k < N; ++k) recurrent[k] = Cell::recurrent(values[k], dz[k], g);
+    store<S, N>(p.dz, gate + g * p.H, recurrent);
+    store_value<S>(p.d_gates_x, (row * kGates + g) * p.H + unit, dz, g);
   }
 }
 
