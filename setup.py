@@ -125,7 +125,9 @@ options = {
     "extra_link_args": ["-fopenmp"],
 }
 if cuda_home:
-    options["sources"] += sorted(glob.glob("csrc/cuda/*.cpp") + glob.glob("csrc/cuda/*.cu"))
+    options["sources"] += sorted(
+        path for path in glob.glob("csrc/cuda/**", recursive=True) if path.endswith((".cpp", ".cu"))
+    )
     options["define_macros"] = [
         ("BIRNN_CUDA_VERSION", f'"{cuda_detail}"'),
         ("BIRNN_CUDA_ARCHITECTURES", f'"{architectures}"'),

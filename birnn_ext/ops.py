@@ -35,7 +35,7 @@ def lstm_recurrence(
     """Runs an LSTM layer's time steps, given its input projection.
 
     For D = 2, direction 1 runs the same recurrence backwards in time. Gate order is i, f, g, o, as in `torch.nn.LSTM`;
-    the equations are in csrc/core/lstm_cell.h. Differentiable any number of times in all floating-point arguments, in
+    the equations are in csrc/core/cells/lstm.h. Differentiable any number of times in all floating-point arguments, in
     forward mode too.
 
     Args:

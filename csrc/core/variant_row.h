@@ -1,7 +1,7 @@
 // One step of the LSTM of variant.h for one row: one direction of one sequence. A row's units are visited by X: a SIMD
-// loop on the CPU, the threads of a block on the GPU. The cell's equations are lstm_cell.h's.
+// loop on the CPU, the threads of a block on the GPU. The cell's equations are cells/lstm.h's.
 //
-// Types S, A and F as in variant.h. X has V, some units' values of type A, M, their functions (lstm_cell.h), and
+// Types S, A and F as in variant.h. X has V, some units' values of type A, M, their functions (cells/lstm.h), and
 // - each(n, f): f(u, count) for the units u .. u+count-1 of n, count being all that V holds, or what is left
 // - load<T>(p, at, count), store<T>(p, at, v, count)
 // - only(v, count): v with 0 for units beyond count
@@ -10,25 +10,22 @@
 // - inverse_root(a): 1 / sqrt(a)
 #pragma once
 
-#include "lstm_cell.h"
+#include "cells/lstm.h"
+#include "inline.h"
+#include "step_order.h"
 #include "variant.h"
-
-#if defined(__CUDACC__)
-#define BIRNN_INLINE_LAMBDA
-#else
-#define BIRNN_INLINE_LAMBDA __attribute__((always_inline))
-#endif
 
 namespace birnn {
 
 // Where a row is in a pass.
 struct RowPlace {
   int64_t d, b, t;
-  int64_t row;    // of (T, B, D)
-  int64_t state;  // of (D, B)
-  bool active;    // the sequence has a step t
-  bool first;     // and it is its first
-  bool cleared;   // and it begins with h = c = 0
+  int64_t row;         // of (T, B, D)
+  int64_t row_before;  // of the step before t
+  int64_t state;       // of (D, B)
+  bool active;         // the sequence has a step t
+  bool first;          // and it is its first
+  bool cleared;        // and it begins with h = c = 0
 };
 
 BIRNN_INLINE RowPlace row_place(const Variant& p, int64_t state, bool forward) {
@@ -36,12 +33,15 @@ BIRNN_INLINE RowPlace row_place(const Variant& p, int64_t state, bool forward) {
   at.state = state;
   at.d = state / p.B;
   at.b = state % p.B;
-  at.t = (at.d == 0) == forward ? p.s : p.T - 1 - p.s;
+  const StepOrder order{at.d, p.T};
+  at.t = forward ? order.forward(p.s) : order.backward(p.s);
+  const int64_t before = order.before(at.t);
   at.row = (at.t * p.B + at.b) * p.D + at.d;
-  const int64_t length = p.lengths ? p.lengths[at.b] : p.T;
-  at.active = at.t < length;
-  at.first = at.t == (at.d == 0 ? 0 : length - 1);
-  const int64_t begins = at.d == 0 ? at.t : at.t + 1;  // the step that reset speaks of
+  at.row_before = (before * p.B + at.b) * p.D + at.d;
+  const int64_t length = length_of(p.lengths, at.b, p.T);
+  at.active = order.active(at.t, length);
+  at.first = at.t == order.first(length);
+  const int64_t begins = at.t > before ? at.t : before;  // the step that reset speaks of: the later one
   at.cleared = p.reset && begins < length && p.reset[begins * p.B + at.b];
   return at;
 }
@@ -58,19 +58,19 @@ BIRNN_INLINE void store_zeros(const X& x, void* p, int64_t at, int64_t n) {
   if (p) x.each(n, [&](int64_t u, int64_t count) BIRNN_INLINE_LAMBDA { x.template store<T>(p, at + u, zeros, count); });
 }
 
+// Values of units at, at+1, ... of each gate, whose rows of H values stand one after the other.
 template <class T, class X>
-BIRNN_INLINE Gates<typename X::V> load_gates(const X& x, const void* p, int64_t at, int64_t H, int64_t count) {
-  return {x.template load<T>(p, at, count), x.template load<T>(p, at + H, count),
-          x.template load<T>(p, at + 2 * H, count), x.template load<T>(p, at + 3 * H, count)};
+BIRNN_INLINE void load_gates(const X& x, const void* p, int64_t at, int64_t H, int64_t count,
+                             typename X::V (&gates)[Lstm::kGates]) {
+  BIRNN_UNROLL
+  for (int g = 0; g < Lstm::kGates; ++g) gates[g] = x.template load<T>(p, at + g * H, count);
 }
 
 template <class T, class X>
-BIRNN_INLINE void store_gates(const X& x, void* p, int64_t at, int64_t H, const Gates<typename X::V>& gates,
+BIRNN_INLINE void store_gates(const X& x, void* p, int64_t at, int64_t H, const typename X::V (&gates)[Lstm::kGates],
                               int64_t count) {
-  x.template store<T>(p, at, gates.i, count);
-  x.template store<T>(p, at + H, gates.f, count);
-  x.template store<T>(p, at + 2 * H, gates.g, count);
-  x.template store<T>(p, at + 3 * H, gates.o, count);
+  BIRNN_UNROLL
+  for (int g = 0; g < Lstm::kGates; ++g) x.template store<T>(p, at + g * H, gates[g], count);
 }
 
 // Mean and inverse standard deviation of n values, value(u, count) giving some of them.
@@ -120,20 +120,20 @@ BIRNN_INLINE void variant_forward_row(const VariantForward& p, const X& x, int64
   using V = typename X::V;
   using M = typename X::M;
   const RowPlace at = row_place(p, state, true);
-  const int64_t H = p.H, in_4h = at.row * 4 * H;
+  const int64_t H = p.H, width = Lstm::kGates * H, in_gates = at.row * width;
   if (!at.active) {
     if (!p.projects) store_zeros<S>(x, p.y, at.row * p.P, p.P);
-    store_zeros<S>(x, p.gates, in_4h, 4 * H);
+    store_zeros<S>(x, p.gates, in_gates, width);
     store_zeros<A>(x, p.cells, at.row * H, H);
-    store_zeros<S>(x, p.normed, in_4h, 4 * H);
+    store_zeros<S>(x, p.normed, in_gates, width);
     if (p.rstd) x.template store_one<A>(p.rstd, at.row, A(0));
     return;
   }
-  const int64_t products = state * 4 * H;
+  const int64_t products = state * width;
   const bool has_products = p.has_products && !at.cleared;
   Moments<A> of_products{A(0), x.inverse_root(A(p.eps))};
   if (p.ln_hh && has_products)
-    of_products = moments(x, 4 * H, p.eps, [&](int64_t u, int64_t count) BIRNN_INLINE_LAMBDA {
+    of_products = moments(x, width, p.eps, [&](int64_t u, int64_t count) BIRNN_INLINE_LAMBDA {
       return x.template load<A>(p.products, products + u, count);
     });
   if (p.rstd) x.template store_one<A>(p.rstd, at.row, of_products.rstd);
@@ -145,26 +145,29 @@ BIRNN_INLINE void variant_forward_row(const VariantForward& p, const X& x, int64
       store_output<S, F>(p, x, at, u, count, value);
   };
   x.each(H, [&](int64_t u, int64_t count) BIRNN_INLINE_LAMBDA {
-    Gates<V> gates = load_gates<S>(x, p.gates_x, in_4h + u, H, count), products_h{};
-    if (has_products) products_h = load_gates<A>(x, p.products, products + u, H, count);
+    V input[Lstm::kGates], recurrent[Lstm::kGates] = {}, gates[Lstm::kGates];
+    load_gates<S>(x, p.gates_x, in_gates + u, H, count, input);
+    if (has_products) load_gates<A>(x, p.products, products + u, H, count, recurrent);
     if (p.ln_hh) {
-      const A mean = of_products.mean, rstd = of_products.rstd;
-      products_h = {(products_h.i - mean) * rstd, (products_h.f - mean) * rstd, (products_h.g - mean) * rstd,
-                    (products_h.o - mean) * rstd};
-      if (p.normed) store_gates<S>(x, p.normed, in_4h + u, H, products_h, count);
-      const Gates<V> factor = load_gates<S>(x, p.ln_hh, at.d * 4 * H + u, H, count);
-      products_h = {products_h.i * factor.i, products_h.f * factor.f, products_h.g * factor.g, products_h.o * factor.o};
+      BIRNN_UNROLL
+      for (int g = 0; g < Lstm::kGates; ++g) recurrent[g] = (recurrent[g] - of_products.mean) * of_products.rstd;
+      if (p.normed) store_gates<S>(x, p.normed, in_gates + u, H, recurrent, count);
+      V factor[Lstm::kGates];
+      load_gates<S>(x, p.ln_hh, at.d * width + u, H, count, factor);
+      BIRNN_UNROLL
+      for (int g = 0; g < Lstm::kGates; ++g) recurrent[g] = recurrent[g] * factor[g];
     }
-    gates = {gates.i + products_h.i, gates.f + products_h.f, gates.g + products_h.g, gates.o + products_h.o};
+    BIRNN_UNROLL
+    for (int g = 0; g < Lstm::kGates; ++g) Lstm::combine(gates, g, input[g], recurrent[g]);
+    Lstm::activate<M>(gates);
     const V c_prev = at.cleared ? V{} : x.template load<A>(p.c, state * H + u, count);
-    V c = c_prev;
-    lstm_state<M>(gates, c);
-    if (p.gates) store_gates<S>(x, p.gates, in_4h + u, H, gates, count);
+    V c = Lstm::state(gates, c_prev);
+    if (p.gates) store_gates<S>(x, p.gates, in_gates + u, H, gates, count);
     if (p.ln_c) {  // the products' place keeps what the normalised cell needs
       x.template store<A>(p.products, products + u, c, count);
-      x.template store<A>(p.products, products + 3 * H + u, gates.o, count);
+      x.template store<A>(p.products, products + Lstm::o * H + u, gates[Lstm::o], count);
     } else {
-      hidden(u, count, lstm_output<M>(gates, c));
+      hidden(u, count, Lstm::output<M>(gates, c));
     }
     if (p.zoneout_c || p.zoneout_c_mean != 0) {
       const V z = zoneout(x, p.zoneout_c, p.zoneout_c_mean, at.row * H + u, count);
@@ -178,11 +181,11 @@ BIRNN_INLINE void variant_forward_row(const VariantForward& p, const X& x, int64
                         BIRNN_INLINE_LAMBDA { return x.template load<A>(p.products, products + u, count); };
   const Moments<A> of_cell = moments(x, H, p.eps, cell);
   x.each(H, [&](int64_t u, int64_t count) BIRNN_INLINE_LAMBDA {
-    Gates<V> gates{};
-    gates.o = x.template load<A>(p.products, products + 3 * H + u, count);
+    V gates[Lstm::kGates] = {};
+    gates[Lstm::o] = x.template load<A>(p.products, products + Lstm::o * H + u, count);
     const V c = (cell(u, count) - of_cell.mean) * of_cell.rstd * x.template load<S>(p.ln_c, at.d * 2 * H + u, count) +
                 x.template load<S>(p.ln_c, (at.d * 2 + 1) * H + u, count);
-    hidden(u, count, lstm_output<M>(gates, c));
+    hidden(u, count, Lstm::output<M>(gates, c));
   });
 }
 
@@ -237,23 +240,23 @@ BIRNN_INLINE void variant_backward_row(const VariantBackward& p, const X& x, int
   using V = typename X::V;
   using M = typename X::M;
   const RowPlace at = row_place(p, state, false);
-  const int64_t H = p.H, in_4h = at.row * 4 * H;
+  const int64_t H = p.H, width = Lstm::kGates * H, in_gates = at.row * width;
   if (!at.active) {
-    store_zeros<S>(x, p.d_gates_x, in_4h, 4 * H);
-    store_zeros<S>(x, p.d_products, in_4h, 4 * H);
+    store_zeros<S>(x, p.d_gates_x, in_gates, width);
+    store_zeros<S>(x, p.d_products, in_gates, width);
     store_zeros<S>(x, p.hidden, at.row * H, H);
-    store_zeros<F>(x, p.operand, state * 4 * H, 4 * H);
+    store_zeros<F>(x, p.operand, state * width, width);
     return;
   }
   const auto c_before = [&](int64_t u, int64_t count) BIRNN_INLINE_LAMBDA {
     if (at.cleared) return V{};
     if (at.first) return p.c0 ? x.template load<S>(p.c0, state * H + u, count) : V{};
-    const int64_t before = at.d == 0 ? at.row - p.B * p.D : at.row + p.B * p.D;
-    return x.template load<A>(p.cells, before * H + u, count);
+    return x.template load<A>(p.cells, at.row_before * H + u, count);
   };
   const auto cell = [&](int64_t u, int64_t count) BIRNN_INLINE_LAMBDA {  // c', which zoneout may have put aside
-    const Gates<V> gates = load_gates<S>(x, p.gates, in_4h + u, H, count);
-    return gates.f * c_before(u, count) + gates.i * gates.g;
+    V gates[Lstm::kGates];
+    load_gates<S>(x, p.gates, in_gates + u, H, count, gates);
+    return Lstm::state(gates, c_before(u, count));
   };
   const int64_t ln_c = at.d * 2 * H;
   Moments<A> of_cell{};
@@ -262,12 +265,13 @@ BIRNN_INLINE void variant_backward_row(const VariantBackward& p, const X& x, int
     of_cell = moments(x, H, p.eps, cell);
     V sum_d{}, sum_d_normed{};
     x.each(H, [&](int64_t u, int64_t count) BIRNN_INLINE_LAMBDA {
-      const Gates<V> gates = load_gates<S>(x, p.gates, in_4h + u, H, count);
+      V gates[Lstm::kGates];
+      load_gates<S>(x, p.gates, in_gates + u, H, count, gates);
       const V normed = (cell(u, count) - of_cell.mean) * of_cell.rstd,
               factor = x.template load<S>(p.ln_c, ln_c + u, count);
       V d_o, dn;
-      lstm_output_backward<M>(gates, normed * factor + x.template load<S>(p.ln_c, ln_c + H + u, count),
-                              x.template load<A>(p.d_hidden, state * H + u, count), d_o, dn);
+      Lstm::output_backward<M>(gates, normed * factor + x.template load<S>(p.ln_c, ln_c + H + u, count),
+                               x.template load<A>(p.d_hidden, state * H + u, count), d_o, dn);
       const int64_t sums = state * 2 * H + u;
       x.template store<A>(p.d_ln_c, sums, x.template load<A>(p.d_ln_c, sums, count) + dn * normed, count);
       x.template store<A>(p.d_ln_c, sums + H, x.template load<A>(p.d_ln_c, sums + H, count) + dn, count);
@@ -281,58 +285,69 @@ BIRNN_INLINE void variant_backward_row(const VariantBackward& p, const X& x, int
 
   V sum_dz{}, sum_dz_normed{};
   x.each(H, [&](int64_t u, int64_t count) BIRNN_INLINE_LAMBDA {
-    const Gates<V> gates = load_gates<S>(x, p.gates, in_4h + u, H, count);
-    const V c_prev = c_before(u, count), c = gates.f * c_prev + gates.i * gates.g,
+    V gates[Lstm::kGates], dz[Lstm::kGates];
+    load_gates<S>(x, p.gates, in_gates + u, H, count, gates);
+    const V c_prev = c_before(u, count), c = Lstm::state(gates, c_prev),
             d_hidden = x.template load<A>(p.d_hidden, state * H + u, count);
     V d_o, d_cell, read = c;  // read: what tanh is taken of
     if (p.ln_c) {
       const V normed = (c - of_cell.mean) * of_cell.rstd, factor = x.template load<S>(p.ln_c, ln_c + u, count);
       read = normed * factor + x.template load<S>(p.ln_c, ln_c + H + u, count);
-      lstm_output_backward<M>(gates, read, d_hidden, d_o, d_cell);
+      Lstm::output_backward<M>(gates, read, d_hidden, d_o, d_cell);
       d_cell = (d_cell * factor - mean_d - normed * mean_d_normed) * of_cell.rstd;
     } else {
-      lstm_output_backward<M>(gates, c, d_hidden, d_o, d_cell);
+      Lstm::output_backward<M>(gates, c, d_hidden, d_o, d_cell);
     }
-    if (p.hidden) x.template store<S>(p.hidden, at.row * H + u, lstm_output<M>(gates, read), count);
+    if (p.hidden) x.template store<S>(p.hidden, at.row * H + u, Lstm::output<M>(gates, read), count);
     V dc = x.template load<A>(p.dc, state * H + u, count);
     if (p.d_cells) dc = dc + x.template load<A>(p.d_cells, at.row * H + u, count);
     const V z = zoneout(x, p.zoneout_c, p.zoneout_c_mean, at.row * H + u, count);
     d_cell = d_cell + (A(1) - z) * dc;
-    const Gates<V> dz = lstm_state_backward<M>(gates, c_prev, d_o, d_cell);
+    Lstm::state_backward<M>(gates, c_prev, d_o, d_cell, dz);
     x.template store<A>(p.dc, state * H + u, at.cleared ? V{} : d_cell + z * dc, count);
-    store_gates<S>(x, p.d_gates_x, in_4h + u, H, dz, count);
+    store_gates<S>(x, p.d_gates_x, in_gates + u, H, dz, count);
     if (p.ln_hh) {
-      const Gates<V> normed = load_gates<S>(x, p.normed, in_4h + u, H, count),
-                     factor = load_gates<S>(x, p.ln_hh, at.d * 4 * H + u, H, count);
-      Gates<V> sums = load_gates<A>(x, p.d_ln_hh, state * 4 * H + u, H, count);
-      const Gates<V> more{dz.i * normed.i, dz.f * normed.f, dz.g * normed.g, dz.o * normed.o};
-      sums = {sums.i + more.i, sums.f + more.f, sums.g + more.g, sums.o + more.o};
-      store_gates<A>(x, p.d_ln_hh, state * 4 * H + u, H, sums, count);
-      sum_dz = sum_dz + x.only(dz.i * factor.i + dz.f * factor.f + dz.g * factor.g + dz.o * factor.o, count);
-      sum_dz_normed =
-          sum_dz_normed + x.only(more.i * factor.i + more.f * factor.f + more.g * factor.g + more.o * factor.o, count);
+      V normed[Lstm::kGates], factor[Lstm::kGates], sums[Lstm::kGates];
+      load_gates<S>(x, p.normed, in_gates + u, H, count, normed);
+      load_gates<S>(x, p.ln_hh, at.d * width + u, H, count, factor);
+      load_gates<A>(x, p.d_ln_hh, state * width + u, H, count, sums);
+      V more[Lstm::kGates];
+      BIRNN_UNROLL
+      for (int g = 0; g < Lstm::kGates; ++g) {
+        more[g] = dz[g] * normed[g];
+        sums[g] = sums[g] + more[g];
+      }
+      V of_gates = dz[0] * factor[0], of_gates_normed = more[0] * factor[0];
+      BIRNN_UNROLL
+      for (int g = 1; g < Lstm::kGates; ++g) {
+        of_gates = of_gates + dz[g] * factor[g];
+        of_gates_normed = of_gates_normed + more[g] * factor[g];
+      }
+      store_gates<A>(x, p.d_ln_hh, state * width + u, H, sums, count);
+      sum_dz = sum_dz + x.only(of_gates, count);
+      sum_dz_normed = sum_dz_normed + x.only(of_gates_normed, count);
     } else {
-      const Gates<V> d = at.cleared ? Gates<V>{} : dz;
-      store_gates<F>(x, p.operand, state * 4 * H + u, H, d, count);
-      if (p.d_products) store_gates<S>(x, p.d_products, in_4h + u, H, d, count);
+      BIRNN_UNROLL
+      for (int g = 0; g < Lstm::kGates; ++g) dz[g] = at.cleared ? V{} : dz[g];
+      store_gates<F>(x, p.operand, state * width + u, H, dz, count);
+      if (p.d_products) store_gates<S>(x, p.d_products, in_gates + u, H, dz, count);
     }
   });
   if (!p.ln_hh) return;
-  const A mean_dz = x.sum(sum_dz) / A(4 * H), mean_dz_normed = x.sum(sum_dz_normed) / A(4 * H),
+  const A mean_dz = x.sum(sum_dz) / A(width), mean_dz_normed = x.sum(sum_dz_normed) / A(width),
           rstd = static_cast<const A*>(p.rstd)[at.row];
   x.each(H, [&](int64_t u, int64_t count) BIRNN_INLINE_LAMBDA {
-    Gates<V> d{};
+    V d[Lstm::kGates] = {};
     if (!at.cleared) {
-      const Gates<V> dz = load_gates<S>(x, p.d_gates_x, in_4h + u, H, count),
-                     normed = load_gates<S>(x, p.normed, in_4h + u, H, count),
-                     factor = load_gates<S>(x, p.ln_hh, at.d * 4 * H + u, H, count);
-      d = {(dz.i * factor.i - mean_dz - normed.i * mean_dz_normed) * rstd,
-           (dz.f * factor.f - mean_dz - normed.f * mean_dz_normed) * rstd,
-           (dz.g * factor.g - mean_dz - normed.g * mean_dz_normed) * rstd,
-           (dz.o * factor.o - mean_dz - normed.o * mean_dz_normed) * rstd};
+      V dz[Lstm::kGates], normed[Lstm::kGates], factor[Lstm::kGates];
+      load_gates<S>(x, p.d_gates_x, in_gates + u, H, count, dz);
+      load_gates<S>(x, p.normed, in_gates + u, H, count, normed);
+      load_gates<S>(x, p.ln_hh, at.d * width + u, H, count, factor);
+      BIRNN_UNROLL
+      for (int g = 0; g < Lstm::kGates; ++g) d[g] = (dz[g] * factor[g] - mean_dz - normed[g] * mean_dz_normed) * rstd;
     }
-    store_gates<F>(x, p.operand, state * 4 * H + u, H, d, count);
-    store_gates<S>(x, p.d_products, in_4h + u, H, d, count);
+    store_gates<F>(x, p.operand, state * width + u, H, d, count);
+    store_gates<S>(x, p.d_products, in_gates + u, H, d, count);
   });
 }
 

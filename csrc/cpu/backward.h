@@ -1,35 +1,36 @@
 // The backward pass of a chain. Included once per ISA (recurrence_kernel.h).
 
-template <class S>
+template <class Cell, class S>
 struct Backward {
   using A = Accumulate<S>;
   using V = Vec<A>;
-  static constexpr int L = kLanes<A>;
+  static constexpr int L = kLanes<A>, kGates = Cell::kGates, kValues = Cell::kValues;
 
   const BackwardParams& p;
   const Chain& chain;
   const Panels& panels;
   const Slots& slots;
   const Member& member;
+  const StepOrder<int64_t> order{chain.direction, p.T};
   const int64_t d = chain.direction, H = p.H, B = p.B, D = p.D, blocks = divide_up(H, L), padded = blocks * L;
-  const int64_t plane = 4 * padded, row_size = plane * kPlanes<S>;
+  const int64_t plane = kGates * padded, row_size = plane * kPlanes<S>;
   int64_t begin, end;         // this member's blocks: whole tiles
   A* dc;                      // [row][padded]
   A* zeros;                   // (H)
-  A* gates;                   // [step][block][gate][lane]: recomputed
+  A* gates;                   // [step][block][value][lane]: recomputed
   Factor<S>*x_rows, *h_rows;  // of a split type: x and h of recomputed steps as factors
   Factor<S>* dz[2];           // [row][plane][gate][padded] of the previous and of this step, alternating
 
   Backward(const BackwardParams& params, const Chain& ch, const Panels& packed, const Slots& out, int64_t steps_at_once,
            const Member& who)
       : p(params), chain(ch), panels(packed), slots(out), member(who) {
-    const int64_t tiles = divide_up(blocks, 4);
-    begin = member.index * tiles / member.count * 4;
-    end = minimum(blocks, (member.index + 1) * tiles / member.count * 4);
+    const int64_t tiles = divide_up(blocks, kTileVectors);
+    begin = member.index * tiles / member.count * kTileVectors;
+    end = minimum(blocks, (member.index + 1) * tiles / member.count * kTileVectors);
     dc = static_cast<A*>(chain.scratch);
     zeros = dc + chain.count * padded;
     gates = zeros + padded;
-    dz[0] = reinterpret_cast<Factor<S>*>(gates + (p.gates ? 0 : 4 * chain.count * steps_at_once) * padded);
+    dz[0] = reinterpret_cast<Factor<S>*>(gates + (p.gates ? 0 : kValues * chain.count * steps_at_once) * padded);
     dz[1] = dz[0] + round_up(chain.count, kTileRows<S>) * row_size;
     x_rows = dz[1] + round_up(chain.count, kTileRows<S>) * row_size;
     h_rows = x_rows + (kSplit<S> ? row_values(p.input.I, chain.count * steps_at_once) : 0);
@@ -37,8 +38,8 @@ struct Backward {
 
   static int64_t scratch(const BackwardParams& p, int64_t rows, int64_t steps) {
     const int64_t padded = round_up(p.H, L);
-    return (rows + 1 + (p.gates ? 0 : 4 * rows * steps)) * padded * sizeof(A) +
-           (2 * round_up(rows, kTileRows<S>) * 4 * padded * kPlanes<S> +
+    return (rows + 1 + (p.gates ? 0 : kValues * rows * steps)) * padded * sizeof(A) +
+           (2 * round_up(rows, kTileRows<S>) * kGates * padded * kPlanes<S> +
             (kSplit<S> && !p.gates ? row_values(p.input.I, rows * steps) + row_values(p.H, rows * steps) : 0)) *
                sizeof(Factor<S>);
   }
@@ -48,8 +49,7 @@ struct Backward {
     return round_up(rows, kTileRows<S>) * packed_rows<S>(n) * kPlanes<S>;
   }
 
-  int64_t length(int64_t b) const { return p.lengths ? p.lengths[b] : p.T; }
-  int64_t time(int64_t s) const { return d == 0 ? p.T - 1 - s : s; }
+  int64_t length(int64_t b) const { return length_of(p.lengths, b, p.T); }
 
   // acc[m] = W_hh^T dz of M rows, for N vectors of units from vector v on.
   template <int M, int N>
@@ -69,44 +69,43 @@ struct Backward {
     const int rows = kAmx<S> ? wanted : M;
     for (int m = 0; m < rows; ++m) {
       const int64_t b = chain.rows[first + m], row = (t * B + b) * D + d;
-      const bool last = t == (d == 0 ? length(b) - 1 : 0);      // the sequence's last step: dh_n arrives
-      const bool earliest = t == (d == 0 ? 0 : length(b) - 1);  // its first: the cell came from c0
-      const int64_t prev = d == 0 ? row - B * D : row + B * D;
+      const bool first_step = t == order.first(length(b)), last_step = t == order.last(length(b));
+      const int64_t row_before = row + (order.before(t) - t) * B * D;
       const int64_t slot = slots.dz ? slots.offsets[t] + chain.rank + (first + m) * chain.rank_step - slots.first : 0;
       for (int n = 0; n < N; ++n) {
         const int64_t unit = (v + n) * L, left = H - unit;
         V dh = acc[m][n];
         if (dy) dh += load<A>(dy + t * p.dy_stride_t + b * p.dy_stride_b + d * H + unit, left);
-        if (dh_n && last) dh += load<A>(dh_n + (d * B + b) * H + unit, left);
+        if (dh_n && last_step) dh += load<A>(dh_n + (d * B + b) * H + unit, left);
         V c_prev = {};
-        if (!earliest)
-          c_prev = load<A>(static_cast<const A*>(p.cells) + prev * H + unit, left);
+        if (!first_step)
+          c_prev = load<A>(static_cast<const A*>(p.cells) + row_before * H + unit, left);
         else if (p.c0)
           c_prev = load<A>(static_cast<const S*>(p.c0) + (d * B + b) * H + unit, left);
-        Gates<V> gates;
+        V values[kValues], dz_values[kGates];
         if (gate_rows) {
-          const A* from = gate_rows + (first + m) * 4 * padded + (v + n) * 4 * L;
-          gates = {load_vector(from), load_vector(from + L), load_vector(from + 2 * L), load_vector(from + 3 * L)};
+          const A* from = gate_rows + ((first + m) * padded + (v + n) * L) * kValues;
+          BIRNN_UNROLL
+          for (int k = 0; k < kValues; ++k) values[k] = load_vector(from + k * L);
         } else {
-          const S* from = static_cast<const S*>(p.gates) + row * 4 * H + unit;
-          gates = {load<A>(from, left), load<A>(from + H, left), load<A>(from + 2 * H, left),
-                   load<A>(from + 3 * H, left)};
+          const S* from = static_cast<const S*>(p.gates) + row * kValues * H + unit;
+          BIRNN_UNROLL
+          for (int k = 0; k < kValues; ++k) values[k] = load<A>(from + k * H, left);
         }
         A* dc_row = dc + (first + m) * padded + unit;
         V dc_value = load_vector(dc_row);
         const V c = load<A>(static_cast<const A*>(p.cells) + row * H + unit, left);
-        const Gates<V> dgates = lstm_cell_backward<Math<A>>(gates, c, c_prev, dh, dc_value);
+        Cell::template backward<Math<A>>(values, c, c_prev, dh, dc_value, dz_values);
         store_vector(dc_row, dc_value);
-        const V all[4] = {dgates.i, dgates.f, dgates.g, dgates.o};
         Factor<S>* dz_row = dz[s & 1] + (first + m) * row_size + unit;
-        for (int g = 0; g < 4; ++g) {
-          store_row<S>(dz_row + g * padded, plane, all[g]);
+        for (int g = 0; g < kGates; ++g) {
+          store_row<S>(dz_row + g * padded, plane, Cell::recurrent(values, dz_values, g));
           if (slots.dz) {
-            const int64_t vector = g * blocks + v + n;
-            store_vector(static_cast<A*>(slots.dz) + ((vector / 4 * slots.capacity + slot) * 4 + vector % 4) * L,
-                         all[g]);
+            const int64_t vector = g * blocks + v + n, panel = vector / kTileVectors, column = vector % kTileVectors;
+            store_vector(static_cast<A*>(slots.dz) + ((panel * slots.capacity + slot) * kTileVectors + column) * L,
+                         dz_values[g]);
           } else {
-            store<A>(static_cast<S*>(p.d_gates_x) + (row * 4 + g) * H + unit, all[g], left);
+            store<A>(static_cast<S*>(p.d_gates_x) + (row * kGates + g) * H + unit, dz_values[g], left);
           }
         }
       }
@@ -143,7 +142,7 @@ struct Backward {
         for (Factor<S>* buffer : dz) __builtin_memset(buffer + r * row_size, 0, row_size * sizeof(Factor<S>));
     for (int64_t r = 0; r < chain.count; ++r)
       for (int64_t unit = begin * L; unit < end * L; unit += L) {
-        for (int64_t g = 0; g < 4; ++g)
+        for (int64_t g = 0; g < kGates; ++g)
           for (Factor<S>* buffer : dz)  // rows that begin later have had no dz yet
             store_row<S>(buffer + r * row_size + g * padded + unit, plane, V{});
         store_vector(dc + r * padded + unit, dc_n ? load<A>(dc_n + (d * B + chain.rows[r]) * H + unit, H - unit) : V{});
@@ -156,14 +155,15 @@ struct Backward {
     if (p.d_gates_x)
       for (int64_t r = 0; r < chain.count; ++r)
         for (int64_t t = length(chain.rows[r]); t < p.T; ++t)
-          for (int64_t g = 0; g < 4; ++g)
-            __builtin_memset(static_cast<S*>(p.d_gates_x) + (((t * B + chain.rows[r]) * D + d) * 4 + g) * H + unit0, 0,
-                             units * sizeof(S));
+          for (int64_t g = 0; g < kGates; ++g)
+            __builtin_memset(
+                static_cast<S*>(p.d_gates_x) + (((t * B + chain.rows[r]) * D + d) * kGates + g) * H + unit0, 0,
+                units * sizeof(S));
     if (!p.dh0) return;
     const int64_t begun = active_rows(chain, p.lengths, 0, 0);
     for (int64_t r = 0; r < begun; ++r) {  // a row's last iteration left its dz in one of the two buffers
-      const int64_t s = d == 0 ? p.T - 1 : length(chain.rows[r]) - 1;
-      for (int64_t g = 0; (s & 1) && g < 4 * kPlanes<S>; ++g)
+      const int64_t s = order.backward(order.first(length(chain.rows[r])));
+      for (int64_t g = 0; (s & 1) && g < kGates * kPlanes<S>; ++g)
         __builtin_memcpy(dz[0] + r * row_size + g * padded + unit0, dz[1] + r * row_size + g * padded + unit0,
                          (end - begin) * L * sizeof(Factor<S>));
     }
@@ -188,12 +188,11 @@ struct Backward {
     if constexpr (kLayer<S>) {
       const InputProjection& in = p.input;
       const auto x_of = [&](const Cursor& at) INLINE_LAMBDA {
-        return static_cast<const S*>(in.x) + time(at.s) * in.stride_t + chain.rows[at.row] * in.stride_b;
+        return static_cast<const S*>(in.x) + order.backward(at.s) * in.stride_t + chain.rows[at.row] * in.stride_b;
       };
       const auto h_of = [&](const Cursor& at) INLINE_LAMBDA -> const S* {
-        const int64_t b = chain.rows[at.row], t = time(at.s);
-        if (t != (d == 0 ? 0 : length(b) - 1))
-          return static_cast<const S*>(p.y) + (((d == 0 ? t - 1 : t + 1) * B + b) * D + d) * H;
+        const int64_t b = chain.rows[at.row], t = order.backward(at.s);
+        if (t != order.first(length(b))) return static_cast<const S*>(p.y) + ((order.before(t) * B + b) * D + d) * H;
         return p.h0 ? static_cast<const S*>(p.h0) + (d * B + b) * H : reinterpret_cast<const S*>(zeros);
       };
       if constexpr (kSplit<S>) {
@@ -215,7 +214,7 @@ struct Backward {
         else
           return h_of(at);
       };
-      project<S>(in, d, H, begin, end, panels, steps, x_factors, &h_factors, gates);
+      project<Cell, S>(in, d, H, begin, end, panels, steps, x_factors, &h_factors, gates);
     }
   }
 
@@ -229,8 +228,8 @@ struct Backward {
       const Steps steps(p, chain, s0, minimum(s_end, s0 + steps_at_once), false);
       if (!p.gates) recompute(steps);
       for (int64_t s = s0; s < steps.end; ++s) {
-        const int64_t t = time(s), rows = steps.rows[s - s0];
-        const A* gate_rows = p.gates ? nullptr : gates + steps.first[s - s0] * 4 * padded;
+        const int64_t t = order.backward(s), rows = steps.rows[s - s0];
+        const A* gate_rows = p.gates ? nullptr : gates + steps.first[s - s0] * kValues * padded;
         for_each_tile(rows, [&]<int M, int N>(int wanted, int64_t first, int64_t v)
                                 INLINE_LAMBDA { tile<M, N>(wanted, t, s, first, v, gate_rows); });
         member.barrier->wait(member.count);

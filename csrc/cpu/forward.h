@@ -16,8 +16,9 @@ struct Steps {
 
   template <class Params>
   Steps(const Params& p, const Chain& chain, int64_t b, int64_t e, bool forward) : begin(b), end(e) {
+    const StepOrder order{chain.direction, p.T};
     for (int64_t s = begin, hint = 0; s < end; ++s) {
-      hint = active_rows(chain, p.lengths, (chain.direction == 0) == forward ? s : p.T - 1 - s, hint);
+      hint = active_rows(chain, p.lengths, forward ? order.forward(s) : order.backward(s), hint);
       rows[s - begin] = hint;
       first[s - begin] = total;
       total += hint;
@@ -43,41 +44,39 @@ struct Cursor {
 // backward pass knows h), and with h the gates. z: [step][block][gate][lane]; blocks from `begin` to `end`.
 // x_of(cursor, k), h_of(cursor, k): the rows of a step, the k-th of `steps`. Several steps at once fill the rows of the
 // tiles when there are few sequences, and read the panel but once.
-template <class S, class X, class H_>
+template <class Cell, class S, class X, class H_>
 INLINE void project(const InputProjection& input, int64_t d, int64_t H, int64_t begin, int64_t end,
                     const Panels& panels, const Steps& steps, const X& x_of, const H_* h_of, Accumulate<S>* z) {
   using A = Accumulate<S>;
   using V = Vec<A>;
-  constexpr int L = kLanes<A>;
+  constexpr int L = kLanes<A>, kGates = Cell::kGates;
   const int64_t I = input.I, padded = divide_up(H, L) * L, K_ih = packed_rows<S>(I), K_hh = packed_rows<S>(H);
   for (int64_t block = begin; block < end; ++block) {
-    V bias[4] = {};
-    for (int g = 0; g < 4; ++g)
+    V bias[kGates] = {};
+    for (int g = 0; g < kGates; ++g)
       for (const void* b : {input.bias_ih[d], input.bias_hh[d]})
         if (b) bias[g] += load<A>(static_cast<const S*>(b) + g * H + block * L, H - block * L);
-    const Factor<S>* panel_ih = static_cast<const Factor<S>*>(panels.ih) + block * K_ih * 4 * L * kPlanes<S>;
-    const Factor<S>* panel_hh = static_cast<const Factor<S>*>(panels.hh) + block * K_hh * 4 * L * kPlanes<S>;
+    const Factor<S>* panel_ih = static_cast<const Factor<S>*>(panels.ih) + block * K_ih * kGates * L * kPlanes<S>;
+    const Factor<S>* panel_hh = static_cast<const Factor<S>*>(panels.hh) + block * K_hh * kGates * L * kPlanes<S>;
     Cursor cursor(steps);
     for (int64_t k = 0; k < steps.total; k += kTileRows<S>)
       with_rows<S>(steps.total - k, [&]<int M>(int wanted) INLINE_LAMBDA {
         const Factor<S>*x[M], *h[M];
-        V acc[M][4];
+        V acc[M][kGates];
         for (int m = 0; m < M; ++m) {
           x[m] = x_of(cursor, k + m);
           if (h_of) h[m] = (*h_of)(cursor, k + m);
           cursor.next();
-          for (int g = 0; g < 4; ++g) acc[m][g] = bias[g];
+          for (int g = 0; g < kGates; ++g) acc[m][g] = bias[g];
         }
         multiply<S>(acc, x, panel_ih, kStep<S> == 1 ? I : K_ih);
         if (h_of) multiply<S>(acc, h, panel_hh, kStep<S> == 1 ? H : K_hh);
         for (int m = 0; m < (kAmx<S> ? wanted : M); ++m) {
-          Gates<V> gates{acc[m][0], acc[m][1], acc[m][2], acc[m][3]};
-          if (h_of) lstm_gates<Math<A>>(gates);
-          A* to = z + (k + m) * 4 * padded + block * 4 * L;
-          store_vector(to, gates.i);
-          store_vector(to + L, gates.f);
-          store_vector(to + 2 * L, gates.g);
-          store_vector(to + 3 * L, gates.o);
+          static_assert(Cell::kAddsParts);  // or h takes an accumulator of its own for some gate
+          if (h_of) Cell::template activate<Math<A>>(acc[m]);
+          A* to = z + ((k + m) * padded + block * L) * kGates;
+          BIRNN_UNROLL
+          for (int g = 0; g < kGates; ++g) store_vector(to + g * L, acc[m][g]);
         }
       });
   }
@@ -129,7 +128,7 @@ INLINE void transpose_x(int64_t I, const Steps& steps, const X& x_of, S* xt) {
   }
 }
 
-template <class S>
+template <class Cell, class S>
 INLINE void project_unpacked(const InputProjection& input, int64_t d, int64_t H, int64_t begin, int64_t end,
                              int64_t rows, const S* xt, S* z) {
   using V = Vec<S>;
@@ -139,7 +138,7 @@ INLINE void project_unpacked(const InputProjection& input, int64_t d, int64_t H,
   const S* bias_ih = static_cast<const S*>(input.bias_ih[d]);
   const S* bias_hh = static_cast<const S*>(input.bias_hh[d]);
   for (int64_t block = begin; block < end; ++block)
-    for (int64_t g = 0; g < 4; ++g)
+    for (int64_t g = 0; g < Cell::kGates; ++g)
       for (int64_t v = 0, count; v < vectors; v += count) {
         count = tile_vectors(v, vectors);
         with_vectors(count, [&]<int N>() INLINE_LAMBDA {
@@ -162,22 +161,23 @@ INLINE void project_unpacked(const InputProjection& input, int64_t d, int64_t H,
           for (int n = 0; n < N; ++n) {
             transpose<S>(sums[n]);
             for (int64_t row = (v + n) * L, l = 0; l < minimum(L, rows - row); ++l)
-              store_vector(z + (row + l) * 4 * padded + (block * 4 + g) * L, sums[n][l]);
+              store_vector(z + ((row + l) * padded + block * L) * Cell::kGates + g * L, sums[n][l]);
           }
         });
       }
 }
 
-template <class S>
+template <class Cell, class S>
 struct Forward {
   using A = Accumulate<S>;
   using V = Vec<A>;
-  static constexpr int L = kLanes<A>;
+  static constexpr int L = kLanes<A>, kGates = Cell::kGates, kValues = Cell::kValues;
 
   const ForwardParams& p;
   const Chain& chain;
   const Panels& panels;
   const Member& member;
+  const StepOrder<int64_t> order{chain.direction, p.T};
   const int64_t d = chain.direction, H = p.H, B = p.B, D = p.D, blocks = divide_up(H, L), padded = blocks * L;
   const int64_t begin = member.index * blocks / member.count, end = (member.index + 1) * blocks / member.count;
   const int64_t own_units = minimum(H, end* L);
@@ -193,7 +193,7 @@ struct Forward {
     const int64_t steps = p.gates_x ? 0 : steps_at_once, rows = round_up(chain.count, kTileRows<S>);
     c = static_cast<A*>(chain.scratch);
     z = c + chain.count * padded;
-    xt = z + 4 * chain.count * steps * padded;
+    xt = z + kGates * chain.count * steps * padded;
     h[0] = reinterpret_cast<Factor<S>*>(xt + transposed_values(p, chain.count, steps));
     h[1] = h[0] + rows * row_size;
     x_rows = h[1] + rows * row_size;
@@ -206,27 +206,27 @@ struct Forward {
   static int64_t scratch(const ForwardParams& p, int64_t rows, int64_t steps) {
     const int64_t padded = round_up(p.H, L);
     if (p.gates_x) steps = 0;
-    return ((rows + 4 * rows * steps) * padded + transposed_values(p, rows, steps)) * sizeof(A) +
+    return ((rows + kGates * rows * steps) * padded + transposed_values(p, rows, steps)) * sizeof(A) +
            2 * round_up(rows, kTileRows<S>) * round_up(padded, kStep<S>) * kPlanes<S> * sizeof(Factor<S>) +
            (kConverted<S>
                 ? round_up(rows * steps, kTileRows<S>) * factor_row<S>(p.input.I) * kPlanes<S> * sizeof(Factor<S>)
                 : 0);
   }
 
-  // Asks for the gates_x of the tile after this one: its rows lie D * 4H values apart, where no hardware prefetcher
-  // looks, and arrive during this tile's product.
+  // Asks for the gates_x of the tile after this one: its rows lie D * gates * H values apart, where no hardware
+  // prefetcher looks, and arrive during this tile's product.
   INLINE void prefetch_gates_x(int64_t t, int64_t first, int64_t block) {
     if (first >= chain.count) {
       first = 0;
       if (++block >= end) {
         block = begin;
-        t += d == 0 ? 1 : -1;
+        t = order.after(t);
         if (t < 0 || t >= p.T) return;
       }
     }
     for (int64_t r = first; r < minimum(first + kTileRows<S>, chain.count); ++r) {
-      const S* gates_x = static_cast<const S*>(p.gates_x) + ((t * B + chain.rows[r]) * D + d) * 4 * H + block * L;
-      for (int g = 0; g < 4; ++g) __builtin_prefetch(gates_x + g * H);
+      const S* gates_x = static_cast<const S*>(p.gates_x) + ((t * B + chain.rows[r]) * D + d) * kGates * H + block * L;
+      for (int g = 0; g < kGates; ++g) __builtin_prefetch(gates_x + g * H);
     }
   }
 
@@ -239,37 +239,35 @@ struct Forward {
     A* c_rows = c + first * padded + unit;
     const int rows = kAmx<S> ? wanted : M;
 
-    V acc[M][4];
+    V acc[M][kGates];
     int64_t row[M];  // index of (t, b, d), in units of a row of y
     for (int m = rows; m < M; ++m)
-      for (int g = 0; g < 4; ++g) acc[m][g] = V{};
+      for (int g = 0; g < kGates; ++g) acc[m][g] = V{};
     for (int m = 0; m < rows; ++m) {
       row[m] = (t * B + chain.rows[first + m]) * D + d;
-      const A* z_row = z_rows + (first + m) * 4 * padded + block * 4 * L;
-      const S* gates_x = static_cast<const S*>(p.gates_x) + row[m] * 4 * H + unit;
-      for (int g = 0; g < 4; ++g) acc[m][g] = z_rows ? load_vector(z_row + g * L) : load<A>(gates_x + g * H, n);
+      const A* z_row = z_rows + ((first + m) * padded + block * L) * kGates;
+      const S* gates_x = static_cast<const S*>(p.gates_x) + row[m] * kGates * H + unit;
+      for (int g = 0; g < kGates; ++g) acc[m][g] = z_rows ? load_vector(z_row + g * L) : load<A>(gates_x + g * H, n);
     }
     if (!z_rows) prefetch_gates_x(t, first + M, block);
     if (product) {
       const Factor<S>* a[M];
       for (int m = 0; m < M; ++m) a[m] = h_prev + m * row_size;
       const int64_t K = packed_rows<S>(H);
-      multiply<S>(acc, a, static_cast<const Factor<S>*>(panels.hh) + block * K * 4 * L * kPlanes<S>,
+      multiply<S>(acc, a, static_cast<const Factor<S>*>(panels.hh) + block * K * kGates * L * kPlanes<S>,
                   kStep<S> == 1 ? H : K);
     }
     for (int m = 0; m < rows; ++m) {
-      Gates<V> gates{acc[m][0], acc[m][1], acc[m][2], acc[m][3]};
+      static_assert(Cell::kAddsParts);  // or gates_x takes an accumulator of its own for some gate
       V c_row = load_vector(c_rows + m * padded);
-      const V h_row = lstm_cell_forward<Math<A>>(gates, c_row);
+      const V h_row = Cell::template forward<Math<A>>(acc[m], c_row);
       store_vector(c_rows + m * padded, c_row);
       store_row<S>(h_next + m * row_size, plane, h_row);
       store<A>(static_cast<S*>(p.y) + row[m] * H + unit, h_row, n);
       if (p.gates) {
-        S* saved = static_cast<S*>(p.gates) + row[m] * 4 * H + unit;
-        store<A>(saved, gates.i, n);
-        store<A>(saved + H, gates.f, n);
-        store<A>(saved + 2 * H, gates.g, n);
-        store<A>(saved + 3 * H, gates.o, n);
+        S* saved = static_cast<S*>(p.gates) + row[m] * kValues * H + unit;
+        BIRNN_UNROLL
+        for (int v = 0; v < kValues; ++v) store<A>(saved + v * H, acc[m][v], n);
       }
       if (p.cells) store<A>(static_cast<A*>(p.cells) + row[m] * H + unit, c_row, n);
     }
@@ -293,16 +291,16 @@ struct Forward {
     }
   }
 
-  // The final state. Row r took its last step at iteration `last`, and wrote h into the other buffer.
+  // The final state. A row's last iteration wrote h into the other buffer.
   void finish() {
     const int64_t unit0 = begin * L, units = own_units - unit0;
     for (int64_t r = 0; r < chain.count && units > 0; ++r) {
-      const int64_t b = chain.rows[r], length = p.lengths ? p.lengths[b] : p.T;
-      const int64_t last = d == 0 ? length - 1 : p.T - 1;
+      const int64_t b = chain.rows[r], length = length_of(p.lengths, b, p.T);
+      const int64_t last = order.last(length), iteration = order.forward(last);
       for (int64_t unit = unit0; unit < own_units; unit += L) {
-        V h_row = load_aligned<A>(h[(last + 1) & 1] + r * row_size + unit);
+        V h_row = load_aligned<A>(h[(iteration + 1) & 1] + r * row_size + unit);
         if (kSplit<S> && length > 0)  // the factors have lost some bits
-          h_row = load<A>(static_cast<S*>(p.y) + (((d == 0 ? length - 1 : 0) * B + b) * D + d) * H + unit, H - unit);
+          h_row = load<A>(static_cast<S*>(p.y) + ((last * B + b) * D + d) * H + unit, H - unit);
         else if (kSplit<S> && p.h0)
           h_row = load<A>(static_cast<const S*>(p.h0) + (d * B + b) * H + unit, H - unit);
         store<A>(static_cast<S*>(p.h_n) + (d * B + b) * H + unit, h_row, H - unit);
@@ -312,8 +310,8 @@ struct Forward {
         const int64_t row = (t * B + b) * D + d;
         __builtin_memset(static_cast<S*>(p.y) + row * H + unit0, 0, units * sizeof(S));
         if (p.gates)
-          for (int g = 0; g < 4; ++g)
-            __builtin_memset(static_cast<S*>(p.gates) + (row * 4 + g) * H + unit0, 0, units * sizeof(S));
+          for (int v = 0; v < kValues; ++v)
+            __builtin_memset(static_cast<S*>(p.gates) + (row * kValues + v) * H + unit0, 0, units * sizeof(S));
         if (p.cells) __builtin_memset(static_cast<A*>(p.cells) + row * H + unit0, 0, units * sizeof(A));
       }
     }
@@ -326,8 +324,7 @@ struct Forward {
       const Steps steps(p, chain, s0, minimum(p.T, s0 + steps_at_once), true);
       const InputProjection& in = p.input;
       const auto x_of = [&](const Cursor& at) INLINE_LAMBDA {
-        const int64_t t = d == 0 ? at.s : p.T - 1 - at.s;
-        return static_cast<const S*>(in.x) + t * in.stride_t + chain.rows[at.row] * in.stride_b;
+        return static_cast<const S*>(in.x) + order.forward(at.s) * in.stride_t + chain.rows[at.row] * in.stride_b;
       };
       const auto factors_of = [&](const Cursor& at, int64_t k) INLINE_LAMBDA -> const Factor<S>* {
         if constexpr (kConverted<S>)
@@ -340,17 +337,18 @@ struct Forward {
           if (member.index == 0) gather_rows<S>(steps, in.I, x_of, x_rows);
           member.barrier->wait(member.count);
         }
-        project<S>(in, d, H, begin, end, panels, steps, factors_of, static_cast<decltype(&factors_of)>(nullptr), z);
+        project<Cell, S>(in, d, H, begin, end, panels, steps, factors_of, static_cast<decltype(&factors_of)>(nullptr),
+                         z);
       } else if (!p.gates_x) {
         if constexpr (!kConverted<S>) {
           if (member.index == 0) transpose_x<S>(in.I, steps, x_of, xt);
           member.barrier->wait(member.count);
-          project_unpacked<S>(in, d, H, begin, end, steps.total, xt, z);
+          project_unpacked<Cell, S>(in, d, H, begin, end, steps.total, xt, z);
         }
       }
       for (int64_t s = s0; s < steps.end; ++s) {
-        const int64_t t = d == 0 ? s : p.T - 1 - s, rows = steps.rows[s - s0];
-        const A* z_rows = p.gates_x ? nullptr : z + steps.first[s - s0] * 4 * padded;
+        const int64_t t = order.forward(s), rows = steps.rows[s - s0];
+        const A* z_rows = p.gates_x ? nullptr : z + steps.first[s - s0] * kGates * padded;
         const bool product = s > 0 || p.h0;
         for (int64_t block = begin; block < end; ++block)
           for (int64_t first = 0; first < rows; first += kTileRows<S>)

@@ -1,16 +1,17 @@
 // What a layer's gradients need beside the recurrence: products over all steps. Included once per ISA
-// (recurrence_kernel.h). dz arrives as panels, [block][slot][4 vectors][lane], in which it was written.
+// (recurrence_kernel.h). dz arrives as panels, [panel][slot][kTileVectors vectors][lane], in which it was written.
 
 // dx_rows[k] += W_ih^T dz of slot k.
-template <class S>
+template <class Cell, class S>
 void input_gradient(const S* dz, int64_t capacity, int64_t H, int64_t I, const S* ih_t, bool finite,
                     void* const* dx_rows, int64_t begin, int64_t end) {
   constexpr int L = kLanes<S>;
-  const int64_t blocks = divide_up(H, L), vectors = divide_up(I, L);
+  const int64_t blocks = divide_up(H, L), vectors = divide_up(I, L), rows = Cell::kGates * blocks * L;
+  constexpr bool kWhole = Cell::kGates % kTileVectors == 0;  // the last panel, too
   for (int64_t v = 0, count; v < vectors; v += count) {
     count = tile_vectors(v, vectors);
     with_vectors(count, [&]<int N>() INLINE_LAMBDA {
-      const S* panel = ih_t + v * 4 * blocks * L * L;
+      const S* panel = ih_t + v * rows * L;
       for (int64_t k = begin; k < end; k += kRows)
         with_rows<S>(end - k, [&]<int M>(int) INLINE_LAMBDA {
           Vec<S> acc[M][N];
@@ -19,11 +20,12 @@ void input_gradient(const S* dz, int64_t capacity, int64_t H, int64_t I, const S
             to[m] = static_cast<S*>(dx_rows[k + m]) + v * L;
             for (int n = 0; n < N; ++n) acc[m][n] = load<S>(to[m] + n * L, I - (v + n) * L);
           }
-          for (int64_t block = 0; block < blocks; ++block) {
+          for (int64_t first = 0; first < rows; first += kTileVectors * L) {
             const S* a[M];
-            for (int m = 0; m < M; ++m) a[m] = dz + (block * capacity + k + m) * 4 * L;
-            if (finite && all_zero(a[0], M * 4 * L)) continue;
-            multiply<S>(acc, a, panel + block * 4 * L * N * L, 4 * L);
+            for (int m = 0; m < M; ++m) a[m] = dz + first * capacity + (k + m) * kTileVectors * L;
+            if (finite && all_zero(a[0], M * kTileVectors * L)) continue;
+            multiply<S>(acc, a, panel + first * N * L,
+                        kWhole ? kTileVectors * L : minimum(kTileVectors * L, rows - first));
           }
           for (int m = 0; m < M; ++m)
             for (int n = 0; n < N; ++n) store<S>(to[m] + n * L, acc[m][n], I - (v + n) * L);
@@ -35,16 +37,18 @@ void input_gradient(const S* dz, int64_t capacity, int64_t H, int64_t I, const S
 constexpr int64_t kGroup = 64;  // slots of a split type that share a read of the weights
 
 // The same of a split type: the dz of some slots become factors first. scratch: gradient_scratch bytes.
-template <class S>
+template <class Cell, class S>
 void input_gradient_split(const float* dz, int64_t capacity, int64_t H, int64_t I, const Factor<S>* ih_t,
                           void* const* dx_rows, int64_t begin, int64_t end, Factor<S>* scratch) {
   constexpr int L = kLanes<float>, M = kTileRows<S>;
-  const int64_t blocks = divide_up(H, L), vectors = divide_up(I, L), plane = 4 * blocks * L, row_size = 2 * plane;
+  const int64_t dz_vectors = Cell::kGates * divide_up(H, L), vectors = divide_up(I, L);
+  const int64_t plane = dz_vectors * L, row_size = 2 * plane;
   for (int64_t group = begin; group < end; group += kGroup) {
     const int64_t count = minimum(kGroup, end - group);
     for (int64_t k = 0; k < round_up(count, M); ++k)
-      for (int64_t vector = 0; vector < 4 * blocks; ++vector) {
-        const float* from = dz + ((vector / 4 * capacity + group + k) * 4 + vector % 4) * L;
+      for (int64_t vector = 0; vector < dz_vectors; ++vector) {
+        const int64_t panel = vector / kTileVectors, column = vector % kTileVectors;
+        const float* from = dz + ((panel * capacity + group + k) * kTileVectors + column) * L;
         store_row<S>(scratch + k * row_size + vector * L, plane, k < count ? load_vector(from) : Vec<float>{});
       }
     for (int64_t v = 0, tile; v < vectors; v += tile) {
@@ -67,21 +71,23 @@ void input_gradient_split(const float* dz, int64_t capacity, int64_t H, int64_t 
   }
 }
 
-// The gradients of W_ih, W_hh and the biases are one product, dz^T [x, h, 1]. A tile holds kColumns columns of [x, h,
-// 1] and 4 vectors of gates.
-template <class S>
+// The gradients of W_ih, W_hh and the biases are one product, dz^T [x, h, 1], of a cell whose two parts of dz are the
+// same. A tile holds kColumns columns of [x, h, 1] and kTileVectors vectors of gates.
+template <class Cell, class S>
 struct WeightGradients {
+  static_assert(Cell::kAddsParts);
   using A = Accumulate<S>;
   using V = Vec<A>;
   static constexpr int L = kLanes<A>, kColumns = kTileRows<S>;
   static constexpr int64_t kSlots = 128;  // summed by themselves: errors grow with the number of sums, not of slots
-  static constexpr int64_t kBlocks = (512 << 10) / (kSlots * 4 * kBytes);  // whose dz then fills half of an L2 cache
+  static constexpr int64_t kPanels = (512 << 10) / (kSlots * kTileVectors * kBytes);  // whose dz fills half an L2 cache
 
   const WeightGradient& w;
-  const int64_t I = w.I, H = w.H, blocks = divide_up(w.H, L), columns = w.I + w.H + 1;
+  const int64_t I = w.I, H = w.H, blocks = divide_up(w.H, L), vectors = Cell::kGates * blocks;
+  const int64_t panels = divide_up(vectors, kTileVectors), columns = w.I + w.H + 1;
 
-  A* sums(int64_t tile, int64_t block) const {
-    return static_cast<A*>(w.sums) + (tile * blocks + block) * kColumns * 4 * L;
+  A* sums(int64_t tile, int64_t panel) const {
+    return static_cast<A*>(w.sums) + (tile * panels + panel) * kColumns * kTileVectors * L;
   }
 
   INLINE A column(int64_t j, int64_t slot) const {
@@ -104,30 +110,33 @@ struct WeightGradients {
         for (int m = 0; m < kColumns; ++m) to[k * kColumns + m] = column(j + m, first + k);
   }
 
-  // Whether the dz of some slots are 0, in kBlocks blocks.
-  bool vanished(int64_t block0, int64_t slot, int64_t count) const {
-    for (int64_t block = block0; block < minimum(blocks, block0 + kBlocks); ++block)
-      if (!all_zero(static_cast<const A*>(w.dz) + (block * w.capacity + slot) * 4 * L, count * 4 * L)) return false;
+  // Whether the dz of some slots are 0, in kPanels panels.
+  bool vanished(int64_t panel0, int64_t slot, int64_t count) const {
+    for (int64_t panel = panel0; panel < minimum(panels, panel0 + kPanels); ++panel)
+      if (!all_zero(static_cast<const A*>(w.dz) + (panel * w.capacity + slot) * kTileVectors * L,
+                    count * kTileVectors * L))
+        return false;
     return true;
   }
 
-  // Of a split type: the dz of some slots as panels of factors, [block][plane][slot / 2][vector][lane][slot % 2], and a
+  // Of a split type: the dz of some slots as panels of factors, [panel][plane][slot / 2][vector][lane][slot % 2], and a
   // tile's columns as rows of them.
-  void add_split(Factor<S>* panels) const {
+  void add_split(Factor<S>* factors) const {
     alignas(64) A values[kSlots * kColumns];
     alignas(64) Factor<S> rows[kColumns * 2 * kSlots];
-    constexpr int64_t kPanel = 2 * kSlots * 4 * L;
-    for (int64_t block0 = 0; block0 < blocks; block0 += kBlocks)
+    constexpr int64_t kPanel = 2 * kSlots * kTileVectors * L;
+    for (int64_t panel0 = 0; panel0 < panels; panel0 += kPanels)
       for (int64_t slot = 0; slot < w.count || (w.first && slot == 0); slot += kSlots) {
-        const int64_t count = minimum(kSlots, w.count - slot), last = minimum(blocks, block0 + kBlocks);
+        const int64_t count = minimum(kSlots, w.count - slot), last = minimum(panels, panel0 + kPanels);
         const bool overwrite = w.first && slot == 0;
-        if (!overwrite && vanished(block0, slot, count)) continue;
-        for (int64_t block = block0; block < last; ++block)
+        if (!overwrite && vanished(panel0, slot, count)) continue;
+        for (int64_t panel = panel0; panel < last; ++panel)
           for (int64_t k = 0; k < kSlots; k += 2)
-            for (int64_t n = 0; n < 4; ++n) {
-              const A* dz = static_cast<const A*>(w.dz) + ((block * w.capacity + slot + k) * 4 + n) * L;
-              store_factors<S>(panels + (block - block0) * kPanel, kSlots, k, 4, n, k < count ? load_vector(dz) : V{},
-                               k + 1 < count ? load_vector(dz + 4 * L) : V{});
+            for (int64_t n = 0; n < kTileVectors; ++n) {
+              const A* dz = static_cast<const A*>(w.dz) + ((panel * w.capacity + slot + k) * kTileVectors + n) * L;
+              store_factors<S>(factors + (panel - panel0) * kPanel, kSlots, k, kTileVectors, n,
+                               k < count ? load_vector(dz) : V{},
+                               k + 1 < count ? load_vector(dz + kTileVectors * L) : V{});
             }
         for (int64_t tile = w.begin; tile < w.end; ++tile) {
           gather(tile, slot, count, values);
@@ -139,14 +148,14 @@ struct WeightGradients {
           }
           const Factor<S>* a[kColumns];
           for (int m = 0; m < kColumns; ++m) a[m] = rows + m * 2 * kSlots;
-          for (int64_t block = block0; block < last; ++block) {
-            A* to = sums(tile, block);
-            V acc[kColumns][4] = {};
-            multiply<S>(acc, a, panels + (block - block0) * kPanel, kSlots);
+          for (int64_t panel = panel0; panel < last; ++panel) {
+            A* to = sums(tile, panel);
+            V acc[kColumns][kTileVectors] = {};
+            multiply<S>(acc, a, factors + (panel - panel0) * kPanel, kSlots);
             for (int m = 0; m < kColumns; ++m)
-              for (int n = 0; n < 4; ++n)
-                store_vector(to + (m * 4 + n) * L,
-                             overwrite ? acc[m][n] : load_vector(to + (m * 4 + n) * L) + acc[m][n]);
+              for (int n = 0; n < kTileVectors; ++n)
+                store_vector(to + (m * kTileVectors + n) * L,
+                             overwrite ? acc[m][n] : load_vector(to + (m * kTileVectors + n) * L) + acc[m][n]);
           }
         }
       }
@@ -154,44 +163,45 @@ struct WeightGradients {
 
   // Bytes that add_split and input_gradient_split need.
   static int64_t scratch(int64_t H) {
-    const int64_t blocks = divide_up(H, L);
-    return maximum(minimum(blocks, kBlocks) * 2 * kSlots * 4 * L, kGroup * 2 * 4 * blocks * L) * sizeof(Factor<S>);
+    const int64_t vectors = Cell::kGates * divide_up(H, L), panels = divide_up(vectors, kTileVectors);
+    return maximum(minimum(panels, kPanels) * kSlots * kTileVectors, kGroup * vectors) * 2 * L * sizeof(Factor<S>);
   }
 
   void add() const {
     A values[kSlots * kColumns];
-    for (int64_t block0 = 0; block0 < blocks; block0 += kBlocks)
+    for (int64_t panel0 = 0; panel0 < panels; panel0 += kPanels)
       for (int64_t slot = 0; slot < w.count || (w.first && slot == 0); slot += kSlots) {
         const int64_t count = minimum(kSlots, w.count - slot);
         const bool overwrite = w.first && slot == 0;
-        if (!overwrite && vanished(block0, slot, count)) continue;
+        if (!overwrite && vanished(panel0, slot, count)) continue;
         for (int64_t tile = w.begin; tile < w.end; ++tile) {
           gather(tile, slot, count, values);
-          for (int64_t block = block0; block < minimum(blocks, block0 + kBlocks); ++block) {
-            A* to = sums(tile, block);
-            V acc[kColumns][4] = {};
-            multiply_with<kColumns, 4, A>(
+          for (int64_t panel = panel0; panel < minimum(panels, panel0 + kPanels); ++panel) {
+            A* to = sums(tile, panel);
+            V acc[kColumns][kTileVectors] = {};
+            multiply_with<kColumns, kTileVectors, A>(
                 acc, [&](int m, int64_t k) INLINE_LAMBDA { return values[k * kColumns + m]; },
-                static_cast<const A*>(w.dz) + (block * w.capacity + slot) * 4 * L, count);
+                static_cast<const A*>(w.dz) + (panel * w.capacity + slot) * kTileVectors * L, count);
             for (int m = 0; m < kColumns; ++m)
-              for (int n = 0; n < 4; ++n)
-                store_vector(to + (m * 4 + n) * L,
-                             overwrite ? acc[m][n] : load_vector(to + (m * 4 + n) * L) + acc[m][n]);
+              for (int n = 0; n < kTileVectors; ++n)
+                store_vector(to + (m * kTileVectors + n) * L,
+                             overwrite ? acc[m][n] : load_vector(to + (m * kTileVectors + n) * L) + acc[m][n]);
           }
         }
       }
   }
 
-  // Columns j of [x, h, 1], first <= j < last, to a matrix (4H, last - first).
+  // Columns j of [x, h, 1], first <= j < last, to a matrix (gates * H, last - first).
   void store_columns(int64_t first, int64_t last, A* matrix) const {
     const int64_t begin = maximum(first, w.begin * kColumns), end = minimum(last, w.end * kColumns);
     for (int64_t j = begin; j < end; j += L)
-      for (int64_t vector = 0; vector < 4 * blocks; ++vector) {
+      for (int64_t vector = 0; vector < vectors; ++vector) {
         const int64_t gate = vector / blocks, unit = vector % blocks * L;
         V v[L];
         for (int k = 0; k < L; ++k) {
           const int64_t column = minimum(j + k, end - 1);
-          v[k] = load_vector(sums(column / kColumns, vector / 4) + (column % kColumns * 4 + vector % 4) * L);
+          v[k] = load_vector(sums(column / kColumns, vector / kTileVectors) +
+                             (column % kColumns * kTileVectors + vector % kTileVectors) * L);
         }
         transpose<A>(v);
         const int64_t units = minimum(L, H - unit);

@@ -16,9 +16,12 @@ constexpr int64_t kMostUnpackedRows = 64;
 // Steps that a kernel takes at once, at most.
 constexpr int64_t kMostStepsAtOnce = 64;
 
+// Vectors of columns of a register tile whose columns are not the gates of a unit; 2 or 1 at the end.
+constexpr int64_t kTileVectors = 4;
+
 // The weights of a direction, packed into panels for the register tiles; made once per call. L: lanes of a
-// vector; blocks: H / L, rounded up; units and columns beyond the end are 0. "Tile": 4 vectors of columns side by side,
-// at the end 2 or 1. Where pairs of bfloat16 are multiplied, two neighbouring k stand side by side in each lane.
+// vector; blocks: H / L, rounded up; units and columns beyond the end are 0. "Tile": kTileVectors vectors of columns
+// side by side. Where pairs of bfloat16 are multiplied, two neighbouring k stand side by side in each lane.
 struct Panels {
   void* ih;          // [block][k: I][gate][lane]; null in the forward pass of few rows
   void* hh;          // [block][k: H][gate][lane]
@@ -43,8 +46,8 @@ struct Member {
 };
 
 // Gradients of the pre-activations of some steps of a direction, as panels for the gradients of the weights:
-// [block][slot][4 vectors][lane], where the vectors in the order gate, block are dealt out four by four. A slot is a
-// step of a sequence; slots are in the order of t, then longest sequence first.
+// [panel][slot][kTileVectors vectors][lane], where the vectors in the order gate, block are dealt out in that many. A
+// slot is a step of a sequence; slots are in the order of t, then longest sequence first.
 struct Slots {
   void* dz;                // null: BackwardParams::d_gates_x is wanted instead
   int64_t capacity;        // slots that a panel has room for
@@ -60,7 +63,7 @@ struct WeightGradient {
   const void* const* h_rows;  // (count) h before each slot, (H)
   int64_t I, H;
   int64_t begin, end;  // the tiles of columns to work on, of column_tiles
-  void* sums;          // [tile of columns][block][column of the tile][4 vectors][lane], of type A
+  void* sums;          // [tile of columns][panel][column of the tile][kTileVectors vectors][lane], of type A
   bool first;          // overwrite sums, rather than add to them
 };
 
@@ -69,11 +72,11 @@ struct Kernels {
   int64_t rows;  // sequences, or columns, of a register tile
   int64_t (*accumulate_bytes)(DType);
 
-  // Bytes of the packed weights (4H, columns).
+  // Bytes of the packed weights (gates * H, columns).
   int64_t (*panel_bytes)(DType, int64_t H, int64_t columns, bool transposed);
 
-  // Pack one block, or one vector of columns, of a weight matrix (4H, columns). See Panels. pack_transposed: whether
-  // all its values are finite.
+  // Pack one block, or one vector of columns, of a weight matrix (gates * H, columns). See Panels. pack_transposed:
+  // whether all its values are finite.
   void (*pack)(DType, const void* w, int64_t H, int64_t columns, int64_t block, void* panels);
   bool (*pack_transposed)(DType, const void* w, int64_t H, int64_t columns, int64_t vector, void* panels);
 

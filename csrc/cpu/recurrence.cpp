@@ -5,6 +5,8 @@
 #include <numeric>
 #include <vector>
 
+#include "../core/cells/lstm.h"
+#include "../core/step_order.h"
 #include "isa.h"
 #include "memory.h"
 
@@ -99,7 +101,7 @@ class Packing {
     for (Panels& one : panels) one.not_finite = &not_finite_;
   }
 
-  // w: the weights (4H, columns) of each direction.
+  // w: the weights (gates * H, columns) of each direction.
   void add(const void* const* w, int64_t columns, bool transposed, void* Panels::* member) {
     for (int64_t d = 0; d < sizes_.D; ++d) {
       buffers_.push_back(allocate(kernels_.panel_bytes(dtype_, sizes_.H, columns, transposed)));
@@ -179,7 +181,8 @@ class LayerBackward {
         bytes_(kernels.accumulate_bytes(dtype)),
         zeros_(allocate_zeros(p.H * bytes_)),
         offsets_(slot_offsets(p, plan.order)) {
-    const int64_t lanes = kernels.lanes(dtype), padded = divide_up(p.H, lanes) * lanes;
+    const int64_t lanes = kernels.lanes(dtype), vectors = Lstm::kGates * divide_up(p.H, lanes);
+    const int64_t row = divide_up(vectors, kTileVectors) * kTileVectors * lanes;  // of dz, in whole panels
     for (int64_t d = 0; d < p.D; ++d) {
       rounds_[d] = rounds(d);
       for (size_t k = 1; k < rounds_[d].size(); ++k)
@@ -190,8 +193,8 @@ class LayerBackward {
     for (int64_t d = 0; d < p.D; ++d) {
       rows_[d] = {std::vector<const void*>(capacity_), std::vector<const void*>(capacity_),
                   std::vector<void*>(capacity_)};
-      dz_[d] = allocate(capacity_ * 4 * padded * bytes_);
-      if (p.dw_ih[0]) sums_[d] = allocate(tiles_ * kernels.rows * 4 * padded * bytes_);
+      dz_[d] = allocate(capacity_ * row * bytes_);
+      if (p.dw_ih[0]) sums_[d] = allocate(tiles_ * kernels.rows * row * bytes_);
     }
   }
 
@@ -242,26 +245,28 @@ class LayerBackward {
   // Fills rows_ for this thread's share of a round's slots.
   void find_rows(int64_t d, const Range& range, const Share& share) {
     if (share.begin == share.end) return;
+    const StepOrder order{d, p_.T};
     int64_t slot = range.first + share.begin;
     int64_t t = std::upper_bound(offsets_.begin(), offsets_.end(), slot) - offsets_.begin() - 1;
     for (int64_t k = share.begin; k < share.end; ++k, ++slot) {
       while (slot >= offsets_[t + 1]) ++t;
-      const int64_t b = plan_.order[slot - offsets_[t]], last = p_.lengths ? p_.lengths[b] - 1 : p_.T - 1;
-      const int64_t before = d == 0 ? t - 1 : t + 1;
+      const int64_t b = plan_.order[slot - offsets_[t]], first = order.first(length_of(p_.lengths, b, p_.T));
       if (p_.dw_ih[0]) {
         rows_[d].x[k] = element(p_.input.x, t * p_.input.stride_t + b * p_.input.stride_b, bytes_);
-        rows_[d].h[k] = t != (d == 0 ? 0 : last) ? element(p_.y, ((before * p_.B + b) * p_.D + d) * p_.H, bytes_)
-                        : p_.h0                  ? element(p_.h0, (d * p_.B + b) * p_.H, bytes_)
-                                                 : zeros_.get();
+        rows_[d].h[k] = t != first ? element(p_.y, ((order.before(t) * p_.B + b) * p_.D + d) * p_.H, bytes_)
+                        : p_.h0    ? element(p_.h0, (d * p_.B + b) * p_.H, bytes_)
+                                   : zeros_.get();
       }
       if (p_.dx) rows_[d].dx[k] = static_cast<char*>(p_.dx) + (t * p_.B + b) * p_.input.I * bytes_;
     }
   }
 
-  // The slots of the iterations begin <= s < end of a direction.
+  // The slots of the iterations begin <= s < end of a direction: of the steps between those of the first and the last.
   Range slots(int64_t d, int64_t begin, int64_t end) const {
-    const int64_t first = offsets_[d == 0 ? p_.T - end : begin];
-    return {first, offsets_[d == 0 ? p_.T - begin : end] - first};
+    if (begin == end) return {0, 0};
+    const StepOrder order{d, p_.T};
+    const auto [low, high] = std::minmax({order.backward(begin), order.backward(end - 1)});
+    return {offsets_[low], offsets_[high + 1] - offsets_[low]};
   }
 
   // The iterations at which the rounds of a direction begin, and their end. Both directions have as many rounds, with

@@ -5,11 +5,11 @@
 //
 // How the work is laid out. A chain (one direction of some sequences) goes through all its time steps without waiting
 // for anybody (only where there are fewer chains than threads do several threads share one, each with its own hidden
-// units, and meet once per step). At each step it needs (rows x H) * (H x 4H). The product is cut into register tiles
-// of kRows sequences x 4 vectors, whose accumulators stay in registers until the cell update has been done on them:
-// pre-activations never visit memory. Going forward the 4 vectors are the 4 gates of the same units; going backward
-// (rows x 4H) * (4H x H) they are 4 neighbouring vectors of units. Blocks of units are the outer loop, so that a panel
-// of packed weights (H x 4 vectors) stays in the L1 cache while all rows use it.
+// units, and meet once per step). At each step it needs (rows x H) * (H x gates H). The product is cut into register
+// tiles of kRows sequences x some vectors, whose accumulators stay in registers until the cell update has been done on
+// them: pre-activations never visit memory. Going forward the vectors are the gates of the same units (4 of the LSTM);
+// going backward (rows x gates H) * (gates H x H) they are kTileVectors neighbouring vectors of units. Blocks of units
+// are the outer loop, so that a panel of packed weights (H x 4 vectors) stays in the L1 cache while all rows use it.
 //
 // Each result is summed in the order of k whatever the tile, so results do not depend on how the work is cut up.
 
@@ -19,7 +19,8 @@
 #include <type_traits>
 #include <utility>
 
-#include "../core/lstm_cell.h"
+#include "../core/cells/lstm.h"
+#include "../core/step_order.h"
 #include "../core/variant_row.h"
 #include "kernels.h"
 
@@ -109,25 +110,25 @@ int64_t panel_bytes(DType dtype, int64_t H, int64_t columns, bool transposed) {
   int64_t bytes = 0;
   with_storage(dtype, [&]<class S>(S) {
     constexpr int64_t L = kLanes<Accumulate<S>>;
-    bytes = 4 * round_up(H, L) * (transposed ? round_up(columns, L) : packed_rows<S>(columns)) * kPlanes<S> *
+    bytes = Lstm::kGates * round_up(H, L) * (transposed ? round_up(columns, L) : packed_rows<S>(columns)) * kPlanes<S> *
             sizeof(Factor<S>);
   });
   return bytes;
 }
 
 void pack(DType dtype, const void* w, int64_t H, int64_t columns, int64_t block, void* panels) {
-  with_storage(dtype, [&]<class S>(S) { pack<S>(w, H, columns, block, panels); });
+  with_storage(dtype, [&]<class S>(S) { pack<Lstm, S>(w, H, columns, block, panels); });
 }
 
 bool pack_transposed(DType dtype, const void* w, int64_t H, int64_t columns, int64_t vector, void* panels) {
   bool finite = true;
-  with_storage(dtype, [&]<class S>(S) { finite = pack_transposed<S>(w, H, columns, vector, panels); });
+  with_storage(dtype, [&]<class S>(S) { finite = pack_transposed<Lstm, S>(w, H, columns, vector, panels); });
   return finite;
 }
 
 int64_t forward_scratch(DType dtype, const ForwardParams& p, int64_t rows, int64_t steps) {
   int64_t bytes = 0;
-  with_storage(dtype, [&]<class S>(S) { bytes = Forward<S>::scratch(p, rows, steps); });
+  with_storage(dtype, [&]<class S>(S) { bytes = Forward<Lstm, S>::scratch(p, rows, steps); });
   return bytes;
 }
 
@@ -135,12 +136,12 @@ void forward(DType dtype, const ForwardParams& p, const Chain& chain, const Pane
              const Member& member) {
   FlushDenormals flush;
   [[maybe_unused]] const TileRegisters tiles;
-  with_storage(dtype, [&]<class S>(S) { Forward<S>(p, chain, panels, steps, member).run(steps); });
+  with_storage(dtype, [&]<class S>(S) { Forward<Lstm, S>(p, chain, panels, steps, member).run(steps); });
 }
 
 int64_t backward_scratch(DType dtype, const BackwardParams& p, int64_t rows, int64_t steps) {
   int64_t bytes = 0;
-  with_storage(dtype, [&]<class S>(S) { bytes = Backward<S>::scratch(p, rows, steps); });
+  with_storage(dtype, [&]<class S>(S) { bytes = Backward<Lstm, S>::scratch(p, rows, steps); });
   return bytes;
 }
 
@@ -148,7 +149,8 @@ void backward(DType dtype, const BackwardParams& p, const Chain& chain, const Pa
               int64_t steps, int64_t begin, int64_t end, const Member& member) {
   FlushDenormals flush;
   [[maybe_unused]] const TileRegisters tiles;
-  with_storage(dtype, [&]<class S>(S) { Backward<S>(p, chain, panels, slots, steps, member).run(steps, begin, end); });
+  with_storage(dtype,
+               [&]<class S>(S) { Backward<Lstm, S>(p, chain, panels, slots, steps, member).run(steps, begin, end); });
 }
 
 // All rows begin <= state < end of (D, B): one pass of a step.
@@ -209,7 +211,7 @@ void with_layer_type(DType dtype, const F& f) {
 int64_t gradient_scratch(DType dtype, int64_t H) {
   int64_t bytes = 0;
   with_layer_type(dtype, [&]<class S>(S) {
-    if constexpr (kSplit<S>) bytes = WeightGradients<S>::scratch(H);
+    if constexpr (kSplit<S>) bytes = WeightGradients<Lstm, S>::scratch(H);
   });
   return bytes;
 }
@@ -222,9 +224,10 @@ void input_gradient(DType dtype, const void* dz, int64_t capacity, int64_t H, in
     const auto from = static_cast<const Accumulate<S>*>(dz);
     const auto panels = static_cast<const Factor<S>*>(ih_t);
     if constexpr (kSplit<S>)
-      input_gradient_split<S>(from, capacity, H, I, panels, dx_rows, begin, end, static_cast<Factor<S>*>(scratch));
+      input_gradient_split<Lstm, S>(from, capacity, H, I, panels, dx_rows, begin, end,
+                                    static_cast<Factor<S>*>(scratch));
     else
-      input_gradient<S>(from, capacity, H, I, panels, finite, dx_rows, begin, end);
+      input_gradient<Lstm, S>(from, capacity, H, I, panels, finite, dx_rows, begin, end);
   });
 }
 
@@ -235,16 +238,16 @@ void weight_gradient(DType dtype, const WeightGradient& work, void* scratch) {
   [[maybe_unused]] const TileRegisters tiles;
   with_layer_type(dtype, [&]<class S>(S) {
     if constexpr (kSplit<S>)
-      WeightGradients<S>{work}.add_split(static_cast<Factor<S>*>(scratch));
+      WeightGradients<Lstm, S>{work}.add_split(static_cast<Factor<S>*>(scratch));
     else
-      WeightGradients<S>{work}.add();
+      WeightGradients<Lstm, S>{work}.add();
   });
 }
 
 void store_weight_gradient(DType dtype, const WeightGradient& work, void* dw_ih, void* dw_hh, void* d_bias) {
   with_layer_type(dtype, [&]<class S>(S) {
     using A = Accumulate<S>;
-    WeightGradients<S>{work}.store(static_cast<A*>(dw_ih), static_cast<A*>(dw_hh), static_cast<A*>(d_bias));
+    WeightGradients<Lstm, S>{work}.store(static_cast<A*>(dw_ih), static_cast<A*>(dw_hh), static_cast<A*>(d_bias));
   });
 }
 #endif

@@ -178,7 +178,8 @@ INLINE void with_rows(int64_t left, const F& f) {
     with_at_most<kRows>(left, f);
 }
 
-// Vectors of columns in the tile that begins at vector v of `count`: 4, and at the end 2 or 1.
+// Vectors of columns in the tile that begins at vector v of `count`: kTileVectors, and at the end 2 or 1.
+static_assert(kTileVectors == 4);
 INLINE int64_t tile_vectors(int64_t v, int64_t count) { return count - v >= 4 ? 4 : count - v >= 2 ? 2 : 1; }
 
 // Calls f.template operator()<N>() for a tile of 4, 2 or 1 vectors.
@@ -233,21 +234,21 @@ INLINE void store_factors(Factor<S>* panel, int64_t K, int64_t k, int64_t N, int
   }
 }
 
-// w (4H, K) -> panels [block][k: K][gate][lane], of one block; with pairs [block][k / 2][gate][lane][k % 2]. K is
-// rounded up to packed_rows.
+// w (gates * H, K) -> panels [block][k: K][gate][lane], of one block; with pairs [block][k / 2][gate][lane][k % 2]. K
+// is rounded up to packed_rows.
 template <class S>
 constexpr int64_t packed_rows(int64_t K) {
   return (K + kEven<S> - 1) / kEven<S> * kEven<S>;
 }
 
-template <class S>
+template <class Cell, class S>
 void pack(const void* w_, int64_t H, int64_t K, int64_t block, void* panels) {
   using A = Accumulate<S>;
   constexpr int L = kLanes<A>;
   const S* w = static_cast<const S*>(w_);
   const int64_t rows = packed_rows<S>(K);
-  Factor<S>* panel = static_cast<Factor<S>*>(panels) + block * rows * 4 * L * kPlanes<S>;
-  for (int g = 0; g < 4; ++g)
+  Factor<S>* panel = static_cast<Factor<S>*>(panels) + block * rows * Cell::kGates * L * kPlanes<S>;
+  for (int g = 0; g < Cell::kGates; ++g)
     for (int64_t k = 0; k < rows; k += L) {
       Vec<A> v[L];
 #pragma GCC unroll 16
@@ -255,20 +256,20 @@ void pack(const void* w_, int64_t H, int64_t K, int64_t block, void* panels) {
         v[l] = block * L + l < H && k < K ? load<A>(w + (g * H + block * L + l) * K + k, K - k) : Vec<A>{};
       transpose<A>(v);
       const int64_t columns = minimum(L, rows - k);
-      for (int64_t j = 0; j < columns; j += 2) store_factors<S>(panel, rows, k + j, 4, g, v[j], v[j + 1]);
+      for (int64_t j = 0; j < columns; j += 2) store_factors<S>(panel, rows, k + j, Cell::kGates, g, v[j], v[j + 1]);
     }
 }
 
-// w (4H, columns) -> panels [tile of columns][k: gate, block, lane][vector of the tile][lane], of one vector of
+// w (gates * H, columns) -> panels [tile of columns][k: gate, block, lane][vector of the tile][lane], of one vector of
 // columns; with pairs as above.
-template <class S>
+template <class Cell, class S>
 bool pack_transposed(const void* w_, int64_t H, int64_t columns, int64_t vector, void* panels) {
   using A = Accumulate<S>;
   constexpr int L = kLanes<A>;
-  const int64_t vectors = divide_up(columns, L), padded = round_up(H, L);
+  const int64_t vectors = divide_up(columns, L), padded = round_up(H, L), rows = Cell::kGates * padded;
   int64_t tile = 0, N = tile_vectors(0, vectors);
   for (; tile + N <= vector; N = tile_vectors(tile, vectors)) tile += N;
-  Factor<S>* panel = static_cast<Factor<S>*>(panels) + tile * 4 * padded * L * kPlanes<S>;
+  Factor<S>* panel = static_cast<Factor<S>*>(panels) + tile * rows * L * kPlanes<S>;
   const S* w = static_cast<const S*>(w_) + vector * L;
   Vec<A> zeros = {};  // 0 times all that was packed
   const auto row = [&](int64_t g, int64_t unit) INLINE_LAMBDA {
@@ -276,8 +277,8 @@ bool pack_transposed(const void* w_, int64_t H, int64_t columns, int64_t vector,
     zeros += values * 0;
     return values;
   };
-  for (int64_t g = 0; g < 4; ++g)
+  for (int64_t g = 0; g < Cell::kGates; ++g)
     for (int64_t unit = 0; unit < padded; unit += 2)
-      store_factors<S>(panel, 4 * padded, g * padded + unit, N, vector - tile, row(g, unit), row(g, unit + 1));
+      store_factors<S>(panel, rows, g * padded + unit, N, vector - tile, row(g, unit), row(g, unit + 1));
   return all_zero(reinterpret_cast<const A*>(&zeros), L);
 }

@@ -5,7 +5,6 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
-#include "../core/lstm_cell.h"
 #include "../core/recurrence.h"
 
 namespace birnn::cuda {

@@ -4,6 +4,7 @@
 
 #include <cassert>
 
+#include "../core/cells/lstm.h"
 #include "cell_math.cuh"
 #include "persistent.h"
 

@@ -267,16 +267,18 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) backward_kernel(const __gri
           const float2 c = kKeepsCells ? load_pair<float>(cells_of(s - 1) + pair_at<float>(row, unit))
                                        : float2{f.x * c_before.x + i.x * z.x, f.y * c_before.y + i.y * z.y};
           float2 dc = *reinterpret_cast<const float2*>(dc_at(k));
-          auto x = lstm_cell_backward<Math<float>>(Gates<float>{i.x, f.x, z.x, o.x}, c.x, c_before.x, dh_t.x, dc.x);
-          auto y = lstm_cell_backward<Math<float>>(Gates<float>{i.y, f.y, z.y, o.y}, c.y, c_before.y, dh_t.y, dc.y);
+          const float values_x[] = {i.x, f.x, z.x, o.x}, values_y[] = {i.y, f.y, z.y, o.y};
+          float x[4], y[4];
+          Lstm::backward<Math<float>>(values_x, c.x, c_before.x, dh_t.x, dc.x, x);
+          Lstm::backward<Math<float>>(values_y, c.y, c_before.y, dh_t.y, dc.y, y);
           *reinterpret_cast<float2*>(dc_at(k)) = dc;
           // padding stays 0, or an infinite sum would make NaN of it
-          if (unit0 + unit >= H) x = {0, 0, 0, 0};
-          if (unit0 + unit + 1 >= H) y = {0, 0, 0, 0};
-          store_pair<S>(at, {factor<S>(x.i), factor<S>(y.i)});
-          store_pair<S>(at + kGatePlane, {factor<S>(x.f), factor<S>(y.f)});
-          store_pair<S>(at + 2 * kGatePlane, {factor<S>(x.g), factor<S>(y.g)});
-          store_pair<S>(at + 3 * kGatePlane, {factor<S>(x.o), factor<S>(y.o)});
+          if (unit0 + unit >= H) x[0] = x[1] = x[2] = x[3] = 0;
+          if (unit0 + unit + 1 >= H) y[0] = y[1] = y[2] = y[3] = 0;
+          store_pair<S>(at, {factor<S>(x[0]), factor<S>(y[0])});
+          store_pair<S>(at + kGatePlane, {factor<S>(x[1]), factor<S>(y[1])});
+          store_pair<S>(at + 2 * kGatePlane, {factor<S>(x[2]), factor<S>(y[2])});
+          store_pair<S>(at + 3 * kGatePlane, {factor<S>(x[3]), factor<S>(y[3])});
         }
         __syncwarp();
         forget(lane);

@@ -204,17 +204,17 @@ __global__ void __launch_bounds__(kMaxWarps * 32, 1) forward_kernel(const __grid
                                  load_pair<S>(z + 3 * kPlane<S>)};
           float2 c = load_pair<float>(c_at), h_t;
           const auto sum = [&](int gate, int u) { return sums[gate][half * 2 + u]; };
-          Gates<float> x{z_x[0].x + sum(0, 0), z_x[1].x + sum(1, 0), z_x[2].x + sum(2, 0), z_x[3].x + sum(3, 0)};
-          Gates<float> y{z_x[0].y + sum(0, 1), z_x[1].y + sum(1, 1), z_x[2].y + sum(2, 1), z_x[3].y + sum(3, 1)};
-          h_t.x = factor<S>(lstm_cell_forward<Math<float>>(x, c.x));
-          h_t.y = factor<S>(lstm_cell_forward<Math<float>>(y, c.y));
+          float x[] = {z_x[0].x + sum(0, 0), z_x[1].x + sum(1, 0), z_x[2].x + sum(2, 0), z_x[3].x + sum(3, 0)};
+          float y[] = {z_x[0].y + sum(0, 1), z_x[1].y + sum(1, 1), z_x[2].y + sum(2, 1), z_x[3].y + sum(3, 1)};
+          h_t.x = factor<S>(Lstm::forward<Math<float>>(x, c.x));
+          h_t.y = factor<S>(Lstm::forward<Math<float>>(y, c.y));
           // padding stays 0: gates would be the next step's gates_x, and an infinite h makes NaN of it
-          if (unit0 + unit >= H) x = {0, 0, 0, 0}, c.x = h_t.x = 0;
-          if (unit0 + unit + 1 >= H) y = {0, 0, 0, 0}, c.y = h_t.y = 0;
-          store_pair<S>(z, {x.i, y.i});
-          store_pair<S>(z + kPlane<S>, {x.f, y.f});
-          store_pair<S>(z + 2 * kPlane<S>, {x.g, y.g});
-          store_pair<S>(z + 3 * kPlane<S>, {x.o, y.o});
+          if (unit0 + unit >= H) x[0] = x[1] = x[2] = x[3] = c.x = h_t.x = 0;
+          if (unit0 + unit + 1 >= H) y[0] = y[1] = y[2] = y[3] = c.y = h_t.y = 0;
+          store_pair<S>(z, {x[0], y[0]});
+          store_pair<S>(z + kPlane<S>, {x[1], y[1]});
+          store_pair<S>(z + 2 * kPlane<S>, {x[2], y[2]});
+          store_pair<S>(z + 3 * kPlane<S>, {x[3], y[3]});
           store_pair<float>(c_at, c);
           store_pair<S>(stage_h + pair_at<S>(row, unit), h_t);
         }

@@ -12,7 +12,7 @@
 
 #include <cstdint>
 
-#include "../core/lstm_cell.h"  // BIRNN_INLINE
+#include "../core/inline.h"
 
 namespace birnn::cuda {
 

@@ -1,10 +1,7 @@
-// The CUDA implementation of the operators. Algorithm `stepwise`: T times one batched GEMM for both directions and one
-// fused cell kernel; serves every size and type. Algorithm `persistent`: one launch (persistent.h). Both only launch,
-// so they can be captured into a CUDA graph.
+// The CUDA implementation of the operators: by the algorithm `stepwise` (stepwise/stepwise_op.h) or `persistent`
+// (persistent.h). Both only launch, so they can be captured into a CUDA graph.
 #include <ATen/Context.h>
 #include <ATen/cuda/CUDAContextLight.h>
-#include <ATen/ops/bmm.h>
-#include <ATen/ops/zeros.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -24,66 +21,12 @@
 #include <vector>
 
 #include "../op_common.h"
-#include "cell_kernels.h"
 #include "choice.h"
 #include "persistent.h"
-#include "product.h"
+#include "stepwise/stepwise_op.h"
 
 namespace birnn::cuda {
 namespace {
-
-void stepwise_forward(birnn::Forward& call, const Tensor& w_hh, const OptionalTensor& h0, const OptionalTensor& c0,
-                      cudaStream_t stream) {
-  const auto [T, B, D, H] = static_cast<const RecurrenceSizes&>(call.params);
-  const auto accumulate = call.y.options().dtype(accumulate_type(call.y.scalar_type()));
-  // h_n is the running state; so is c_n, unless the cell state is kept in a wider type.
-  h0 ? call.h_n.copy_(*h0) : call.h_n.zero_();
-  c0 ? call.c_n.copy_(*c0) : call.c_n.zero_();
-  Tensor c = call.c_n.to(accumulate);
-  Tensor gates_h = at::empty({D, B, 4 * H}, accumulate);
-  const Tensor w_hh_t = multiplied(w_hh).transpose(1, 2);
-
-  CellForward step{call.params};
-  step.h = call.h_n.mutable_data_ptr();
-  step.c = c.mutable_data_ptr();
-  for (step.s = 0; step.s < T; ++step.s) {
-    if (step.s > 0 || h0) {
-      product(gates_h, call.h_n, w_hh_t);
-      step.gates_h = gates_h.const_data_ptr();
-    }
-    C10_CUDA_CHECK(cell_forward(call.dtype, step, stream));
-  }
-  if (!c.is_same(call.c_n)) call.c_n.copy_(c);
-}
-
-void stepwise_backward(birnn::Backward& call, const Tensor& w_hh, const OptionalTensor& lengths,
-                       const OptionalTensor& dh_n, const OptionalTensor& dc_n, cudaStream_t stream) {
-  const auto [T, B, D, H] = static_cast<const RecurrenceSizes&>(call.params);
-  const auto options = call.d_gates_x.options();
-  const auto accumulate = options.dtype(accumulate_type(call.d_gates_x.scalar_type()));
-  const Tensor w = multiplied(w_hh);
-  Tensor dh = at::empty({D, B, H}, accumulate);
-  Tensor dc = at::zeros({D, B, H}, accumulate);
-  if (dc_n) dc.copy_(*dc_n);
-  Tensor dz = at::zeros({D, B, 4 * H}, options);  // sequences that begin later have had no dz yet
-
-  CellBackward step{call.params};
-  step.dc = dc.mutable_data_ptr();
-  step.dz = dz.mutable_data_ptr();
-  for (step.s = 0; step.s < T; ++step.s) {
-    if (step.s > 0) {
-      product(dh, dz, w);
-      step.dh = dh.const_data_ptr();
-    }
-    C10_CUDA_CHECK(cell_backward(call.dtype, step, stream));
-  }
-  if (call.params.dh0) {
-    at::bmm_out(call.dh0, dz, w_hh);
-    // a sequence without steps hands its gradient through
-    if (lengths && dh_n) call.dh0.add_(*dh_n * (*lengths == 0).unsqueeze(-1));
-    call.dc0.copy_(dc);
-  }
-}
 
 // ---- persistent
 

@@ -7,8 +7,8 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
-#include "product.h"
-#include "variant_kernels.h"
+#include "stepwise/product.h"
+#include "stepwise/variant_kernels.h"
 
 namespace birnn::cuda {
 namespace {

@@ -15,6 +15,10 @@
 
 #include "cpu/isa.h"
 
+namespace birnn::cpu::of_three_gates {
+int failures();  // cell_test.cpp
+}
+
 namespace {
 
 using birnn::DType;
@@ -233,6 +237,7 @@ int main(int argc, char** argv) {
     for (const std::string& isa : birnn::cpu::runnable_isas()) std::printf("%s\n", isa.c_str());
     return 0;
   }
+  failures += birnn::cpu::of_three_gates::failures();
   const int rounds = argc > 1 ? std::atoi(argv[1]) : 40;
   for (int round = 0; round < rounds; ++round) {
     check<double, double>(DType::f64, 1e-12);

@@ -2,8 +2,8 @@
 // kThreads-th unit.
 #include <type_traits>
 
-#include "../core/variant_row.h"
-#include "cell_math.cuh"
+#include "../../core/variant_row.h"
+#include "../cell_math.cuh"
 #include "variant_kernels.h"
 
 namespace birnn::cuda {

@@ -1,14 +1,14 @@
 // The fused cell kernels of the `stepwise` algorithm, free of torch: one launch does one step of both directions, after
-// a GEMM (recurrence_op.cpp) has made W_hh h_{t-1} or W_hh^T dz. Types S and A as in core/recurrence.h.
+// a GEMM (stepwise_op.cpp) has made W_hh h_{t-1} or W_hh^T dz. Types S and A as in core/recurrence.h.
 #pragma once
 
 #include <cuda_runtime_api.h>
 
-#include "../core/recurrence.h"
+#include "../../core/recurrence.h"
 
 namespace birnn::cuda {
 
-// Step s (0 .. T-1) of the forward pass: direction 0 is at t = s, direction 1 at t = T-1-s.
+// Iteration s (0 .. T-1) of the forward pass: each direction is at its own step (core/step_order.h).
 struct CellForward : ForwardParams {
   int64_t s;
   const void* gates_h;  // A (D, B, 4H): W_hh h_{t-1}, or null: zeros
@@ -16,12 +16,12 @@ struct CellForward : ForwardParams {
   void* c;              // A (D, B, H): c_{t-1} -> c_t, likewise
 };
 
-// Step s of the backward pass: direction 0 is at t = T-1-s, direction 1 at t = s.
+// Iteration s of the backward pass.
 struct CellBackward : BackwardParams {
   int64_t s;
   const void* dh;  // A (D, B, H): W_hh^T dz of the step before, or null: zeros
   void* dc;        // A (D, B, H): gradient of c_t -> of c_{t-1}; sequences without this step keep theirs
-  void* dz;        // S (D, B, 4H): gradient of the pre-activations, also written to d_gates_x; likewise
+  void* dz;        // S (D, B, 4H): gradient of W_hh h_{t-1}, which for the LSTM is d_gates_x, too; likewise
 };
 
 cudaError_t cell_forward(DType dtype, const CellForward& params, cudaStream_t stream);

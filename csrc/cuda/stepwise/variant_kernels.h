@@ -3,7 +3,7 @@
 
 #include <cuda_runtime_api.h>
 
-#include "../core/variant.h"
+#include "../../core/variant.h"
 
 namespace birnn::cuda {
 

@@ -1,10 +1,12 @@
-// A thread owns kUnits neighbouring hidden units of one sequence and direction, for all four gates: 16 bytes of every
-// tensor of type S when H allows it, else one unit. Memory-bound: per unit and step 4 gates_x + 4 gates_h in, and
-// y + h + c (+ 4 gates + c saved) out.
+// A thread owns N neighbouring hidden units of one sequence and direction, for all gates: 16 bytes of every tensor of
+// type S when H allows it, else one unit. Memory-bound: per unit and step gates_x, gates_h and c in, and y, h and c
+// (and the cell's values and c, saved) out.
 #include <initializer_list>
 
+#include "../../core/cells/lstm.h"
+#include "../../core/step_order.h"
+#include "../cell_math.cuh"
 #include "cell_kernels.h"
-#include "cell_math.cuh"
 
 namespace birnn::cuda {
 namespace {
@@ -53,102 +55,107 @@ __device__ Place place(const RecurrenceSizes& sizes) {
   return {row / sizes.B, row % sizes.B, index % units * N, row < sizes.D * sizes.B};
 }
 
-template <class S, int N>
+// Value v of N units, which hold their values side by side.
+template <class T, int N, int values, class A>
+__device__ void load_value(A (&to)[N][values], int v, const void* base, int64_t offset) {
+  A units[N];
+  load<T, N>(units, base, offset);
+#pragma unroll
+  for (int k = 0; k < N; ++k) to[k][v] = units[k];
+}
+
+template <class T, int N, int values, class A>
+__device__ void store_value(void* base, int64_t offset, const A (&from)[N][values], int v) {
+  A units[N];
+#pragma unroll
+  for (int k = 0; k < N; ++k) units[k] = from[k][v];
+  store<T, N>(base, offset, units);
+}
+
+template <class Cell, class S, int N>
 __global__ void __launch_bounds__(kThreads) forward_kernel(const CellForward p) {
   using A = Accumulate<S>;
+  constexpr int kGates = Cell::kGates, kValues = Cell::kValues;
   const auto [d, b, unit, valid] = place<N>(p);
   if (!valid) return;
-  const int64_t t = d == 0 ? p.s : p.T - 1 - p.s;
-  const int64_t state = (d * p.B + b) * p.H + unit;     // in (D, B, H)
-  const int64_t gate = (d * p.B + b) * 4 * p.H + unit;  // in (D, B, 4H)
-  const int64_t row = (t * p.B + b) * p.D + d;          // of (T, B, D)
-  A z[4][N], z_h[N], c[N], h[N];
-  if (p.lengths && t >= p.lengths[b]) {
+  const StepOrder order{d, p.T};
+  const int64_t t = order.forward(p.s);
+  const int64_t state = (d * p.B + b) * p.H + unit;          // in (D, B, H)
+  const int64_t gate = (d * p.B + b) * kGates * p.H + unit;  // in (D, B, kGates * H)
+  const int64_t row = (t * p.B + b) * p.D + d;               // of (T, B, D)
+  A input[N], recurrent[N], values[N][kValues], c[N], h[N];
+  if (p.lengths && !order.active(t, p.lengths[b])) {
 #pragma unroll
     for (int k = 0; k < N; ++k) h[k] = A(0);
     store<S, N>(p.y, row * p.H + unit, h);
 #pragma unroll
-    for (int g = 0; g < 4; ++g) store<S, N>(p.gates, row * 4 * p.H + g * p.H + unit, h);
+    for (int v = 0; v < kValues; ++v) store<S, N>(p.gates, (row * kValues + v) * p.H + unit, h);
     store<A, N>(p.cells, row * p.H + unit, h);
     return;
   }
 #pragma unroll
-  for (int g = 0; g < 4; ++g) {
-    load<S, N>(z[g], p.gates_x, row * 4 * p.H + g * p.H + unit);
-    load<A, N>(z_h, p.gates_h, gate + g * p.H);
+  for (int g = 0; g < kGates; ++g) {
+    load<S, N>(input, p.gates_x, (row * kGates + g) * p.H + unit);
+    load<A, N>(recurrent, p.gates_h, gate + g * p.H);
 #pragma unroll
-    for (int k = 0; k < N; ++k) z[g][k] += z_h[k];
+    for (int k = 0; k < N; ++k) Cell::combine(values[k], g, input[k], recurrent[k]);
   }
   load<A, N>(c, p.c, state);
 #pragma unroll
-  for (int k = 0; k < N; ++k) {
-    Gates<A> gates{z[0][k], z[1][k], z[2][k], z[3][k]};
-    h[k] = lstm_cell_forward<Math<A>>(gates, c[k]);
-    z[0][k] = gates.i;
-    z[1][k] = gates.f;
-    z[2][k] = gates.g;
-    z[3][k] = gates.o;
-  }
+  for (int k = 0; k < N; ++k) h[k] = Cell::template forward<Math<A>>(values[k], c[k]);
   store<A, N>(p.c, state, c);
   store<S, N>(p.h, state, h);
   store<S, N>(p.y, row * p.H + unit, h);
 #pragma unroll
-  for (int g = 0; g < 4; ++g) store<S, N>(p.gates, row * 4 * p.H + g * p.H + unit, z[g]);
+  for (int v = 0; v < kValues; ++v) store_value<S>(p.gates, (row * kValues + v) * p.H + unit, values, v);
   store<A, N>(p.cells, row * p.H + unit, c);
 }
 
-template <class S, int N>
+template <class Cell, class S, int N>
 __global__ void __launch_bounds__(kThreads) backward_kernel(const CellBackward p) {
   using A = Accumulate<S>;
+  constexpr int kGates = Cell::kGates, kValues = Cell::kValues;
   const auto [d, b, unit, valid] = place<N>(p);
   if (!valid) return;
-  const int64_t t = d == 0 ? p.T - 1 - p.s : p.s;
-  const int64_t length = p.lengths ? p.lengths[b] : p.T;
+  const StepOrder order{d, p.T};
+  const int64_t t = order.backward(p.s), length = length_of(p.lengths, b, p.T);
   const int64_t state = (d * p.B + b) * p.H + unit;
-  const int64_t gate = (d * p.B + b) * 4 * p.H + unit;
-  const int64_t row = (t * p.B + b) * p.D + d;
-  A dz[4][N];
-  if (t >= length) {
+  const int64_t gate = (d * p.B + b) * kGates * p.H + unit;
+  const int64_t row = (t * p.B + b) * p.D + d, row_before = (order.before(t) * p.B + b) * p.D + d;
+  if (!order.active(t, length)) {
+    const A zeros[N] = {};
 #pragma unroll
-    for (int k = 0; k < N; ++k) dz[0][k] = A(0);
-#pragma unroll
-    for (int g = 0; g < 4; ++g) store<S, N>(p.d_gates_x, row * 4 * p.H + g * p.H + unit, dz[0]);
+    for (int g = 0; g < kGates; ++g) store<S, N>(p.d_gates_x, (row * kGates + g) * p.H + unit, zeros);
     return;
   }
-  const bool last = t == (d == 0 ? length - 1 : 0);   // the sequence's last step: dh_n arrives
-  const bool begin = t == (d == 0 ? 0 : length - 1);  // its first: the cell came from c0
+  A values[N][kValues], dz[N][kGates], recurrent[N];
   A dh[N], more[N], dc[N], c[N], c_prev[N];
   load<A, N>(dh, p.dh, state);
   load<S, N>(more, p.dy, row * p.H + unit);
 #pragma unroll
   for (int k = 0; k < N; ++k) dh[k] += more[k];
-  if (last) {
+  if (t == order.last(length)) {  // dh_n arrives
     load<S, N>(more, p.dh_n, state);
 #pragma unroll
     for (int k = 0; k < N; ++k) dh[k] += more[k];
   }
-  if (begin)
+  if (t == order.first(length))
     load<S, N>(c_prev, p.c0, state);
   else
-    load<A, N>(c_prev, p.cells, (d == 0 ? row - p.B * p.D : row + p.B * p.D) * p.H + unit);
+    load<A, N>(c_prev, p.cells, row_before * p.H + unit);
   load<A, N>(c, p.cells, row * p.H + unit);
   load<A, N>(dc, p.dc, state);
 #pragma unroll
-  for (int g = 0; g < 4; ++g) load<S, N>(dz[g], p.gates, row * 4 * p.H + g * p.H + unit);
+  for (int v = 0; v < kValues; ++v) load_value<S>(values, v, p.gates, (row * kValues + v) * p.H + unit);
 #pragma unroll
-  for (int k = 0; k < N; ++k) {
-    const Gates<A> gates{dz[0][k], dz[1][k], dz[2][k], dz[3][k]};
-    const Gates<A> result = lstm_cell_backward<Math<A>>(gates, c[k], c_prev[k], dh[k], dc[k]);
-    dz[0][k] = result.i;
-    dz[1][k] = result.f;
-    dz[2][k] = result.g;
-    dz[3][k] = result.o;
-  }
+  for (int k = 0; k < N; ++k) Cell::template backward<Math<A>>(values[k], c[k], c_prev[k], dh[k], dc[k], dz[k]);
   store<A, N>(p.dc, state, dc);
 #pragma unroll
-  for (int g = 0; g < 4; ++g) {
-    store<S, N>(p.dz, gate + g * p.H, dz[g]);
-    store<S, N>(p.d_gates_x, row * 4 * p.H + g * p.H + unit, dz[g]);
+  for (int g = 0; g < kGates; ++g) {
+#pragma unroll
+    for (int k = 0; k < N; ++k) recurrent[k] = Cell::recurrent(values[k], dz[k], g);
+    store<S, N>(p.dz, gate + g * p.H, recurrent);
+    store_value<S>(p.d_gates_x, (row * kGates + g) * p.H + unit, dz, g);
   }
 }
 
@@ -160,21 +167,21 @@ bool aligned(std::initializer_list<const void*> pointers) {
 
 template <class S, int N>
 void launch(const CellForward& p, unsigned blocks, cudaStream_t stream) {
-  forward_kernel<S, N><<<blocks, kThreads, 0, stream>>>(p);
+  forward_kernel<Lstm, S, N><<<blocks, kThreads, 0, stream>>>(p);
 }
 
 template <class S, int N>
 void launch(const CellBackward& p, unsigned blocks, cudaStream_t stream) {
-  backward_kernel<S, N><<<blocks, kThreads, 0, stream>>>(p);
+  backward_kernel<Lstm, S, N><<<blocks, kThreads, 0, stream>>>(p);
 }
 
 template <class S, class Params>
 cudaError_t launch(const Params& p, bool all_aligned, cudaStream_t stream) {
   constexpr int N = 16 / sizeof(S);
-  const bool wide = all_aligned && p.H % N == 0;
-  const int64_t blocks = (p.D * p.B * (wide ? p.H / N : p.H) + kThreads - 1) / kThreads;
+  const bool vector_aligned = all_aligned && p.H % N == 0;
+  const int64_t blocks = (p.D * p.B * (vector_aligned ? p.H / N : p.H) + kThreads - 1) / kThreads;
   if (blocks == 0) return cudaSuccess;
-  if (wide)
+  if (vector_aligned)
     launch<S, N>(p, unsigned(blocks), stream);
   else
     launch<S, 1>(p, unsigned(blocks), stream);
