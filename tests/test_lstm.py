@@ -589,7 +589,10 @@ def test_the_oracle_is_not_cudnn(device):
     x = torch.randn(4, 2, 3)
     state = [torch.randn(4, 2, 10)[..., ::2] for _ in "hc"]
     results = []
-    for module, to in ((copy.deepcopy(theirs).to(device), {"device": device}), (theirs.double(), {"dtype": torch.float64})):
+    for module, to in (
+        (copy.deepcopy(theirs).to(device), {"device": device}),
+        (theirs.double(), {"dtype": torch.float64}),
+    ):
         leaf = x.to(**to).requires_grad_()
         y, (h_n, c_n) = module(leaf, tuple(s.to(**to) for s in state))
         y = y.mul_(2)
