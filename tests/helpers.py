@@ -28,6 +28,8 @@ def plain_torch() -> Iterator[None]:
     before = torch.backends.cudnn.enabled
     torch.backends.cudnn.enabled = False
     torch.set_float32_matmul_precision("highest")
+    if hasattr(torch.backends, "fp32_precision"):  # "highest" has set it for products, which hides a setting for all
+        torch.backends.fp32_precision = torch.backends.cuda.matmul.fp32_precision = "none"
     try:
         yield
     finally:

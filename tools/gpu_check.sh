@@ -143,7 +143,7 @@ part_speed() {
 
 part_mnist() {
   local steps=() compared=()
-  if [ "$quick" = 1 ]; then steps=(--max-steps 2) compared=(--steps 2); fi
+  if [ "$quick" = 1 ]; then steps=(--max-steps 2 --data-source sample) compared=(--steps 2 --data-source sample); fi
   check "mnist, training" "$python" -m birnn_ext.mnist train --device cuda --out "$logs/mnist" "${steps[@]}"
   check "mnist, beside the tutorial's code" "$python" benchmarks/mnist_end_to_end.py --device cuda "${compared[@]}"
 }
