@@ -133,7 +133,7 @@ def _biased_projection(x: Tensor, w_ih: Tensor, b_ih: Tensor | None, b_hh: Tenso
     """x w_ih^T + b_ih + b_hh, rounded once.
 
     In 16 bits the sum of the biases alone would be rounded, too, and make 1.6 times nn.LSTM's error in a single step.
-    So they are columns of w_ih, and x has columns of ones. Rows stay multiples of 16 bytes, as the fastest products want.
+    So they are columns of w_ih, and x has columns of ones. Rows are multiples of 16 bytes, for the fastest products.
     """
     if b_ih is None or b_hh is None:
         return project(x, w_ih, None)
