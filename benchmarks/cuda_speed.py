@@ -1,40 +1,53 @@
-"""birnn_ext beside cuDNN on a GPU: forward, and forward + backward, for each algorithm and for the one that is chosen.
+"""birnn_ext beside cuDNN on a GPU: forward, and forward + backward, by each algorithm that can run the layer.
 
-    python benchmarks/cuda_speed.py
+    python benchmarks/cuda_speed.py --json benchmarks/results/cuda_h100.json
+    python benchmarks/cuda_speed.py --table benchmarks/results/cuda_h100.json  # prints it again; needs no GPU
 
 Before a row is timed, every contestant's output is compared with nn.LSTM's. Then the contestants take turns, round by
 round, so that a drift of clocks and temperature hits all alike; a figure is the median of the rounds, in milliseconds
-of a call by CUDA events, with all that a user pays for: Python, launches, allocation. FlashRNN takes part where it is
-installed, in one direction and bfloat16, together with the projection that it leaves to PyTorch. An empty cell: this
-contestant can't run the layer here. Rows are printed as they come; what fails says so in its cell, and the exit status
-is 1.
+of a call by CUDA events, with all that a user pays for: Python, launches, allocation. The figure of the algorithm that
+birnn_ext chooses by itself is bold. "us a step" is what the recurrence alone takes of the GPU, by that algorithm and
+without the host's time (it is replayed from a CUDA graph): forward without saving anything, or forward with saving +
+backward. FlashRNN takes part where it is installed, in one direction and bfloat16, together with the projection that it
+leaves to PyTorch. An empty cell: the choice says that this algorithm can't run the layer here. Rows are printed as they
+come; what fails says so in its cell, and the exit status is 1.
+
+All rows together take about four minutes (--minutes): a row takes its share of what is left, in as many and as long
+turns as fit.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import date
 from functools import partial
 from importlib.util import find_spec
+from pathlib import Path
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from measuring import error, markdown, twins
 from torch import Tensor, nn
 
 import birnn_ext
-from birnn_ext import op_calls
+from birnn_ext import _C, op_calls
 
 ALGORITHMS = ["stepwise", "persistent-cta", "persistent-grid", "persistent-cluster"]
-OURS, CUDNN, FLASH = "birnn_ext", "nn.LSTM", "FlashRNN"
+CUDNN, FLASH = "nn.LSTM", "FlashRNN"
 VARIABLE = "BIRNN_CUDA_ALGO"  # names the algorithm to take
 WARM_UP = 3  # calls: libraries set themselves up, clocks rise
-TURN = 50.0  # ms: short work is repeated for so long
+ROUNDS = 9  # at most
+TURN = 50.0  # ms at most: short work is repeated for so long
+FOR_STEPS = 0.25  # of a row's time, for the recurrence alone
 # how far outputs may be from nn.LSTM's, relative to the largest: nothing is wrong, no more
 TOLERANCE = {"float32": 1e-4, "float32, TF32": 1e-2, "float16": 2e-2, "bfloat16": 1e-1}
 
@@ -58,30 +71,54 @@ SHAPES = [
     Shape(1, 28, 28, 128, 2),
     Shape(32, 100, 128, 256, 2),
     Shape(16, 256, 1024, 1024, 1),
+    # hidden sizes off the tiles, and large batches
+    *(Shape(32, 100, hidden, hidden, 1) for hidden in (100, 200, 400, 650)),
+    *(Shape(batch, 100, 512, 512, 1) for batch in (16, 128, 256)),
+    Shape(256, 100, 128, 128, 1),
+    Shape(256, 100, 1024, 1024, 1),
+    # one direction: cuDNN has a persistent kernel for float16
+    *(Shape(16, 100, hidden, hidden, 1, 1) for hidden in (256, 512, 1024)),
+    Shape(64, 100, 512, 512, 1, 1),
 ]
 TINY = Shape(2, 4, 8, 16, 1)
+IN_README = {SHAPES[0], SHAPES[1], SHAPES[2]}
 
 
 @dataclass
 class Row:
-    """A row of the table: by contestant, milliseconds of a call in every round."""
+    """A row of the table, and of the JSON file."""
 
     name: str
     mode: str
     shape: Shape
-    figures: dict[str, list[float]] = field(default_factory=dict)
+    chosen: str = ""  # the algorithm that birnn_ext takes by itself
+    ms: dict[str, float] = field(default_factory=dict)  # of a call, by contestant
+    us_a_step: dict[str, list[float]] = field(default_factory=dict)  # by algorithm
     failures: dict[str, str] = field(default_factory=dict)  # by contestant, in a few words
-    chosen: str = ""  # the algorithm that birnn_ext took by itself
 
     def cell(self, contestant: str) -> str:
         if contestant in self.failures:
             return self.failures[contestant]
-        return f"{median(self.figures[contestant]):.4g}" if contestant in self.figures else ""
+        if contestant not in self.ms:
+            return ""
+        return f"**{self.ms[contestant]:.4g}**" if contestant == self.chosen else f"{self.ms[contestant]:.4g}"
 
     def ratio(self) -> str:
         """nn.LSTM's time over ours."""
-        ours, theirs = (median(self.figures.get(name, [0.0])) for name in (OURS, CUDNN))
+        ours, theirs = self.ms.get(self.chosen, 0), self.ms.get(CUDNN, 0)
         return f"{theirs / ours:.2f}" if ours > 0 and theirs > 0 else ""
+
+    def step(self) -> str:
+        return " + ".join(f"{us:.3g}" for us in self.us_a_step.get(self.chosen, []))
+
+    def entry(self) -> dict[str, Any]:
+        fields = {"pass": self.name, "dtype": self.mode, "shape": self.shape._asdict(), "chosen": self.chosen}
+        return {**fields, "ms": self.ms, "us_a_step": self.us_a_step, "failures": self.failures}
+
+    @classmethod
+    def of(cls, entry: dict[str, Any]) -> Row:
+        measured = (entry.get(name, {}) for name in ("ms", "us_a_step", "failures"))
+        return cls(entry["pass"], entry["dtype"], Shape(**entry["shape"]), entry["chosen"], *measured)
 
 
 @contextmanager
@@ -149,18 +186,67 @@ def flashrnn_run(lstm: nn.LSTM, x: Tensor) -> tuple[Work, list[Tensor]]:
     return run, [w_ih, r, b]
 
 
-def contestants(shape: Shape, dtype: torch.dtype, work: Callable[..., Tensor]) -> dict[str, Work]:
+def facts_of_the_gpu() -> dict[str, int]:
+    """What the choice asks of it, in the order of `_C.cuda_choice`."""
+    gpu = torch.cuda.get_device_properties(0)
+    return {
+        "multiprocessors": gpu.multi_processor_count,
+        "shared_memory": gpu.shared_memory_per_block_optin,
+        "capability": gpu.major * 10 + gpu.minor,
+    }
+
+
+def choice(shape: Shape, mode: str, gpu: dict[str, int], name: str = "") -> str | None:
+    """The algorithm that runs a layer there; the one named, or None if it can't."""
+    found = _C.cuda_choice(mode.split(",")[0], shape.H, shape.B, shape.D, *gpu.values(), name)
+    return found and found["algorithm"]
+
+
+def contestants(shape: Shape, dtype: torch.dtype, mode: str, work: Callable[..., Tensor]) -> dict[str, Work]:
     options = {"device": "cuda", "dtype": dtype}
     both = twins(shape.I, shape.H, shape.layers, batch_first=True, bidirectional=shape.D == 2, **options)
     x = torch.randn(shape.B, shape.T, shape.I, **options)
     dy = torch.randn(shape.B, shape.T, shape.D * shape.H, **options)
     ours, theirs = (partial(work, lambda lstm=lstm: lstm(x)[0], [*lstm.parameters()], dy) for lstm in both)
-    works = {CUDNN: theirs, OURS: partial(forced, None, ours)}
+    gpu = facts_of_the_gpu()
+    chosen = choice(shape, mode, gpu)
+    works = {CUDNN: theirs}
     for name in ALGORITHMS:
-        works[name] = partial(forced, name, ours)
+        if choice(shape, mode, gpu, name):
+            works[name] = partial(forced, None if name == chosen else name, ours)
     if find_spec("flashrnn") and shape.D == shape.layers == 1 and dtype == torch.bfloat16:
         works[FLASH] = partial(work, *flashrnn_run(both[1], x), dy)
     return works
+
+
+# --- the recurrence alone ---------------------------------------------------------------------------------------------
+
+
+def replayed(work: Callable[[], object], seconds: float) -> float:
+    """Milliseconds of the GPU, without the host's, in about so many seconds."""
+    work()  # what is planned and loaded at the first call can't be captured
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    once = milliseconds(graph.replay, 2)
+    number = max(1, round(min(1000 * seconds, TURN) / once)) if once > 0 else 1
+    return median(milliseconds(graph.replay, number) for _ in range(3))
+
+
+def us_a_step(name: str, shape: Shape, dtype: torch.dtype, backward: bool, seconds: float) -> list[float]:
+    """Microseconds: forward; or forward with results saved, and backward."""
+    forward_op, backward_op = torch.ops.birnn_ext.lstm_recurrence, torch.ops.birnn_ext.lstm_recurrence_backward
+    gates_x, w_hh = (
+        torch.randn(size, device="cuda").div(shape.H**0.5).to(dtype)
+        for size in ((shape.T, shape.B, shape.D, 4 * shape.H), (shape.D, 4 * shape.H, shape.H))
+    )
+    with algorithm(name), torch.no_grad():
+        run = partial(forward_op, gates_x, w_hh, None, None, None, backward)
+        works: list[Callable[[], object]] = [run]
+        if backward:
+            y, _, _, gates, cells = run()
+            works.append(partial(backward_op, w_hh, None, None, gates, cells, y, None, None, False))
+        return [1000 * replayed(work, seconds / 5 / len(works)) / shape.T for work in works]
 
 
 # --- a row ------------------------------------------------------------------------------------------------------------
@@ -179,20 +265,19 @@ def in_a_few_words(failure: Exception) -> str:
     return f"failed: {first[:60]}".replace("|", "/")
 
 
-def check(works: dict[str, Work], mode: str) -> dict[str, str]:
-    """Compares outputs with nn.LSTM's. Takes out those who can't take part; returns the failures among them."""
+def check(works: dict[str, Work], mode: str, chosen: str) -> dict[str, str]:
+    """Compares outputs with nn.LSTM's, and what ran with what was to run. Takes out who fails, and returns why."""
     failures = {}
     expected = works[CUDNN]()
     for name, work in list(works.items()):
         try:
-            found = error(work(), expected)
+            found, ran = error(work(), expected), algorithms_taken(work) if name in ALGORITHMS else name
             if not found <= TOLERANCE[mode]:
                 failures[name] = f"WRONG: off by {found:.1e}"
+            elif ran != name:
+                failures[name] = f"WRONG: {ran} ran"
         except Exception as failure:
-            if name not in ALGORITHMS or "can't run this layer" not in str(failure):
-                failures[name] = in_a_few_words(failure)
-            del works[name]
-            continue
+            failures[name] = in_a_few_words(failure)
         if name in failures:
             del works[name]
     return failures
@@ -209,82 +294,141 @@ def milliseconds(work: Work, number: int) -> float:
     return start.elapsed_time(stop) / number
 
 
-def measure(works: dict[str, Work], rounds: int, failures: dict[str, str]) -> dict[str, list[float]]:
-    """Milliseconds of each round. Who fails takes no further part, and is added to `failures`."""
+def measure(works: dict[str, Work], seconds: float, failures: dict[str, str]) -> dict[str, float]:
+    """Medians of milliseconds, in about so many seconds. Who fails takes no further part, and goes to `failures`."""
+    end = time.monotonic() + seconds
     figures: dict[str, list[float]] = {name: [] for name in works}
-    numbers: dict[str, int] = {}
-    for turn in range(rounds + 1):
+    once: dict[str, float] = {}
+    rounds, turn = 1, 0.0
+    for k in range(ROUNDS + 1):
+        if k > rounds:
+            break
         for name, work in works.items():
             if name in failures:
                 continue
             try:
-                if turn == 0:
+                if k == 0:
                     milliseconds(work, WARM_UP)
-                    once = milliseconds(work, 1)
-                    numbers[name] = max(1, round(TURN / once)) if once > 0 else 1  # a device without a clock says 0
+                    once[name] = milliseconds(work, 1)
                 else:
+                    number = max(1, int(turn / once[name])) if once[name] > 0 else 1  # 0: a device without a clock
                     milliseconds(work, 1)  # the caches are this contestant's
-                    figures[name].append(milliseconds(work, numbers[name]))
+                    figures[name].append(milliseconds(work, number))
             except Exception as failure:
                 failures[name] = in_a_few_words(failure)
-    return {name: times for name, times in figures.items() if name not in failures}
+        if k == 0:  # a turn is its work, and a call before
+            left, calls = max(0.0, 1000 * (end - time.monotonic())), 2 * sum(once.values())
+            rounds = min(ROUNDS, max(3, int(left / calls))) if seconds and calls else 1
+            turn = min(TURN, max(0.0, left / rounds - calls / 2) / max(1, len(once)))
+    return {name: median(times) for name, times in figures.items() if name not in failures}
 
 
-def timed_row(name: str, work: Callable[..., Tensor], mode: str, shape: Shape, rounds: int) -> Row:
+def timed_row(name: str, work: Callable[..., Tensor], mode: str, shape: Shape, seconds: float) -> Row:
+    """In about so many seconds; in as few as will do if that is 0."""
     torch.manual_seed(0)
-    row = Row(name, mode, shape)
+    begin = time.monotonic()
+    row = Row(name, mode, shape, choice(shape, mode, facts_of_the_gpu()) or "")
     with precision(mode) as dtype:
-        works = contestants(shape, dtype, work)
-        row.failures = check(works, mode)
-        if OURS in works:
-            row.chosen = algorithms_taken(works[OURS])
-        row.figures = measure(works, rounds, row.failures)
+        works = contestants(shape, dtype, mode, work)
+        row.failures = check(works, mode, row.chosen)
+        left = max(0.0, seconds - (time.monotonic() - begin))
+        row.ms = measure(works, (1 - FOR_STEPS) * left, row.failures)
+        ours = [name for name in ALGORITHMS if name in row.ms]
+        for name in ours:
+            try:
+                share = FOR_STEPS * left / len(ours)
+                row.us_a_step[name] = us_a_step(name, shape, dtype, work is forward_backward, share)
+            except Exception as failure:
+                row.failures[f"{name}, alone"] = in_a_few_words(failure)
     return row
 
 
-def contestants_here() -> list[str]:
-    return [CUDNN, OURS, *ALGORITHMS, *([FLASH] if find_spec("flashrnn") else [])]
+# --- the table --------------------------------------------------------------------------------------------------------
 
 
-def heading() -> list[str]:
-    return ["ms", "dtype", "B,T,I,H,layers,D", *contestants_here(), "chosen", f"{CUDNN} / {OURS}"]
+def heading(names: Sequence[str]) -> list[str]:
+    return ["ms", "dtype", "B,T,I,H,layers,D", *names, f"{CUDNN} / birnn_ext", "us a step"]
 
 
-def line(row: Row) -> list[str]:
-    cells = [row.cell(name) for name in contestants_here()]
-    return [row.name, row.mode, ",".join(map(str, row.shape)), *cells, row.chosen, row.ratio()]
+def line(row: Row, names: Sequence[str]) -> list[str]:
+    cells = [row.cell(name) for name in names]
+    alone = [f"{name} {why}" for name, why in row.failures.items() if name not in names]
+    return [row.name, row.mode, ",".join(map(str, row.shape)), *cells, row.ratio(), "; ".join([row.step(), *alone])]
+
+
+def contestants_of(rows: Sequence[Row]) -> list[str]:
+    seen = {name for row in rows for name in [*row.ms, *row.failures]}
+    return [name for name in (CUDNN, *ALGORITHMS, FLASH) if name in seen]
+
+
+def table(measured: dict[str, Any], shapes: set[Shape] | None = None) -> str:
+    """What a JSON file of this script says, in Markdown; only some shapes of it, if they are given."""
+    rows = [row for row in map(Row.of, measured["rows"]) if shapes is None or row.shape in shapes]
+    names = contestants_of(rows)
+    head = f"{measured['card']}, {measured['date']}, {measured['commit']}; {measured['software']}"
+    return f"{head}\n\n{markdown([heading(names), *(line(row, names) for row in rows)])}"
+
+
+def commit() -> str:
+    said = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
+    )
+    return f"commit {said.stdout.strip()}" if said.returncode == 0 else f"birnn_ext {birnn_ext.__version__}"
+
+
+def facts() -> dict[str, Any]:
+    versions = f"torch {torch.__version__}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
+    build = f"built for {birnn_ext.build_info()['cuda_architectures']}"
+    gpu = {"card": torch.cuda.get_device_name(), "gpu": facts_of_the_gpu()}
+    return {**gpu, "date": date.today().isoformat(), "commit": commit(), "software": f"{versions}; {build}"}
+
+
+def write(path: Path, measured: dict[str, Any], rows: Sequence[Row]) -> None:
+    """A line a row, so that a change can be read."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    head = json.dumps(measured, indent=1)[:-2]
+    path.write_text(f'{head},\n "rows": [\n  ' + ",\n  ".join(json.dumps(r.entry()) for r in rows) + "\n ]\n}\n")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--minutes", type=float, default=4, help="for all rows together")
     parser.add_argument("--quick", action="store_true", help="one tiny shape, one round: whether it runs, not how fast")
     parser.add_argument("--only", default="", metavar="TEXT", help='only rows with it, such as "16,1024" or "bfloat16"')
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write figures to this file")
+    parser.add_argument(
+        "--table", type=Path, metavar="FILE", help="print the table of such a file, and measure nothing"
+    )
     args = parser.parse_args(arguments)
+    if args.table:
+        print(table(json.loads(args.table.read_text())))
+        return
     if not torch.cuda.is_available():
         sys.exit("cuda_speed: PyTorch finds no CUDA device here")
-    rounds = 1 if args.quick else args.rounds
-    cudnn = torch.backends.cudnn.version()
-    info = birnn_ext.build_info()
+    wanted = [
+        (name, work, mode, shape)
+        for shape in ([TINY] if args.quick else SHAPES)
+        for mode in TOLERANCE
+        for name, work in (("forward", forward), ("forward + backward", forward_backward))
+        if args.only in f"{name} {mode} {','.join(map(str, shape))}"
+    ]
+    measured, rows = facts(), []
+    names = [CUDNN, *ALGORITHMS, *([FLASH] if find_spec("flashrnn") else [])]
     print(
-        f"{torch.cuda.get_device_name()}; torch {torch.__version__}, CUDA {torch.version.cuda}, cuDNN {cudnn}, "
-        f"birnn_ext {birnn_ext.__version__} for {info['cuda_architectures']}; medians of {rounds} rounds\n\n"
-        f"{markdown([heading()])}",
-        flush=True,
+        f"{measured['card']}; {measured['commit']}; {measured['software']}\n\n{markdown([heading(names)])}", flush=True
     )
-    failed = False
-    for shape in [TINY] if args.quick else SHAPES:
-        for mode in TOLERANCE:
-            for name, work in ("forward", forward), ("forward + backward", forward_backward):
-                if args.only not in f"{name} {mode} {','.join(map(str, shape))}":
-                    continue
-                try:
-                    row = timed_row(name, work, mode, shape, rounds)
-                except Exception as failure:  # such as too little memory: the rows after it may do
-                    row = Row(name, mode, shape, failures=dict.fromkeys([CUDNN], in_a_few_words(failure)))
-                failed = failed or bool(row.failures)
-                print(f"| {' | '.join(line(row))} |", flush=True)
-    if failed:
+    end = time.monotonic() + 60 * args.minutes
+    for k, (name, work, mode, shape) in enumerate(wanted):
+        seconds = 0.0 if args.quick else max(0.1, (end - time.monotonic()) / (len(wanted) - k))
+        try:
+            row = timed_row(name, work, mode, shape, seconds)
+        except Exception as failure:  # such as too little memory: the rows after it may do
+            row = Row(name, mode, shape, failures={CUDNN: in_a_few_words(failure)})
+        rows.append(row)
+        print(f"| {' | '.join(line(row, names))} |", flush=True)
+        if args.json:
+            write(args.json, measured, rows)
+    if any(row.failures for row in rows):
         sys.exit(1)
 
 

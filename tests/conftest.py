@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 
 import pytest
 import torch
+from helpers import plain_torch
 
 import birnn_ext
 
@@ -46,6 +48,13 @@ def device(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def oracle() -> Iterator[None]:
+    """What results are compared with is PyTorch's, not cuDNN's."""
+    with plain_torch():
+        yield
 
 
 @pytest.fixture(autouse=True)

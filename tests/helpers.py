@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,25 @@ import birnn_ext
 # figures here serve comparisons among ourselves.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 WORSE_THAN_TORCH = 1.5
+
+
+@contextmanager
+def plain_torch() -> Iterator[None]:
+    """PyTorch as the tests' oracle, on a GPU as on the CPU: nn.LSTM without cuDNN, and float32 products in float32.
+
+    cuDNN's nn.LSTM rounds float32 to TF32 by default, refuses a backward pass in eval mode and states that are not
+    contiguous, and fails where its output is changed in place. PyTorch's own kernels do none of that. Products in TF32
+    are off by default, but an environment variable or an earlier test may have allowed them.
+    """
+    before = torch.backends.cudnn.enabled
+    torch.backends.cudnn.enabled = False
+    torch.set_float32_matmul_precision("highest")
+    if hasattr(torch.backends, "fp32_precision"):  # "highest" has set it for products, which hides a setting for all
+        torch.backends.fp32_precision = torch.backends.cuda.matmul.fp32_precision = "none"
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.enabled = before
 
 
 def error(actual: Tensor, expected: Tensor) -> float:

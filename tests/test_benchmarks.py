@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import re
 import subprocess
@@ -10,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import correctness
+import cuda_speed
 import mnist_end_to_end
 import peers
 import pytest
@@ -17,6 +20,8 @@ import report
 import torch
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+
+from birnn_ext import _C
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ROOT / "benchmarks"
@@ -191,3 +196,69 @@ def test_the_report(tmp_path, monkeypatch):
     assert readme.endswith(f"![Speed relative to nn.LSTM](docs/peers.png)\n\n{report.END}\nafter\n")
     assert "old" not in readme
     assert "| inference, ms | 3,5,4,6,2 |" in readme
+
+
+# --- on a GPU ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("document", "shapes"), [("README.md", cuda_speed.IN_README), ("docs/cuda.md", None)])
+def test_documents_show_what_was_measured(document, shapes):
+    measured = json.loads((SCRIPTS / "results/cuda_h100.json").read_text())
+    text = cuda_speed.table(measured, shapes)
+    shown = re.search(
+        r"<!-- benchmarks/results/cuda_h100.json -->\n\n(.*?)\n\n<!--", (ROOT / document).read_text(), re.S
+    )
+    assert shown[1] == text
+    assert measured["card"] in text and measured["date"] in text and measured["commit"] in text
+
+
+def test_a_row_keeps_to_its_time(monkeypatch):
+    """By a clock that goes as the work does: 3 s for three contestants, of which one takes 74 ms a call."""
+    now = 0.0
+
+    def milliseconds(work, number):
+        nonlocal now
+        now += work * number / 1000
+        return float(work)
+
+    monkeypatch.setattr(cuda_speed.time, "monotonic", lambda: now)
+    monkeypatch.setattr(cuda_speed, "milliseconds", milliseconds)
+    for ms, seconds in itertools.product([(74, 24, 25), (0.5, 0.6, 0.7), (74, 0.5, 300)], [3.0, 1.0]):
+        begin = now
+        figures = cuda_speed.measure(dict(zip("abc", ms, strict=True)), seconds, {})
+        assert figures == dict(zip("abc", ms, strict=True))
+        least = (4 + 3 * 2) * sum(ms) / 1000  # warmed up, and timed in three rounds
+        assert now - begin <= 1.1 * max(seconds, least)
+        assert now - begin >= min(seconds / 2, 9 * 3 * cuda_speed.TURN / 1000)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("mode", ["float32", "bfloat16"])
+def test_cuda_speed(mode, tmp_path, capsys):
+    """Who takes part is who can, as the choice says; the table can be printed again from the file."""
+    path = tmp_path / "speed.json"
+    cuda_speed.main(["--quick", "--only", f"{mode} 2,4", "--json", str(path)])
+    said = capsys.readouterr().out.strip()
+    measured = json.loads(path.read_text())
+    assert [row["pass"] for row in measured["rows"]] == ["forward", "forward + backward"]
+    gpu = measured["gpu"].values()
+    able = [name for name in cuda_speed.ALGORITHMS if _C.cuda_choice(mode, 16, 2, 2, *gpu, name)]
+    for row in measured["rows"]:
+        assert [*row["ms"]] == ["nn.LSTM", *able]
+        assert [*row["us_a_step"]] == able
+        assert all(len(us) == 1 + (row["pass"] != "forward") for us in row["us_a_step"].values())
+        assert row["chosen"] in able and not row["failures"]
+    again = cuda_speed.table(measured)
+    assert all(
+        line.split("|")[1:4] in [other.split("|")[1:4] for other in said.splitlines()]
+        for line in again.splitlines()[2:]
+    )
+    assert measured["card"] in again
+
+
+@pytest.mark.cuda
+def test_cuda_speed_tells_of_a_mismatch(monkeypatch):
+    monkeypatch.setitem(cuda_speed.TOLERANCE, "float32", -1.0)
+    row = cuda_speed.timed_row("forward", cuda_speed.forward, "float32", cuda_speed.TINY, 0)
+    assert re.match(r"WRONG: off by \d", row.failures[row.chosen])
+    assert row.ms.keys() == set()

@@ -1,18 +1,17 @@
-"""Counts what the CUDA kernels of one layer do: launches, bytes of global memory, instructions, bank conflicts.
+"""Counts what a step of the persistent CUDA kernels does, beside studies of the same.
 
-The layer runs on a device that counts: an emulator that appends one JSON line per launch to a file, with the fields
-kernel, grid, block, warp_instructions (of PTX), global_load_sectors, global_load_bytes, global_store_sectors,
-shared_bank_conflicts and by_class.mma. This script adds lines of its own to the same file, which say what the launches
-after them belong to. EMULATOR stands for the command that runs a program so, counting to counts.jsonl:
+Without a GPU the number of instructions that one warp runs in a step stands for its time: steps wait for each other,
+and so do most of a warp's instructions. The layers run on a device that counts: an emulator that appends one JSON line
+per launch to a file, with the fields kernel, grid, block, cluster, warp_instructions (of PTX), global_load_bytes,
+global_store_bytes, shared_bank_conflicts and by_class. EMULATOR stands for the command that runs a program so, counting
+to counts.jsonl:
 
-    EMULATOR python tools/cuda_counts.py --stats counts.jsonl --dtype bfloat16 --T 64 --H 768
-    python tools/cuda_counts.py --table counts.jsonl
-    python tools/cuda_counts.py --model counts.jsonl
+    EMULATOR python tools/cuda_counts.py counts.jsonl
+    EMULATOR python tools/cuda_counts.py counts.jsonl --only "bfloat16 768" --algorithm persistent-grid
 
-Each pass runs twice, over T steps and over half as many. What the second half adds is that of the time loop alone.
-
-In grid one thread of a block reads a counter until all have arrived. How often says something of the emulator only, so
-these reads are left out: they are the ones that fetch a sector for 4 bytes.
+Each pass runs over 4 and over 8 steps; a step is a quarter of the difference. The table has two lines for each pass:
+the study, and the kernels of this build with their ratio to the study in brackets. Waiting (at a counter, at a barrier
+in shared memory) is counted as the emulator happens to do it.
 """
 
 from __future__ import annotations
@@ -21,252 +20,181 @@ import argparse
 import json
 import math
 import os
+import re
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import astuple, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 
-SECTOR = 32  # bytes: global memory is counted in sectors
-POLL = 8  # instructions of PTX for one more look at the counter, in grid_barrier
-ROWS, TILE = 16, 16  # sequences of a group of thread blocks, hidden units of a tile
-SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
-PERSISTENT = ["persistent-cta", "persistent-grid", "persistent-cluster"]
+STEPS = (4, 8)
+
+
+@dataclass
+class Count:
+    """Of all blocks: warps, and what they do in a step. Shared memory is counted in instructions of a warp."""
+
+    warps: float
+    instructions: float
+    of_a_warp: float
+    mma: float
+    shared_loads: float
+    shared_stores: float
+    bank_conflicts: float  # turns of shared memory beyond the first
+    st_async: float  # instructions that store to another block's shared memory
+    global_bytes: float
+
+    @classmethod
+    def of(cls, launches: Sequence[dict]) -> Count:
+        def kind(name: str) -> int:
+            return sum(launch["by_class"].get(name, 0) for launch in launches)
+
+        def total(*names: str) -> int:
+            return sum(launch[name] for launch in launches for name in names)
+
+        warps = sum(math.prod(launch["grid"]) * math.prod(launch["block"]) // 32 for launch in launches)
+        return cls(
+            warps,
+            total("warp_instructions"),
+            total("warp_instructions") / warps,
+            kind("mma"),
+            kind("ld.shared"),
+            kind("st.shared"),
+            total("shared_bank_conflicts"),
+            kind("st.other"),
+            total("global_load_bytes", "global_store_bytes"),
+        )
+
+    @classmethod
+    def of_a_step(cls, few: Sequence[dict], many: Sequence[dict]) -> Count:
+        """Launches over STEPS[0] and over STEPS[1] steps."""
+        a, b = cls.of(few), cls.of(many)
+        added = {f.name: (getattr(b, f.name) - getattr(a, f.name)) / (STEPS[1] - STEPS[0]) for f in fields(cls)}
+        return cls(**{**added, "warps": b.warps})
+
+
+@dataclass
+class Study:
+    """A layer of two directions, its results saved, and what a kernel does that was written for this size alone, to see
+    how fast one can be."""
+
+    dtype: str
+    H: int
+    B: int
+    direction: str
+    algorithm: str
+    count: Count
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {self.H}, B {self.B}, {self.direction}"
+
+
+# How fast these kernels were, docs/cuda.md tells.
+CLUSTER, GRID = "persistent-cluster", "persistent-grid"
+STUDIES = [
+    Study("bfloat16", 128, 100, "forward", CLUSTER, Count(832, 149356, 180, 6656, 13312, 6656, 14976, 832, 563200)),
+    Study("bfloat16", 256, 16, "forward", CLUSTER, Count(256, 47688, 186, 4096, 5120, 2048, 10752, 256, 180224)),
+    Study("bfloat16", 512, 16, "forward", CLUSTER, Count(512, 109736, 214, 16384, 14336, 4096, 43008, 1024, 360448)),
+    Study("bfloat16", 768, 16, "forward", CLUSTER, Count(768, 217064, 283, 36864, 44544, 6144, 66560, 1536, 540672)),
+    Study("bfloat16", 128, 100, "backward", CLUSTER, Count(832, 202010, 243, 6656, 13312, 6656, 9984, 832, 563200)),
+    Study("bfloat16", 256, 16, "backward", CLUSTER, Count(256, 64022, 250, 4096, 4352, 2048, 6144, 512, 180224)),
+    Study("bfloat16", 512, 16, "backward", CLUSTER, Count(512, 162778, 318, 16384, 9728, 4096, 24576, 2048, 360448)),
+    Study("bfloat16", 768, 16, "backward", CLUSTER, Count(768, 277031, 361, 36864, 36096, 6144, 37120, 3072, 540672)),
+    Study("float32", 128, 100, "forward", CLUSTER, Count(832, 634092, 762, 39936, 13312, 6656, 14976, 832, 1024000)),
+    Study("bfloat16", 1024, 16, "forward", GRID, Count(1024, 359842, 351, 65536, 49152, 32768, 32768, 0, 792000)),
+]
 
 
 # --- counting ---------------------------------------------------------------------------------------------------------
 
 
-def run(args: argparse.Namespace) -> None:
-    """One layer, forward and backward. All lines of the file that follow a line "case" are of that case."""
-    os.environ["BIRNN_CUDA_ALGO"] = args.algorithm
+def counted(stats: Path, kernels: str, run: Callable[[], object]) -> list[dict]:
+    """Launches of the kernels whose names match, as the device has written them while `run` ran."""
+    import torch
+
+    torch.cuda.synchronize()
+    before = stats.stat().st_size if stats.exists() else 0
+    run()
+    torch.cuda.synchronize()
+    if not stats.exists() or stats.stat().st_size == before:
+        sys.exit(f"cuda_counts: the device has counted nothing to {stats}")
+    with stats.open() as file:
+        file.seek(before)
+        launches = [json.loads(line) for line in file]
+    matching = [launch for launch in launches if re.search(kernels, launch["kernel"])]
+    if not matching:
+        names = {launch["kernel"][:80] for launch in launches}
+        sys.exit(f"cuda_counts: no kernel's name matches {kernels!r}: {', '.join(sorted(names))}")
+    return matching
+
+
+def measure(study: Study, algorithm: str, stats: Path, kernels: str) -> tuple[list[dict], Count]:
+    """The launches over STEPS[1] steps, and what a step takes."""
+    os.environ["BIRNN_CUDA_ALGO"] = algorithm
     import torch
 
     import birnn_ext
-    from birnn_ext import _C
 
-    gpu = torch.cuda.get_device_properties(0)
-    facts = gpu.multi_processor_count, gpu.shared_memory_per_block_optin, gpu.major * 10 + gpu.minor
-    choice = _C.cuda_choice(args.dtype, args.H, args.B, args.D, *facts, args.algorithm)
-    if choice is None:
-        sys.exit(f"{args.algorithm} can't run {args.dtype}, hidden size {args.H} on {gpu.name}")
-    case = {
-        **{name: getattr(args, name) for name in ("dtype", "algorithm", "T", "B", "D", "H")},
-        "capability": f"{gpu.major}.{gpu.minor}",
-        **{name: choice[name] for name in ("ctas", "reads", "exchange")},
-    }
-    options = {"device": "cuda", "dtype": getattr(torch, args.dtype)}
-    w_hh = torch.randn(args.D, 4 * args.H, args.H).div(args.H**0.5).to(**options)
-    before = birnn_ext.op_calls()[f"cuda_{args.algorithm}"]
-    with args.stats.open("a") as file:
-
-        def say(direction: str, steps: int) -> None:
-            print(json.dumps({"case": case, "pass": direction, "steps": steps}), file=file, flush=True)
-
-        for steps in (args.T // 2, args.T):
-            gates_x = torch.randn(steps, args.B, args.D, 4 * args.H).to(**options)
-            dy = torch.randn(steps, args.B, args.D, args.H).to(**options)
-            say("forward", steps)
-            *_, gates, cells = torch.ops.birnn_ext.lstm_recurrence(gates_x, w_hh, None, None, None, True)
-            say("backward", steps)
-            torch.ops.birnn_ext.lstm_recurrence_backward(w_hh, None, None, gates, cells, dy, None, None, False)
-            torch.cuda.synchronize()
-            say("none", 0)
-    assert birnn_ext.op_calls()[f"cuda_{args.algorithm}"] == before + 4, "another algorithm ran"
+    options = {"device": "cuda", "dtype": getattr(torch, study.dtype)}
+    w_hh = torch.randn(2, 4 * study.H, study.H).div(study.H**0.5).to(**options)
+    forward, backward = torch.ops.birnn_ext.lstm_recurrence, torch.ops.birnn_ext.lstm_recurrence_backward
+    launches = []
+    for steps in STEPS:
+        gates_x = torch.randn(steps, study.B, 2, 4 * study.H).to(**options)
+        dy = torch.randn(steps, study.B, 2, study.H).to(**options)
+        *_, gates, cells = forward(gates_x, w_hh, None, None, None, True)
+        if study.direction == "forward":
+            launches.append(counted(stats, kernels, lambda: forward(gates_x, w_hh, None, None, None, True)))  # noqa: B023
+        else:
+            arguments = (w_hh, None, None, gates, cells, dy, None, None, False)
+            launches.append(counted(stats, kernels, lambda: backward(*arguments)))  # noqa: B023
+    ran = {name for name, calls in birnn_ext.op_calls().items() if name.startswith("cuda_persistent") and calls}
+    assert f"cuda_{algorithm}" in ran, f"{ran} ran"
+    return launches[1], Count.of_a_step(*launches)
 
 
 # --- the table --------------------------------------------------------------------------------------------------------
 
-
-def least_bytes(case: dict, direction: str) -> int:
-    """Every tensor once; and, in grid, what a step hands on, written once and read once."""
-    T, B, D, H, size = case["T"], case["B"], case["D"], case["H"], SIZES[case["dtype"]]
-    cells = 4 * T * B * D * H
-    outputs, state, weights = size * T * B * D * H, size * B * D * H, size * 4 * D * H * H
-    if direction == "forward":  # gates_x, W_hh -> y, h_n, c_n, gates, cells
-        tensors = 4 * outputs + weights + outputs + 2 * state + 4 * outputs + cells
-    else:  # gates, cells, dy, W_hh -> d_gates_x
-        tensors = 4 * outputs + cells + outputs + weights + 4 * outputs
-    if case["algorithm"] != "persistent-grid":
-        return tensors
-    return tensors + 2 * (T - 1) * step_values(case) * (size if direction == "forward" else 4)
+HEAD = ["layer, pass", "kernel", "warps", "warp instructions", "of a warp", "mma", "shared loads / stores"]
+HEAD += ["bank conflicts", "st.async", "global bytes"]
 
 
-def step_values(case: dict) -> int:
-    """Values that one step hands on: h, or the sums of W_hh^T dz, of all groups; sequences and units are padded."""
-    return case["D"] * math.ceil(case["B"] / ROWS) * ROWS * math.ceil(case["H"] / TILE) * TILE
+def cells(count: Count, study: Count | None = None) -> list[str]:
+    def cell(name: str) -> str:
+        value, of_study = getattr(count, name), getattr(study or count, name)
+        ratio = f" ({value / of_study:.2f})" if study and of_study else ""
+        return f"{value:.0f}{ratio}"
+
+    names = ["warps", "instructions", "of_a_warp", "mma"]
+    shared = f"{cell('shared_loads')} / {cell('shared_stores')}"
+    return [*map(cell, names), shared, *map(cell, ["bank_conflicts", "st_async", "global_bytes"])]
 
 
-def handed_bytes(case: dict, direction: str) -> int:
-    """Of grid's traffic, what goes from block to block: h, read by all P; or P parts of each sum, all read once."""
-    if case["algorithm"] != "persistent-grid":
-        return 0
-    size, times = (SIZES[case["dtype"]], 1 + case["ctas"]) if direction == "forward" else (4, 2 * case["ctas"])
-    return (case["T"] - 1) * step_values(case) * size * times
+def name_of(algorithm: str, launches: Sequence[dict]) -> str:
+    """With the number of blocks, and of how many a cluster is."""
+    blocks = sum(math.prod(launch["grid"]) for launch in launches)
+    cluster = math.prod(launches[0].get("cluster") or [1])
+    return f"{algorithm}, {blocks} blocks" + (f" in clusters of {cluster}" if cluster > 1 else "")
 
 
-def passes(path: Path) -> Iterator[tuple[dict, str, int, list[dict]]]:
-    """(case, direction, steps, launches of our kernels) of each pass in the file."""
-    current: tuple[dict, str, int, list[dict]] | None = None
-    for line in path.read_text().splitlines():
-        entry = json.loads(line)
-        if "case" in entry:
-            if current:
-                yield current
-            current = (entry["case"], entry["pass"], entry["steps"], []) if entry["steps"] else None
-        elif current and "birnn" in entry["kernel"]:
-            sizes = {"blocks": math.prod(entry["grid"]), "threads": math.prod(entry["block"])}
-            current[3].append({**entry, **sizes})
-
-
-def total(launches: Sequence[dict], *names: str) -> int:
-    return sum(launch[name] for launch in launches for name in names)
-
-
-def polls(case: dict, direction: str, launches: Sequence[dict]) -> int:
-    """Reads of grid's counter. All else is read in whole sectors, but for W_hh's columns in the backward pass."""
-    if case["algorithm"] != "persistent-grid":
-        return 0
-    unused = SECTOR * total(launches, "global_load_sectors") - total(launches, "global_load_bytes")
-    if direction == "backward" and SIZES[case["dtype"]] == 2:  # 8 neighbouring columns: 16 bytes
-        unused -= total(launches, "blocks") // case["ctas"] * 4 * case["H"] ** 2 * 2
-    return round(unused / (SECTOR - 4))
-
-
-@dataclass
-class Count:
-    """What a pass did: bytes of global memory, instructions, mma among them, extra turns at shared memory's banks."""
-
-    moved: float
-    instructions: float
-    mma: float
-    conflicts: float
-
-    @classmethod
-    def of(cls, case: dict, direction: str, launches: Sequence[dict]) -> Count:
-        extra = polls(case, direction, launches)
-        return cls(
-            SECTOR * (total(launches, "global_load_sectors", "global_store_sectors") - extra),
-            total(launches, "warp_instructions") - POLL * extra,
-            sum(launch["by_class"].get("mma", 0) for launch in launches),
-            total(launches, "shared_bank_conflicts"),
-        )
-
-
-COLUMNS = [
-    ("capability, algorithm (P)", "---"),
-    ("dtype B,T,D,H", "---"),
-    ("pass", "---"),
-    ("launches", "---:"),
-    ("moved, MB", "---:"),
-    ("least, MB", "---:"),
-    ("moved / least", "---:"),
-    ("handed on, MB", "---:"),
-    ("warps", "---:"),
-    ("instructions a step", "---:"),
-    ("mma a step", "---:"),
-    ("bank conflicts", "---:"),
-    ("a step", "---:"),
-]
-
-
-def whole_passes(path: Path) -> Iterator[tuple[dict, str, list[dict], Count, Count]]:
-    """(case, direction, launches, their count, the count of one step of the time loop) of each pass of all steps."""
-    half: dict[str, Count] = {}  # by direction
-    for case, direction, steps, launches in passes(path):
-        count = Count.of(case, direction, launches)
-        if steps < case["T"]:
-            half[direction] = count
-            continue
-        added = steps - steps // 2
-        step = Count(*((a - b) / added for a, b in zip(astuple(count), astuple(half[direction]), strict=True)))
-        yield case, direction, launches, count, step
-
-
-def table(path: Path) -> str:
-    lines = [[name for name, _ in COLUMNS], [rule for _, rule in COLUMNS]]
-    for case, direction, launches, count, step in whole_passes(path):
-        least, handed = least_bytes(case, direction), handed_bytes(case, direction)
-        lines.append(
-            [
-                f"{case['capability']} {case['algorithm']} ({case['ctas']})",
-                f"{case['dtype']} {','.join(str(case[name]) for name in 'BTDH')}",
-                direction,
-                str(len(launches)),
-                f"{count.moved / 1e6:.2f}",
-                f"{least / 1e6:.2f}",
-                f"{count.moved / least:.2f}",
-                f"{handed / 1e6:.2f}" if handed else "",
-                str(sum(launch["blocks"] * launch["threads"] // 32 for launch in launches)),
-                f"{step.instructions:.0f}",
-                f"{step.mma:.0f}",
-                f"{count.conflicts:.0f}",
-                f"{step.conflicts:g}",
-            ]
-        )
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
-# --- a model of a step's time -----------------------------------------------------------------------------------------
-
-
-@dataclass
-class Gpu:
-    name: str
-    clock: float  # ticks in a microsecond
-    mma: float  # ticks of a scheduler for one, from the dense peak in 16 bits
-
-
-GPUS = {"8.0": Gpu("A100", 1410, 8), "9.0": Gpu("H100", 1755, 4)}  # by compute capability
-CELLS = 900  # ticks: a warp's cells, a guess
-BANKS = 128  # bytes a tick from shared memory
-SCHEDULERS = 4
-
-
-def model(path: Path) -> str:
-    """Ticks of the busiest of a multiprocessor's schedulers, or of its shared memory, from what was counted."""
-    columns = ["tensor cores", "shared memory", "instructions", "at least, us", "at most, us"]
-    lines = [["GPU, algorithm, dtype, H", "pass", *columns], ["---", "---", *["---:"] * len(columns)]]
-    for case, direction, launches, _, step in whole_passes(path):
-        if case["capability"] not in GPUS:
-            sys.exit(f"cuda_counts: the model knows compute capability 8.0 and 9.0, not {case['capability']}")
-        gpu = GPUS[case["capability"]]
-        warps = launches[0]["threads"] // 32
-        busiest = math.ceil(warps / SCHEDULERS) / warps / sum(launch["blocks"] for launch in launches)
-        products, instructions = step.mma * busiest * gpu.mma, step.instructions * busiest
-        memory = case["reads"][0 if direction == "forward" else 1] / BANKS
-        least, most = (
-            (ticks + CELLS) / gpu.clock + case["exchange"]
-            for ticks in (max(products, memory), max(products, memory, instructions))
-        )
-        what = (
-            f"{gpu.name} {case['algorithm'].removeprefix('persistent-')} ({case['ctas']}), {case['dtype']} {case['H']}"
-        )
-        figures = [f"{ticks:.0f}" for ticks in (products, memory, instructions)]
-        lines.append([what, direction, *figures, f"{least:.1f}", f"{most:.1f}"])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def row(words: Sequence[str]) -> str:
+    return f"| {' | '.join(words)} |"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    action = parser.add_mutually_exclusive_group(required=True)
-    action.add_argument("--stats", type=Path, metavar="FILE", help="run a layer; the device counts to this file")
-    action.add_argument("--table", type=Path, metavar="FILE", help="print the table of all layers in this file")
-    action.add_argument("--model", type=Path, metavar="FILE", help="print what a step of them would take, by a model")
-    parser.add_argument("--algorithm", choices=PERSISTENT, default="persistent-cta")
-    parser.add_argument("--dtype", choices=SIZES, default="float32")
-    parser.add_argument("--T", type=int, default=28, help="steps, an even number")
-    parser.add_argument("--B", type=int, default=16, help="sequences")
-    parser.add_argument("--D", type=int, choices=[1, 2], default=2, help="directions")
-    parser.add_argument("--H", type=int, default=128, help="hidden units")
+    parser.add_argument("stats", type=Path, help="the file that the device counts to")
+    parser.add_argument("--only", default="", metavar="TEXT", help='only layers with it: "bfloat16 768", "forward"')
+    parser.add_argument("--algorithm", metavar="NAME", help="in place of the one that the study is like")
+    parser.add_argument("--kernels", default="birnn", metavar="REGEX", help="names of kernels that count")
     args = parser.parse_args()
-    if args.T < 4 or args.T % 2:
-        parser.error("--T must be even, and 4 at least")
-    if args.table:
-        print(table(args.table))
-    elif args.model:
-        print(model(args.model))
-    else:
-        run(args)
+    print(row(HEAD), row(["---", "---", *["---:"] * (len(HEAD) - 2)]), sep="\n")
+    for study in STUDIES:
+        if args.only not in str(study):
+            continue
+        print(row([str(study), "study", *cells(study.count)]), flush=True)
+        algorithm = args.algorithm or study.algorithm
+        launches, count = measure(study, algorithm, args.stats, args.kernels)
+        print(row(["", name_of(algorithm, launches), *cells(count, study.count)]), flush=True)
 
 
 if __name__ == "__main__":

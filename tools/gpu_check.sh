@@ -1,29 +1,47 @@
 #!/bin/bash
-# All that a GPU can tell, in one command: builds, runs the CUDA tests with each algorithm, looks for errors with
-# compute-sanitizer, measures, and ends with a table in Markdown.
-#   tools/gpu_check.sh              # half an hour; TORCH_CUDA_ARCH_LIST=9.0 builds for that architecture only
-#   tools/gpu_check.sh --quick      # one tiny benchmark, and a part of the tests: whether it runs
-#   tools/gpu_check.sh --no-build   # takes birnn_ext as it is
-# PYTHON names a Python with torch to use; else it is .venv's, made by `make install`. Output of each check goes to
-# build/gpu_check/. The exit status is 1 if anything failed.
+# All that a GPU can tell: builds, runs the CUDA tests with each algorithm, looks for errors with compute-sanitizer,
+# measures and trains. Ends with a table in Markdown.
+#   tools/gpu_check.sh                             # all parts, one after the other
+#   tools/gpu_check.sh --part build --part speed   # some of them; each ends within 8 minutes
+#   tools/gpu_check.sh --list                      # their names
+#   tools/gpu_check.sh --quick                     # a little of each part: whether it runs
+# PYTHON names a Python with torch to use; else it is .venv's, made by `make install`. The part "build" builds for this
+# GPU alone, or what TORCH_CUDA_ARCH_LIST says; the others take birnn_ext as it is. Output of each check goes to
+# build/gpu_check/, figures to build/gpu_check/speed.json. The exit status is 1 if anything failed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-build=1
+algorithms=(stepwise persistent-cta persistent-grid persistent-cluster)
+parts=(build tests "${algorithms[@]/#/tests-}" sanitizer speed mnist)
+limit=480 # seconds of a part: what is left of them is what a check may take
+
+usage() {
+  echo "usage: tools/gpu_check.sh [--list] [--quick] [--part NAME]...; parts are ${parts[*]}" >&2
+  exit 2
+}
+
 quick=0
-for argument in "$@"; do
-  case $argument in
+wanted=()
+while [ $# -gt 0 ]; do
+  case $1 in
     --quick) quick=1 ;;
-    --no-build) build=0 ;;
-    *)
-      echo "usage: tools/gpu_check.sh [--quick] [--no-build]" >&2
-      exit 2
+    --list)
+      printf '%s\n' "${parts[@]}"
+      exit 0
       ;;
+    --part)
+      [[ $# -gt 1 && " ${parts[*]} " == *" $2 "* ]] || usage
+      wanted+=("$2")
+      shift
+      ;;
+    *) usage ;;
   esac
+  shift
 done
+if [ ${#wanted[@]} = 0 ]; then wanted=("${parts[@]}"); fi
+
 python=${PYTHON:-.venv/bin/python}
 logs=build/gpu_check
-algorithms=(stepwise persistent-cta persistent-grid persistent-cluster)
 
 torch_sees_a_gpu() { "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' 2> /dev/null; }
 if ! { nvidia-smi -L 2> /dev/null | grep -q '^GPU'; } && ! torch_sees_a_gpu; then
@@ -34,6 +52,7 @@ fi
 mkdir -p "$logs"
 results=()
 failed=0
+deadline=0
 
 # check NAME COMMAND...: runs it, and notes in the table how it went.
 check() {
@@ -41,9 +60,14 @@ check() {
   shift
   log=$logs/${name//[^a-z0-9]/_}.log
   echo "== $name" >&2
-  "$@" > "$log" 2>&1 || status=$?
+  if [ "$SECONDS" -ge "$deadline" ]; then
+    failed=1
+    results+=("| $name | **not run**: the part has had its $limit s | 0 |")
+    return
+  fi
+  timeout -k 10 $((deadline - SECONDS)) "$@" > "$log" 2>&1 || status=$?
   if [ "$status" = 0 ]; then
-    said=$(grep -oE '[0-9]+ passed.*|[A-Z]+ SUMMARY: .*' "$log" | tail -n 1 | tr -d '=' || true)
+    said=$(grep -oE '[0-9]+ passed.*|[A-Z]+ SUMMARY: .*|Test Accuracy .*' "$log" | tail -n 1 | tr -d '=' || true)
     results+=("| $name | passed${said:+: $said} | $((SECONDS - begin)) |")
   else
     failed=1
@@ -52,33 +76,37 @@ check() {
   fi
 }
 
-if [ "$build" = 1 ]; then
+part_build() {
+  local capability
+  capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2> /dev/null | head -n 1 || true)
+  if [ -n "$capability" ]; then export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-$capability}; fi
+  export MAX_JOBS=${MAX_JOBS:-$(nproc)} BIRNN_CUDA=1
   if [ -n "${PYTHON:-}" ]; then
-    check "build" env BIRNN_CUDA=1 "$python" -m pip install --no-build-isolation -e '.[test]'
+    check "build" "$python" -m pip install --no-build-isolation -e '.[mnist,test]'
   else
-    check "build" env BIRNN_CUDA=1 make install
+    check "build" make install
   fi
-fi
-if ! torch_sees_a_gpu; then
-  "$python" -c 'import torch; torch.zeros(1, device="cuda")' 2>&1 | tail -n 1 >&2 || true
-  echo "gpu_check: nvidia-smi finds a GPU, but PyTorch in $python can't use it (the reason is above)." >&2
-  exit 1
-fi
+}
 
-# ---- tests: of each algorithm and stepwise the better one, as the model says; test_cuda_persistent.py forces each
-tests=(tests/test_*.py --ignore tests/test_cuda_persistent.py)
-if [ "$quick" = 1 ]; then
-  tests=(tests/test_recurrence.py)
-else
-  check "tests, algorithm as chosen" "$python" -m pytest -q -m cuda
-fi
-for algorithm in "${algorithms[@]}"; do
-  check "tests, $algorithm" env BIRNN_CUDA_ALGO="$algorithm,stepwise" \
-    "$python" -m pytest -q -m 'cuda and not slow' "${tests[@]}"
-done
+# The algorithm that is chosen, in all tests; test_cuda_persistent.py also forces each.
+part_tests() {
+  if [ "$quick" = 1 ]; then
+    check "tests, algorithm as chosen" "$python" -m pytest -q -m cuda tests/test_recurrence.py -k "aligned or repeatable"
+  else
+    check "tests, algorithm as chosen" "$python" -m pytest -q -m cuda
+  fi
+}
 
-# ---- compute-sanitizer, on layers small enough for a tool that slows kernels down a hundred times
-small_layers='
+# Of one algorithm and stepwise the better one, as the choice says, in the tests of what a layer computes.
+part_tests_of() {
+  local tests=(tests/test_{recurrence,layer,lstm,birnn,variants}.py)
+  if [ "$quick" = 1 ]; then tests=(tests/test_recurrence.py -k "aligned or repeatable"); fi
+  check "tests, $1" env BIRNN_CUDA_ALGO="$1,stepwise" "$python" -m pytest -q -m 'cuda and not slow' "${tests[@]}"
+}
+
+# Layers small enough for a tool that slows kernels down a hundred times.
+part_sanitizer() {
+  local tool algorithm tools=(memcheck racecheck synccheck) small_layers='
 import torch, birnn_ext
 for dtype in torch.float32, torch.float16, torch.bfloat16:
     for hidden in 20, 128:  # rows that are no multiples of 16 bytes in 16-bit types; rows that are
@@ -91,26 +119,50 @@ for dtype in torch.float32, torch.float16, torch.bfloat16:
 torch.cuda.synchronize()
 print({name: calls for name, calls in birnn_ext.op_calls().items() if calls})
 '
-if command -v compute-sanitizer > /dev/null; then
-  for tool in memcheck racecheck synccheck; do
+  if ! command -v compute-sanitizer > /dev/null; then
+    echo "gpu_check: compute-sanitizer is not on PATH (it is in the CUDA toolkit's bin): its checks are left out" >&2
+    results+=("| compute-sanitizer | left out: not on PATH | |")
+    return
+  fi
+  if [ "$quick" = 1 ]; then tools=(memcheck); fi
+  for tool in "${tools[@]}"; do
     for algorithm in "${algorithms[@]}"; do
       # without the allocator's cache each tensor has its own bounds
       check "$tool, $algorithm" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 BIRNN_CUDA_ALGO="$algorithm,stepwise" \
         compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" -c "$small_layers"
     done
   done
-else
-  echo "gpu_check: compute-sanitizer is not on PATH (it is in the CUDA toolkit's bin): its checks are left out" >&2
-  results+=("| compute-sanitizer | left out: not on PATH | |")
-fi
+}
 
-# ---- speed
-benchmark=("$python" benchmarks/cuda_speed.py)
-if [ "$quick" = 1 ]; then benchmark+=(--quick); fi
-check "benchmark" "${benchmark[@]}"
+part_speed() {
+  local quickly=()
+  if [ "$quick" = 1 ]; then quickly=(--quick); fi
+  rm -f "$logs/speed.json"
+  check "speed" "$python" benchmarks/cuda_speed.py --json "$logs/speed.json" "${quickly[@]}"
+}
+
+part_mnist() {
+  local steps=() compared=()
+  if [ "$quick" = 1 ]; then steps=(--max-steps 2 --data-source sample) compared=(--steps 2 --data-source sample); fi
+  check "mnist, training" "$python" -m birnn_ext.mnist train --device cuda --out "$logs/mnist" "${steps[@]}"
+  check "mnist, beside the tutorial's code" "$python" benchmarks/mnist_end_to_end.py --device cuda "${compared[@]}"
+}
+
+for part in "${wanted[@]}"; do
+  deadline=$((SECONDS + limit))
+  if [ "$part" != build ] && ! torch_sees_a_gpu; then
+    "$python" -c 'import torch; torch.zeros(1, device="cuda")' 2>&1 | tail -n 1 >&2 || true
+    echo "gpu_check: nvidia-smi finds a GPU, but PyTorch in $python can't use it (the reason is above)." >&2
+    exit 1
+  fi
+  case $part in
+    tests-*) part_tests_of "${part#tests-}" ;;
+    *) "part_$part" ;;
+  esac
+done
 
 card=$("$python" -c 'import torch; p = torch.cuda.get_device_properties(0)
-print(f"{p.name}, compute capability {p.major}.{p.minor}, {p.multi_processor_count} multiprocessors")')
+print(f"{p.name}, compute capability {p.major}.{p.minor}, {p.multi_processor_count} multiprocessors")' || echo unknown)
 driver=$(nvidia-smi --query-gpu=driver_version --format=csv,noheader 2> /dev/null | head -n 1 || true)
 revision=$(git describe --always --dirty 2> /dev/null || echo unknown)
 echo
@@ -121,8 +173,12 @@ echo
 echo "| check | result | s |"
 echo "|---|---|---:|"
 printf '%s\n' "${results[@]}"
-if [ -s "$logs/benchmark.log" ]; then
-  echo
-  grep "^|" "$logs/benchmark.log" || cat "$logs/benchmark.log"
-fi
+for part in "${wanted[@]}"; do
+  for log in "$logs/$part"*.log; do
+    if [[ $part == speed || $part == mnist ]] && grep -q "^|" "$log" 2> /dev/null; then
+      echo
+      grep "^|" "$log"
+    fi
+  done
+done
 exit "$failed"

@@ -54,20 +54,23 @@ struct Choice {
   BackwardPlan backward;
 };
 
-// The model: microseconds of a step forward and a step backward. It has been compared with no GPU; it only ranks the
-// algorithms. Clock ticks are taken as 1/1500 us, and tensor cores as an A100's (8 ticks of a scheduler for an mma of
-// either kind).
+// The model: microseconds of a step forward and a step backward, as an eager call takes them. It only ranks the
+// algorithms. Its constants are fitted to what one card was measured to take, an H100 at 1.98 GHz
+// (benchmarks/results/cuda_h100.json, and steps of single kernels), and are right within 30 % there, as a root of mean
+// squares. Other cards are taken to differ in their number of multiprocessors alone, as clocks hardly do.
 namespace model {
-constexpr double kTicks = 1500;           // in a microsecond
-constexpr double kMma = 8;                // ticks of one of four schedulers
-constexpr double kBank = 128;             // bytes a tick from shared memory
-constexpr double kCells = 900;            // ticks: the cells of a tile, one warp's
-constexpr double kBarrier = 0.05;         // us: __syncthreads and what it keeps from overlapping
-constexpr double kCluster = 0.8;          // us: stores to distributed shared memory and the cluster's barrier
-constexpr double kGrid = 2.5;             // us: write, fence, count, poll and read back through the L2 cache
-constexpr double kHanded = 64 * kTicks;   // bytes in a us that a CTA sends and receives
-constexpr double kLaunches = 6;           // us: a GEMM and a cell kernel, one after the other
-constexpr double kGemm[2] = {60e6, 8e6};  // multiply-adds in a microsecond: 16 bits, float32
+constexpr double kTicks = 1980;          // in a microsecond
+constexpr double kMma = 38;              // ticks of one of four schedulers, with all that goes with an mma
+constexpr double kBank = 128;            // bytes a tick from shared memory
+constexpr double kCells = 2000;          // ticks: the cells of a tile, one warp's
+constexpr double kBarrier = 2.0;         // us: __syncthreads and what it keeps from overlapping
+constexpr double kCluster = 3.2;         // us: stores to distributed shared memory and the cluster's barrier
+constexpr double kGrid = 2.3;            // us: write, fence, count, poll and read back through the L2 cache
+constexpr double kHandedCluster = 9500;  // bytes in a us that a CTA sends and receives
+constexpr double kHandedGrid = 5400;     // the same
+constexpr int kGpc = 18;                 // multiprocessors that a cluster can't reach beyond: 7 of 16 CTAs run at once
+constexpr double kLaunches = 20;         // us of the host: a GEMM and a cell kernel
+constexpr double kGemm[2] = {270e6, 14e6};  // multiply-adds in a microsecond on 132 multiprocessors: 16 bits, float32
 }  // namespace model
 
 // mma: instructions of the busiest warp; warps share four schedulers. memory: bytes read from shared memory in a step.
@@ -93,6 +96,8 @@ inline double latency_of(Exchange exchange) {
 
 // Groups of CTAs that run at once, a CTA to a multiprocessor.
 inline int64_t groups_at_once(const Layer& layer, const Gpu& gpu, const ForwardPlan& plan) {
+  if (plan.exchange == Exchange::cluster)
+    return std::max(gpu.multiprocessors / model::kGpc * (model::kGpc / plan.ctas), 1);
   const int64_t groups = gpu.multiprocessors / plan.ctas;
   return std::max<int64_t>(plan.exchange == Exchange::grid ? groups / layer.D * layer.D : groups, 1);
 }
@@ -102,12 +107,13 @@ inline double persistent_us(const Layer& layer, const Gpu& gpu, const ForwardPla
                             const BackwardPlan& backward) {
   const int terms = layer.dtype == DType::f32 ? 3 : 1;
   const double latency = latency_of(forward.exchange);
+  const double handed = forward.exchange == Exchange::grid ? model::kHandedGrid : model::kHandedCluster;
   const double h = forward.chunks * double(kRows * kChunk);
   const double parts = 1024. * (backward.pairs + double(backward.ctas) * backward.tiles);  // sent and received
   double us = step_us(forward.warp_chunks * 16. * terms, forward.warps(), memory_of(forward),
-                      latency + (forward.ctas > 1 ? h / model::kHanded : 0));
+                      latency + (forward.ctas > 1 ? h / handed : 0));
   us += step_us(backward.warp_pairs * 4. * backward.chunks * terms, backward.warps, memory_of(backward),
-                latency + (backward.ctas > 1 ? parts / model::kHanded : 0));
+                latency + (backward.ctas > 1 ? parts / handed : 0));
 
   const int64_t groups = layer.D * divide_up(layer.B, kRows);
   return double(divide_up(groups, groups_at_once(layer, gpu, forward))) * us;
@@ -130,7 +136,7 @@ Choice best_of(Algorithm algorithm, const Layer& layer, const Gpu& gpu, Fits fit
     const double products = double(layer.D) * double(divide_up(layer.B, kRows) * kRows) * 4. * layer.H * layer.H;
     const double rate = model::kGemm[layer.dtype == DType::f32 || layer.dtype == DType::f64];
     best.possible = true;
-    best.us = 2 * (model::kLaunches + products / rate * 108 / gpu.multiprocessors);
+    best.us = 2 * (model::kLaunches + products / rate * 132 / gpu.multiprocessors);
     return best;
   }
   const Exchange exchange = exchange_of(algorithm);
