@@ -26,9 +26,9 @@ except ModuleNotFoundError as error:
 if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 8):
     raise SystemExit(f"birnn_ext: PyTorch 2.8 or newer is needed, and {torch.__version__} is installed")
 
-# Turing to Blackwell in machine code (8.0's runs on 8.6 and 8.9, too); PTX of 8.0 and 9.0 for what comes after, and of
-# 7.5 for emulators.
-DEFAULT_ARCHITECTURES = "7.5+PTX;8.0+PTX;9.0+PTX;10.0;12.0"
+# Turing to Hopper in machine code (8.0's runs on 8.6 and 8.9, too). PTX of 9.0 is for what comes after, of which a driver
+# makes machine code when a kernel is first used; that of 7.5 and 8.0 is for emulators.
+DEFAULT_ARCHITECTURES = "7.5+PTX;8.0+PTX;9.0+PTX"
 
 
 def site_packages_cuda():
@@ -115,7 +115,7 @@ debug_flags = [flag for flag in flags if flag.startswith("-g")] or ["-g0"]
 
 options = {
     "sources": ["csrc/module.cpp", "csrc/schema.cpp", "csrc/layer_autograd.cpp", *sorted(glob.glob("csrc/cpu/*.cpp"))],
-    "depends": sorted(glob.glob("csrc/**/*.h", recursive=True)),
+    "depends": sorted(glob.glob("csrc/**/*.h", recursive=True) + glob.glob("csrc/**/*.cuh", recursive=True)),
     "include_dirs": [os.path.abspath("csrc")],
     "extra_compile_args": {
         # strict ISO C++ mode would turn off the contraction to fused multiply-add; at::parallel_for is OpenMP in a

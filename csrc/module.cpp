@@ -67,8 +67,8 @@ py::object cuda_choice(const std::string& dtype, int64_t H, int64_t B, int64_t D
   const auto wished = cuda::algorithm_named(algorithm);
   if (!wished && !algorithm.empty()) throw py::value_error("unknown algorithm " + algorithm);
 
-  const auto fits = [&](const cuda::Choice& choice) {
-    return choice.algorithm != cuda::Algorithm::persistent_cluster || choice.forward.ctas <= largest_cluster;
+  const auto fits = [&](const auto& plan) {
+    return plan.exchange != cuda::Exchange::cluster || plan.ctas <= largest_cluster;
   };
   const cuda::Choice choice = cuda::choose({type->second, 1, B, D, H}, {multiprocessors, shared_memory, capability},
                                            wished ? std::vector{*wished} : cuda::all_algorithms(), fits);
@@ -76,11 +76,13 @@ py::object cuda_choice(const std::string& dtype, int64_t H, int64_t B, int64_t D
   using namespace py::literals;
   py::dict result("algorithm"_a = cuda::kAlgorithmNames[int(choice.algorithm)], "us"_a = choice.us);
   if (choice.algorithm != cuda::Algorithm::stepwise) {
-    result["ctas"] = choice.forward.ctas;
-    result["forward"] = choice.forward.bytes;
-    result["backward"] = choice.backward.bytes;
-    result["reads"] = py::make_tuple(cuda::memory_of(choice.forward), cuda::memory_of(choice.backward));
-    result["exchange"] = cuda::latency_of(choice.forward.exchange);
+    const int size = size_of(type->second);
+    const auto described = [&](const auto& plan) {
+      return py::dict("row"_a = plan.row, "ctas"_a = plan.ctas, "warps"_a = plan.warps, "bytes"_a = plan.bytes,
+                      "sequences"_a = cuda::row_of(size, plan).sequences(), "ticks"_a = cuda::step_ticks(size, plan));
+    };
+    result["forward"] = described(choice.forward);
+    result["backward"] = described(choice.backward);
   }
   return result;
 }

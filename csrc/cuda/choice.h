@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "../core/recurrence.h"
-#include "persistent_plan.h"
+#include "persistent/plan.h"
 
 namespace birnn::cuda {
 
@@ -48,117 +48,134 @@ struct Layer {
 
 struct Choice {
   Algorithm algorithm;
-  bool possible;        // whether this algorithm can run this layer at all
-  double us;            // what the model below says of a step forward and one back
+  bool possible;       // whether this algorithm can run this layer at all
+  double us;           // what the model below says of a step forward and one back
   ForwardPlan forward;  // persistent
   BackwardPlan backward;
 };
 
-// The model: microseconds of a step forward and a step backward, as an eager call takes them. It only ranks the
-// algorithms. Its constants are fitted to what one card was measured to take, an H100 at 1.98 GHz
-// (benchmarks/results/cuda_h100.json, and steps of single kernels), and are right within 30 % there, as a root of mean
-// squares. Other cards are taken to differ in their number of multiprocessors alone, as clocks hardly do.
+// The model: the time of a step, in clock ticks. Its constants were fitted to eleven sizes of the kernels' design, measured
+// on an H100 (docs/cuda.md): all within 12 %. Other GPUs are taken to take as many ticks, of a slower clock: a guess.
 namespace model {
-constexpr double kTicks = 1980;          // in a microsecond
-constexpr double kMma = 38;              // ticks of one of four schedulers, with all that goes with an mma
-constexpr double kBank = 128;            // bytes a tick from shared memory
-constexpr double kCells = 2000;          // ticks: the cells of a tile, one warp's
-constexpr double kBarrier = 2.0;         // us: __syncthreads and what it keeps from overlapping
-constexpr double kCluster = 3.2;         // us: stores to distributed shared memory and the cluster's barrier
-constexpr double kGrid = 2.3;            // us: write, fence, count, poll and read back through the L2 cache
-constexpr double kHandedCluster = 9500;  // bytes in a us that a CTA sends and receives
-constexpr double kHandedGrid = 5400;     // the same
-constexpr int kGpc = 18;                 // multiprocessors that a cluster can't reach beyond: 7 of 16 CTAs run at once
-constexpr double kLaunches = 20;         // us of the host: a GEMM and a cell kernel
-constexpr double kGemm[2] = {270e6, 14e6};  // multiply-adds in a microsecond on 132 multiprocessors: 16 bits, float32
+constexpr double kMma = 6.1;             // ticks of one of four schedulers
+constexpr double kSharedBytes = 128;     // a tick
+constexpr double kOverlap = 1.2;         // products and shared memory overlap little
+constexpr double kOverlapFloat32 = 2;    // with the splitting of float32
+constexpr double kForward = 200, kBackward = 580;  // cells, barriers, and what else does not overlap
+constexpr double kFloat32 = 400;
+constexpr double kCta = 60;                                                  // the exchange: a barrier
+constexpr double kCluster = 640, kClusterCta = 6, kClusterByte = 0.06;       // of each CTA, of each byte to each CTA
+constexpr double kGrid = 3500, kGridBytes = 40;                              // bytes a tick that a CTA fetches
+constexpr double kStepwise = 20 * 1980.;                                     // a GEMM and a cell kernel: their launches
+constexpr double kGemm[2] = {300e6 / 1980, 25e6 / 1980};                     // multiply-adds a tick: 16 bits, float32
+inline double ticks_of_us(const Gpu& gpu) { return gpu.capability >= 90 ? 1980 : 1500; }
 }  // namespace model
 
-// mma: instructions of the busiest warp; warps share four schedulers. memory: bytes read from shared memory in a step.
-inline double step_us(double mma, int warps, double memory, double handing) {
-  const double products = mma * double(divide_up(warps, 4)) * model::kMma;
-  return (std::max(products, memory / model::kBank) + model::kCells) / model::kTicks + handing;
+inline double exchange_ticks(Exchange exchange, int ctas, double bytes_to_each, double fetched) {
+  return exchange == Exchange::cta       ? model::kCta
+         : exchange == Exchange::cluster ? model::kCluster + ctas * (model::kClusterCta + model::kClusterByte * bytes_to_each)
+                                         : model::kGrid + fetched / model::kGridBytes;
 }
 
-// Bytes that a CTA reads from shared memory for the products of a step: h or dz, which each warp reads for itself, and
-// the weights that are not in registers.
-inline double memory_of(const ForwardPlan& plan) {
-  const double h = plan.chunks * double(kRows * kChunk);
-  return 2 * plan.tiles * h + std::max(0, plan.warp_chunks - kRegisterChunks) * 4096. * plan.warps();
-}
-inline double memory_of(const BackwardPlan& plan) {
-  const double items = double(plan.warp_pairs) * plan.chunks;
-  return (items + std::max(0., items - kRegisterItems)) * 1024. * plan.warps;
+// mma: of the busiest warp.
+inline double products_ticks(int size, double mma, int warps, double shared_bytes) {
+  const double ticks = mma * double(divide_up(warps, 4)) * model::kMma + shared_bytes / model::kSharedBytes;
+  return size == 4 ? model::kOverlapFloat32 * ticks + model::kFloat32 : model::kOverlap * ticks;
 }
 
-inline double latency_of(Exchange exchange) {
-  return exchange == Exchange::cta ? model::kBarrier : exchange == Exchange::cluster ? model::kCluster : model::kGrid;
+inline double step_ticks(int size, const ForwardPlan& plan) {
+  const ForwardRow& row = row_of(size, plan);
+  const double mma = 2. * plan.steps * row.eights * (size == 4 ? 3 : 1);
+  const double shared = plan.warps * (plan.memory_steps * 2. * kFragment + plan.steps * row.eights * 256.);
+  const double own = h_bytes(plan.blocks, row.sequences(), size);
+  return model::kForward + exchange_ticks(plan.exchange, plan.ctas, own, own * plan.ctas) +
+         products_ticks(size, mma, plan.warps, shared);
 }
 
-// Groups of CTAs that run at once, a CTA to a multiprocessor.
-inline int64_t groups_at_once(const Layer& layer, const Gpu& gpu, const ForwardPlan& plan) {
-  if (plan.exchange == Exchange::cluster)
-    return std::max(gpu.multiprocessors / model::kGpc * (model::kGpc / plan.ctas), 1);
-  const int64_t groups = gpu.multiprocessors / plan.ctas;
+inline double step_ticks(int size, const BackwardPlan& plan) {
+  const BackwardRow& row = row_of(size, plan);
+  const double mma = 1. * row.steps * row.tiles * row.eights * (size == 4 ? 3 : 1);
+  const double received = received_bytes(plan.ctas * row.splits, row.own_tiles(size), row.eights);
+  const double shared =
+      plan.warps * (row.memory_fragments() * double(kFragment) + row.steps * row.eights * 256.) + received;
+  return model::kBackward + exchange_ticks(plan.exchange, plan.ctas, received / plan.ctas, received) +
+         products_ticks(size, mma, plan.warps, shared);
+}
+
+// Groups of CTAs that run at once, by shared memory and threads alone; clusters leave some multiprocessors idle.
+template <class Plan>
+int64_t groups_at_once(const Layer& layer, const Gpu& gpu, int ctas_of_multiprocessor, const Plan& plan) {
+  const int64_t of_one = std::max(1, std::min(ctas_of_multiprocessor, gpu.shared_memory / std::max(plan.bytes, 1)));
+  const int64_t usable = plan.exchange == Exchange::cluster && plan.ctas > 8 ? gpu.multiprocessors * 7 / 8 : gpu.multiprocessors;
+  const int64_t groups = usable * of_one / plan.ctas;
   return std::max<int64_t>(plan.exchange == Exchange::grid ? groups / layer.D * layer.D : groups, 1);
 }
 
-// A step forward and a step backward.
-inline double persistent_us(const Layer& layer, const Gpu& gpu, const ForwardPlan& forward,
-                            const BackwardPlan& backward) {
-  const int terms = layer.dtype == DType::f32 ? 3 : 1;
-  const double latency = latency_of(forward.exchange);
-  const double handed = forward.exchange == Exchange::grid ? model::kHandedGrid : model::kHandedCluster;
-  const double h = forward.chunks * double(kRows * kChunk);
-  const double parts = 1024. * (backward.pairs + double(backward.ctas) * backward.tiles);  // sent and received
-  double us = step_us(forward.warp_chunks * 16. * terms, forward.warps(), memory_of(forward),
-                      latency + (forward.ctas > 1 ? h / handed : 0));
-  us += step_us(backward.warp_pairs * 4. * backward.chunks * terms, backward.warps, memory_of(backward),
-                latency + (backward.ctas > 1 ? parts / handed : 0));
-
-  const int64_t groups = layer.D * divide_up(layer.B, kRows);
-  return double(divide_up(groups, groups_at_once(layer, gpu, forward))) * us;
+template <class Plan>
+double all_ticks(const Layer& layer, const Gpu& gpu, int ctas_of_multiprocessor, const Plan& plan) {
+  const int size = size_of(layer.dtype);
+  const int64_t groups = layer.D * divide_up(layer.B, row_of(size, plan).sequences());
+  return double(divide_up(groups, groups_at_once(layer, gpu, ctas_of_multiprocessor, plan))) * step_ticks(size, plan);
 }
 
 // Lets every plan pass.
 struct AnyPlan {
-  bool operator()(const Choice&) const { return true; }
+  template <class Plan>
+  bool operator()(const Plan&) const {
+    return true;
+  }
 };
 
 // Types that the persistent kernels are compiled for (kernel() in persistent_*.cu); any other is stepwise's alone.
 constexpr bool is_persistent(DType type) { return type == DType::f32 || type == DType::f16 || type == DType::bf16; }
 
-// The best way for an algorithm to run a layer, of those that `fits` lets pass.
+// Whether a plan can be launched at all. A group's CTAs are resident together; in grid those of both directions, as it
+// takes one of each to go on.
+template <class Plan>
+bool fits_gpu(const Layer& layer, const Gpu& gpu, const Plan& plan) {
+  const int most = plan.exchange == Exchange::cta       ? 1
+                   : plan.exchange == Exchange::cluster ? kMaxCluster
+                                                        : gpu.multiprocessors / int(layer.D);
+  return plan.bytes <= gpu.shared_memory && plan.ctas <= most;
+}
+
+// The best way for a persistent algorithm to run a layer, of those that `fits` lets pass.
 template <class Fits = AnyPlan>
 Choice best_of(Algorithm algorithm, const Layer& layer, const Gpu& gpu, Fits fits = {}) {
   Choice best{algorithm};
   if (algorithm == Algorithm::stepwise) {
-    // the choice depends on the batch only as far as the number of groups does
-    const double products = double(layer.D) * double(divide_up(layer.B, kRows) * kRows) * 4. * layer.H * layer.H;
+    const double products = double(layer.D) * double(layer.B) * 4. * layer.H * layer.H;
     const double rate = model::kGemm[layer.dtype == DType::f32 || layer.dtype == DType::f64];
     best.possible = true;
-    best.us = 2 * (model::kLaunches + products / rate * 132 / gpu.multiprocessors);
+    best.us = 2 * std::max(model::kStepwise, products / rate * 132 / gpu.multiprocessors) / model::ticks_of_us(gpu);
     return best;
   }
   const Exchange exchange = exchange_of(algorithm);
-  if (!is_persistent(layer.dtype) || gpu.capability < 80 || layer.T > kMostSteps || layer.B > kMostSequences ||
-      layer.H > kMostUnits)
+  if (!is_persistent(layer.dtype) || gpu.capability < (exchange == Exchange::cluster ? 90 : 80) ||
+      layer.T > kMostSteps || layer.B > kMostSequences || layer.H > kMostUnits)
     return best;
-  if (exchange == Exchange::cluster && gpu.capability < 90) return best;
-  // A group's CTAs are resident together; in grid those of both directions, as it takes one of each to go on.
-  const int most = exchange == Exchange::cta       ? 1
-                   : exchange == Exchange::cluster ? kMaxCluster
-                                                   : gpu.multiprocessors / int(layer.D);
-  for (int ctas = 1; ctas <= most; ++ctas) {
-    if (ctas_of(layer.H, ctas) != ctas) continue;
-    const int size = size_of(layer.dtype);
-    Choice choice{algorithm, true};
-    choice.forward = forward_plan(size, layer.H, exchange, ctas, gpu.shared_memory);
-    choice.backward = backward_plan(size, layer.H, exchange, ctas);
-    if (choice.forward.warps() > kMaxWarps || choice.forward.bytes > gpu.shared_memory) continue;
-    if (choice.backward.bytes > gpu.shared_memory) continue;
-    choice.us = persistent_us(layer, gpu, choice.forward, choice.backward);
-    if ((!best.possible || choice.us < best.us) && fits(choice)) best = choice;
-  }
+  const int size = size_of(layer.dtype);
+  double forward = 0, backward = 0;  // ticks, 0: none yet
+  const auto take = [&](auto& best_plan, double& best_ticks, const auto& plan, int ctas_of_multiprocessor) {
+    if (!fits_gpu(layer, gpu, plan)) return;
+    const double ticks = all_ticks(layer, gpu, ctas_of_multiprocessor, plan);
+    if ((best_ticks == 0 || ticks < best_ticks) && fits(plan)) best_plan = plan, best_ticks = ticks;
+  };
+  for_each_row(size == 2 ? kForwardRows16 : kForwardRows32, size, [&](int k, const ForwardEntry& entry) {
+    if (entry.exchange != exchange) return;
+    const int most = entry.row.splits == 1 ? entry.row.warps : std::min(entry.row.warps / entry.row.splits, kMaxBarriers - 1);
+    for (int blocks = 1; blocks <= most; ++blocks) {
+      const int64_t all = divide_up(layer.H, kBlock);
+      if (divide_up(all, divide_up(all, blocks)) == blocks)  // as many CTAs with fewer blocks each would do, otherwise
+        take(best.forward, forward, forward_plan(size, layer.H, k, blocks), entry.row.ctas);
+    }
+  });
+  for_each_row(size == 2 ? kBackwardRows16 : kBackwardRows32, size, [&](int k, const BackwardEntry& entry) {
+    if (entry.exchange == exchange && divide_up(layer.H, kTile) <= entry.row.most_tiles())
+      take(best.backward, backward, backward_plan(size, layer.H, k), entry.row.ctas);
+  });
+  best.possible = forward > 0 && backward > 0;
+  best.us = (forward + backward) / model::ticks_of_us(gpu);
   return best;
 }
 

@@ -22,7 +22,7 @@
 
 #include "../op_common.h"
 #include "choice.h"
-#include "persistent.h"
+#include "persistent/kernels.h"
 #include "stepwise/stepwise_op.h"
 
 namespace birnn::cuda {
@@ -74,7 +74,7 @@ Run decide(const Layer& layer) {
   const Key key{at::cuda::current_device(),
                 layer.dtype,
                 layer.T > kMostSteps,
-                divide_up(layer.B, kRows),
+                layer.B,
                 layer.D,
                 layer.H,
                 wish ? wish : ""};
@@ -89,8 +89,7 @@ Run decide(const Layer& layer) {
   const auto resident = [&](const auto& plan) {
     return resident_groups(layer.dtype, plan, layer.D, gpu.multiprocessors);
   };
-  Run run{choose(layer, gpu, wished_algorithms(wish),
-                 [&](const Choice& choice) { return resident(choice.forward) > 0 && resident(choice.backward) > 0; })};
+  Run run{choose(layer, gpu, wished_algorithms(wish), [&](const auto& plan) { return resident(plan) > 0; })};
   TORCH_CHECK(run.choice.possible, "BIRNN_CUDA_ALGO=", wish, " can't run this layer: hidden_size ", layer.H, ", batch ",
               layer.B, ", ", layer.D, " direction(s), on ", device->name, " (compute capability ", device->major, ".",
               device->minor, ", ", gpu.multiprocessors, " multiprocessors with ", gpu.shared_memory,
@@ -105,15 +104,16 @@ Run decide(const Layer& layer) {
   return known[key] = run;
 }
 
-bool aligned(std::initializer_list<const void*> pointers, int64_t bytes_of_row) {
-  if (bytes_of_row % kPiece != 0) return false;
-  for (const void* p : pointers)
-    if (reinterpret_cast<uintptr_t>(p) % kPiece != 0) return false;
-  return true;
+// The largest access, 16 bytes or less, that is allowed at all of these addresses and distances, in bytes.
+int access_of(std::initializer_list<const void*> pointers, std::initializer_list<int64_t> distances) {
+  uintptr_t bits = kPiece;
+  for (const void* p : pointers) bits |= reinterpret_cast<uintptr_t>(p);
+  for (const int64_t distance : distances) bits |= uintptr_t(distance);
+  return int(bits & (~bits + 1));
 }
 
 // Whether float32 products are to be of float32's accuracy, or PyTorch's switches allow TF32.
-bool exact_products(DType dtype) {
+bool full_float32(DType dtype) {
   if (dtype != DType::f32) return true;
 #if TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 10
   const auto precision = at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL);
@@ -127,41 +127,44 @@ bool exact_products(DType dtype) {
 
 // What goes from CTA to CTA through global memory, with the groups' counters before it.
 template <class Params>
-Tensor hand_over(Params& p, int64_t bytes_of_group, const at::TensorOptions& options, cudaStream_t stream) {
+Tensor grid_exchange(Params& p, int64_t bytes, const at::TensorOptions& options, cudaStream_t stream) {
   if (p.plan.exchange != Exchange::grid) return {};
   const int64_t counters = p.groups * int64_t(kCounter);
-  Tensor memory = at::empty({counters + p.groups * bytes_of_group}, options.dtype(at::kByte));
+  Tensor memory = at::empty({counters + p.groups * 2 * bytes}, options.dtype(at::kByte));
   auto* base = static_cast<char*>(memory.mutable_data_ptr());
   C10_CUDA_CHECK(cudaMemsetAsync(base, 0, size_t(counters), stream));
-  p.arrivals = reinterpret_cast<unsigned*>(base);
-  p.handed = reinterpret_cast<decltype(p.handed)>(base + counters);
+  p.grid = {base + counters, reinterpret_cast<unsigned*>(base), int(bytes)};
   return memory;
 }
 
-int groups_of(const RecurrenceSizes& sizes, Exchange exchange, int64_t resident) {
-  const int64_t wanted = sizes.D * divide_up(sizes.B, kRows);
+int groups_of(const RecurrenceSizes& sizes, Exchange exchange, int sequences, int64_t resident) {
+  const int64_t wanted = sizes.D * divide_up(sizes.B, sequences);
   return int(exchange == Exchange::grid ? std::min(wanted, resident) : wanted);
 }
 
 void run_forward(birnn::Forward& call, const Run& run, cudaStream_t stream) {
-  const int64_t size = call.y.element_size();
+  const int size = int(call.y.element_size());
   PersistentForward p{call.params, run.choice.forward};
-  p.groups = groups_of(p, p.plan.exchange, run.forward_groups);
-  p.wide = aligned({p.gates_x, p.w_hh[0], p.w_hh[1], p.h0, p.y, p.h_n, p.gates, p.cells}, p.H * size);
-  p.exact = exact_products(call.dtype);
-  const Tensor memory = hand_over(p, 2ll * kRows * p.plan.chunks * kChunk, call.y.options(), stream);
+  const int sequences = row_of(size, p.plan).sequences();
+  p.groups = groups_of(p, p.plan.exchange, sequences, run.forward_groups);
+  p.access = access_of({p.gates_x}, {p.H * size});
+  p.weights_aligned = access_of({p.w_hh[0], p.w_hh[1]}, {p.H * size}) >= 8;
+  p.full_float32 = full_float32(call.dtype);
+  const Tensor memory =
+      grid_exchange(p, h_bytes(p.plan.h_blocks, sequences, size), call.y.options(), stream);
   C10_CUDA_CHECK(persistent_forward(call.dtype, p, stream));
 }
 
 void run_backward(birnn::Backward& call, const Run& run, cudaStream_t stream) {
-  const int64_t size = call.d_gates_x.element_size();
+  const int size = int(call.d_gates_x.element_size());
   PersistentBackward p{call.params, run.choice.backward};
-  p.groups = groups_of(p, p.plan.exchange, run.backward_groups);
-  p.wide = aligned({p.gates, p.cells, p.dy, p.d_gates_x}, p.H * size) && p.dy_stride_t * size % kPiece == 0 &&
-           p.dy_stride_b * size % kPiece == 0;
-  p.exact = exact_products(call.dtype);
-  const int64_t bytes = 2ll * p.plan.pairs * p.plan.ctas * kRows * kUnits * sizeof(float);
-  const Tensor memory = hand_over(p, bytes, call.d_gates_x.options(), stream);
+  const BackwardRow& row = row_of(size, p.plan);
+  p.groups = groups_of(p, p.plan.exchange, row.sequences(), run.backward_groups);
+  p.access = access_of({p.gates, p.cells, p.dy}, {p.H * size, p.dy_stride_t * size, p.dy_stride_b * size});
+  p.full_float32 = full_float32(call.dtype);
+  const int64_t bytes =
+      p.plan.ctas * received_bytes(p.plan.ctas * row.splits, row.own_tiles(size), row.eights);
+  const Tensor memory = grid_exchange(p, bytes, call.d_gates_x.options(), stream);
   C10_CUDA_CHECK(persistent_backward(call.dtype, p, stream));
 }
 

@@ -1,5 +1,6 @@
 // The persistent kernels in a program without PyTorch, for what can't be asked of the operators:
-//   steps     one pass each way; built with -DBIRNN_WITHOUT_BARRIER, which drops the barrier between steps, a race
+//   rows      every kernel of the tables once, against the cell's equations in double precision
+//   steps     one pass each way; built with -DBIRNN_WITHOUT_BARRIER, which drops the barriers between steps, a race
 //             detector must report it
 //   turns     grid with fewer groups than there are: the same results, bit by bit, as with all at once
 //   resident  how many CTAs of a multiprocessor, and clusters, the device can run of what was compiled
@@ -7,19 +8,20 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <string>
 #include <vector>
 
-#include "cuda/persistent.h"
+#include "core/cells/lstm.h"
+#include "core/step_order.h"
+#include "cuda/persistent/kernels.h"
 
 using namespace birnn;
 using namespace birnn::cuda;
 
 namespace {
-
-constexpr int kLimit = 99 << 10;  // bytes of shared memory
 
 void check(cudaError_t error, const char* what) {
   if (error == cudaSuccess) return;
@@ -27,16 +29,38 @@ void check(cudaError_t error, const char* what) {
   std::exit(1);
 }
 
-// Device memory, filled with numbers or zeros. Never freed: the program is short.
+struct HostMath {
+  using Scalar = double;
+  static double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
+  static double tanh(double x) { return std::tanh(x); }
+};
+
+// Numbers on the device and, as the type holds them, on the host. Never freed: the program is short.
 template <class S>
-S* on_device(size_t count, float scale) {
-  std::vector<S> host(count);
-  for (size_t i = 0; i < count; ++i) host[i] = S(scale * (float(i * 7919 % 1000) / 500 - 1));
+struct Numbers {
   S* device = nullptr;
-  check(cudaMalloc(&device, count * sizeof(S)), "cudaMalloc");
-  check(cudaMemcpy(device, host.data(), count * sizeof(S), cudaMemcpyHostToDevice), "cudaMemcpy");
-  return device;
-}
+  std::vector<double> host;
+
+  Numbers(size_t count, double scale) : host(count) {
+    std::vector<S> values(count);
+    static unsigned state = 1;
+    for (size_t i = 0; i < count; ++i) {
+      state = state * 1664525 + 1013904223;
+      values[i] = S(float(scale * ((state >> 8) / double(1 << 23) - 1)));
+      host[i] = double(float(values[i]));
+    }
+    check(cudaMalloc(&device, count * sizeof(S) + 1), "cudaMalloc");
+    check(cudaMemcpy(device, values.data(), count * sizeof(S), cudaMemcpyHostToDevice), "cudaMemcpy");
+  }
+  // What the kernels have made of them, as numbers, and its bits.
+  std::vector<double> now() const {
+    std::vector<S> values(host.size());
+    check(cudaMemcpy(values.data(), device, values.size() * sizeof(S), cudaMemcpyDeviceToHost), "cudaMemcpy");
+    std::vector<double> numbers(values.size());
+    for (size_t i = 0; i < values.size(); ++i) numbers[i] = double(float(values[i]));
+    return numbers;
+  }
+};
 
 template <class Plan>
 int resident(DType dtype, const Plan& plan) {
@@ -45,88 +69,227 @@ int resident(DType dtype, const Plan& plan) {
   return count;
 }
 
-// A layer and all that comes of it.
+// A layer's arguments, and all that comes of it: y, h_n, c_n, gates, cells; d_gates_x, dh0, dc0.
 template <class S>
 struct Layer {
+  static constexpr int kSize = sizeof(S), kGates = Lstm::kGates;
   DType dtype;
-  RecurrenceSizes sizes;
-  S *gates_x, *w_hh, *h0, *dy;
-  std::vector<std::vector<char>> results;
+  RecurrenceSizes n;
+  size_t outputs, states;
+  std::vector<int64_t> lengths;
+  int64_t* device_lengths = nullptr;
+  Numbers<S> gates_x, w_hh, h0, c0, dy, dh_n, dc_n;
+  std::vector<std::vector<double>> results;
 
-  Layer(DType type, int64_t T, int64_t B, int64_t D, int64_t H) : dtype(type), sizes{T, B, D, H} {
-    gates_x = on_device<S>(T * B * D * 4 * H, 1);
-    w_hh = on_device<S>(D * 4 * H * H, 0.1f);
-    h0 = on_device<S>(D * B * H, 1);
-    dy = on_device<S>(T * B * D * H, 1);
+  Layer(DType type, int64_t T, int64_t B, int64_t D, int64_t H, bool ragged)
+      : dtype(type),
+        n{T, B, D, H},
+        outputs(T * B * D * H),
+        states(D * B * H),
+        gates_x(outputs * kGates, 1),
+        w_hh(D * kGates * H * H, 1.5 / std::sqrt(double(H))),
+        h0(states, 1),
+        c0(states, 1),
+        dy(outputs, 1),
+        dh_n(states, 1),
+        dc_n(states, 1) {
+    if (!ragged) return;
+    for (int64_t b = 0; b < B; ++b) lengths.push_back((b * 7 + 3) % (T + 1));
+    check(cudaMalloc(&device_lengths, B * 8), "cudaMalloc");
+    check(cudaMemcpy(device_lengths, lengths.data(), B * 8, cudaMemcpyHostToDevice), "cudaMemcpy");
   }
 
-  void keep(const void* device, size_t bytes) {
-    results.emplace_back(bytes);
-    check(cudaMemcpy(results.back().data(), device, bytes, cudaMemcpyDeviceToHost), "cudaMemcpy");
+  // The groups of CTAs that a plan has: all, or `most`.
+  template <class Params>
+  void place(Params& p, int sequences, int most, int64_t bytes) const {
+    p.groups = int(n.D * divide_up(n.B, sequences));
+    if (most && p.groups > most) p.groups = most;
+    p.access = kPiece;
+    while (n.H * kSize % p.access) p.access /= 2;
+    p.full_float32 = true;
+    p.lengths = device_lengths;
+    for (int d = 0; d < n.D; ++d) p.w_hh[d] = w_hh.device + d * kGates * n.H * n.H;
+    if (p.plan.exchange != Exchange::grid) return;
+    check(cudaMalloc(&p.grid.buffers, p.groups * 2 * bytes), "cudaMalloc");
+    check(cudaMalloc(&p.grid.arrivals, p.groups * kCounter), "cudaMalloc");
+    check(cudaMemset(p.grid.arrivals, 0, p.groups * kCounter), "cudaMemset");
+    p.grid.bytes = int(bytes);
   }
 
-  // Forward and backward by `groups` groups of CTAs.
-  void run(Exchange exchange, int ctas, int groups) {
-    const auto [T, B, D, H] = sizes;
-    const size_t states = D * B * H * sizeof(S), outputs = T * states, counters = size_t(groups) * kCounter;
-    results.clear();
-
+  void run(const ForwardPlan& forward, const BackwardPlan& backward, int most_groups = 0) {
+    if (!resident(dtype, forward) || !resident(dtype, backward)) check(cudaErrorInvalidConfiguration, "resident");
+    Numbers<S> y(outputs, 0), h_n(states, 0), c_n(states, 0), gates(outputs * kGates, 0);
+    Numbers<float> cells(outputs, 0);
     PersistentForward f{};
-    static_cast<RecurrenceSizes&>(f) = sizes;
-    f.gates_x = gates_x;
-    f.h0 = h0;
-    f.y = on_device<S>(T * B * D * H, 0);
-    f.h_n = on_device<S>(D * B * H, 0);
-    f.c_n = on_device<S>(D * B * H, 0);
-    f.gates = on_device<S>(T * B * D * 4 * H, 0);
-    f.cells = on_device<float>(T * B * D * H, 0);
-    f.plan = forward_plan(sizeof(S), H, exchange, ctas, kLimit);
-    f.handed = on_device<char>(size_t(groups) * 2 * kRows * f.plan.chunks * kChunk, 0);
-
-    PersistentBackward b{};
-    static_cast<RecurrenceSizes&>(b) = sizes;
-    b.gates = f.gates;
-    b.cells = f.cells;
-    b.dy = dy;
-    b.dy_stride_t = B * D * H;
-    b.dy_stride_b = D * H;
-    b.d_gates_x = on_device<S>(T * B * D * 4 * H, 0);
-    b.dh0 = on_device<S>(D * B * H, 0);
-    b.dc0 = on_device<S>(D * B * H, 0);
-    b.plan = backward_plan(sizeof(S), H, exchange, ctas);
-    b.handed = on_device<float>(size_t(groups) * 2 * b.plan.pairs * ctas * kRows * kUnits, 0);
-
-    for (int d = 0; d < D; ++d) f.w_hh[d] = b.w_hh[d] = w_hh + d * 4 * H * H;
-    f.groups = b.groups = groups;
-    f.wide = f.exact = b.wide = b.exact = true;
-    f.arrivals = reinterpret_cast<unsigned*>(on_device<char>(counters, 0));
-    b.arrivals = reinterpret_cast<unsigned*>(on_device<char>(counters, 0));
-    if (!resident(dtype, f.plan) || !resident(dtype, b.plan)) check(cudaErrorInvalidConfiguration, "resident");
+    static_cast<RecurrenceSizes&>(f) = n;
+    f.gates_x = gates_x.device, f.h0 = h0.device, f.c0 = c0.device;
+    f.y = y.device, f.h_n = h_n.device, f.c_n = c_n.device, f.gates = gates.device, f.cells = cells.device;
+    f.plan = forward;
+    f.weights_aligned = n.H * kSize % 8 == 0;
+    const int sequences = row_of(kSize, forward).sequences();
+    place(f, sequences, most_groups, h_bytes(forward.h_blocks, sequences, kSize));
     check(persistent_forward(dtype, f, nullptr), "forward");
     check(cudaDeviceSynchronize(), "forward");
+
+    Numbers<S> d_gates_x(outputs * kGates, 0), dh0(states, 0), dc0(states, 0);
+    PersistentBackward b{};
+    static_cast<RecurrenceSizes&>(b) = n;
+    b.c0 = c0.device, b.gates = gates.device, b.cells = cells.device, b.dy = dy.device;
+    b.dy_stride_t = n.B * n.D * n.H, b.dy_stride_b = n.D * n.H;
+    b.dh_n = dh_n.device, b.dc_n = dc_n.device, b.d_gates_x = d_gates_x.device, b.dh0 = dh0.device, b.dc0 = dc0.device;
+    b.plan = backward;
+    const BackwardRow& row = row_of(kSize, backward);
+    place(b, row.sequences(), most_groups,
+          int64_t(backward.ctas) * received_bytes(backward.ctas * row.splits, row.own_tiles(kSize), row.eights));
     check(persistent_backward(dtype, b, nullptr), "backward");
     check(cudaDeviceSynchronize(), "backward");
+    results = {y.now(),     h_n.now(), c_n.now(), gates.now(), cells.now(),
+               d_gates_x.now(), dh0.now(), dc0.now()};
+  }
 
-    keep(f.y, outputs);
-    keep(f.h_n, states);
-    keep(f.c_n, states);
-    keep(f.gates, 4 * outputs);
-    keep(f.cells, T * B * D * H * sizeof(float));
-    keep(b.d_gates_x, 4 * outputs);
-    keep(b.dh0, states);
-    keep(b.dc0, states);
+  // The largest difference from the equations, all in double precision, of forward and backward.
+  void errors(double (&largest)[2]) const {
+    largest[0] = largest[1] = 0;
+    const auto note = [&](int pass, double found, double expected) {
+      const double difference = std::fabs(found - expected);
+      if (!(difference <= largest[pass])) largest[pass] = difference;
+    };
+    const int64_t H = n.H, G = kGates * H;
+    for (int64_t d = 0; d < n.D; ++d)
+      for (int64_t b = 0; b < n.B; ++b) {
+        const StepOrder order{d, n.T};
+        const int64_t length = lengths.empty() ? n.T : lengths[b], state = (d * n.B + b) * H;
+        const double* const w = w_hh.host.data() + d * G * H;
+        const auto at = [&](int64_t t) { return ((t * n.B + b) * n.D + d) * H; };
+        std::vector<double> h(h0.host.begin() + state, h0.host.begin() + state + H), c(c0.host.begin() + state, c0.host.begin() + state + H);
+        std::vector<std::vector<double>> saved(n.T, std::vector<double>(G)), cell(n.T, std::vector<double>(H));
+        for (int64_t s = 0; s < n.T; ++s) {
+          const int64_t t = order.forward(s);
+          if (!order.active(t, length)) {
+            for (int64_t u = 0; u < H; ++u) note(0, results[0][at(t) + u], 0), note(0, results[4][at(t) + u], 0);
+            continue;
+          }
+          std::vector<double> next(H);
+          for (int64_t u = 0; u < H; ++u) {
+            double z[kGates];
+            for (int k = 0; k < kGates; ++k) {
+              z[k] = gates_x.host[at(t) * kGates + k * H + u];
+              for (int64_t j = 0; j < H; ++j) z[k] += w[(k * H + u) * H + j] * h[j];
+            }
+            next[u] = Lstm::forward<HostMath>(z, c[u]);
+            for (int k = 0; k < kGates; ++k) saved[t][k * H + u] = z[k], note(0, results[3][at(t) * kGates + k * H + u], z[k]);
+            cell[t][u] = c[u];
+            note(0, results[0][at(t) + u], next[u]);
+            note(0, results[4][at(t) + u], c[u]);
+          }
+          h = next;
+        }
+        for (int64_t u = 0; u < H; ++u) note(0, results[1][state + u], h[u]), note(0, results[2][state + u], c[u]);
+
+        std::vector<double> dh(dh_n.host.begin() + state, dh_n.host.begin() + state + H), dc(dc_n.host.begin() + state, dc_n.host.begin() + state + H);
+        for (int64_t s = 0; s < n.T; ++s) {
+          const int64_t t = order.backward(s);
+          std::vector<double> dz(G), before(H);
+          const bool active = order.active(t, length);
+          for (int64_t u = 0; u < H && active; ++u) {
+            double values[kGates], of_unit[kGates];
+            for (int k = 0; k < kGates; ++k) values[k] = saved[t][k * H + u];
+            const double c_before = t == order.first(length) ? c0.host[state + u] : cell[order.before(t)][u];
+            Lstm::backward<HostMath>(values, cell[t][u], c_before, dh[u] + dy.host[at(t) + u], dc[u], of_unit);
+            for (int k = 0; k < kGates; ++k) dz[k * H + u] = of_unit[k];
+          }
+          for (int64_t k = 0; k < G; ++k) note(1, results[5][at(t) * kGates + k], dz[k]);
+          if (!active) continue;
+          for (int64_t k = 0; k < G; ++k)
+            for (int64_t j = 0; j < H; ++j) before[j] += w[k * H + j] * dz[k];
+          dh = before;
+        }
+        for (int64_t u = 0; u < H; ++u) note(1, results[6][state + u], dh[u]), note(1, results[7][state + u], dc[u]);
+      }
   }
 };
 
+struct Device {
+  int capability, multiprocessors, shared_memory;
+  Device() {
+    int major = 0, minor = 0;
+    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, 0), "device");
+    check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, 0), "device");
+    check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, 0), "device");
+    check(cudaDeviceGetAttribute(&shared_memory, cudaDevAttrMaxSharedMemoryPerBlockOptin, 0), "device");
+    capability = major * 10 + minor;
+  }
+  template <class Plan>
+  bool runs(const Plan& plan, int64_t D) const {
+    const int most = plan.exchange == Exchange::cta       ? 1
+                     : plan.exchange == Exchange::cluster ? kMaxCluster
+                                                          : multiprocessors / int(D);
+    return capability >= (plan.exchange == Exchange::cluster ? 90 : 80) && plan.bytes <= shared_memory && plan.ctas <= most;
+  }
+};
+
+// A plan of some row that is as large as it can be with H units or fewer.
+ForwardPlan some_forward(const Device& device, int size, int64_t H, Exchange exchange, int row = -1) {
+  for (int k = 0; k < kForwardCounts[size == 4]; ++k) {
+    const ForwardEntry& entry = size == 2 ? kForwardRows16[k] : kForwardRows32[k];
+    if (entry.exchange != exchange || (row >= 0 && k != row)) continue;
+    for (int blocks = entry.row.warps / entry.row.splits; blocks > 0; --blocks) {
+      const ForwardPlan plan = forward_plan(size, H, k, blocks);
+      if (device.runs(plan, 2)) return plan;
+    }
+  }
+  return {exchange, -1};
+}
+BackwardPlan some_backward(const Device& device, int size, int64_t H, Exchange exchange, int row = -1) {
+  for (int k = 0; k < kBackwardCounts[size == 4]; ++k) {
+    const BackwardEntry& entry = size == 2 ? kBackwardRows16[k] : kBackwardRows32[k];
+    if (entry.exchange != exchange || (row >= 0 && k != row) || divide_up(H, kTile) > entry.row.most_tiles()) continue;
+    const BackwardPlan plan = backward_plan(size, H, k);
+    if (device.runs(plan, 2)) return plan;
+  }
+  return {exchange, -1};
+}
+
+// Every kernel once or more, with sizes that fill it and sizes that do not.
 template <class S>
-bool turns(DType dtype) {
+bool rows(DType dtype, const Device& device, int pick) {
+  constexpr int kSize = sizeof(S);
+  const double tolerance = kSize == 4 ? 2e-5 : dtype == DType::f16 ? 1e-2 : 8e-2;
+  bool good = true;
+  const int count = kForwardCounts[kSize == 4] > kBackwardCounts[kSize == 4] ? kForwardCounts[kSize == 4] : kBackwardCounts[kSize == 4];
+  for (int k = 0; k < count; ++k)
+    for (const int64_t H : {9, 50, 64, 100, 192}) {
+      if (pick >= 0 && k != pick) continue;
+      const bool has_f = k < kForwardCounts[kSize == 4], has_b = k < kBackwardCounts[kSize == 4];
+      const Exchange fx = has_f ? (kSize == 2 ? kForwardRows16 : kForwardRows32)[k].exchange : Exchange::grid;
+      const Exchange bx = has_b ? (kSize == 2 ? kBackwardRows16 : kBackwardRows32)[k].exchange : Exchange::grid;
+      const ForwardPlan f = some_forward(device, kSize, H, fx, has_f ? k : -1);
+      const BackwardPlan b = some_backward(device, kSize, H, bx, has_b ? k : -1);
+      if (f.row < 0 || b.row < 0) continue;
+      Layer<S> layer(dtype, 4, 11, 2, H, H % 3 == 0);
+      layer.run(f, b);
+      double largest[2];
+      layer.errors(largest);
+      const bool right = largest[0] < tolerance && largest[1] < 5 * tolerance;
+      std::printf("%d bytes, H %d, forward row %d (P %d), backward row %d (P %d): errors %.1e, %.1e%s\n", kSize, int(H), f.row,
+                  f.ctas, b.row, b.ctas, largest[0], largest[1], right ? "" : " WRONG");
+      std::fflush(stdout);
+      good = good && right;
+    }
+  return good;
+}
+
+template <class S>
+bool turns(DType dtype, const Device& device) {
   bool good = true;
   for (int64_t T = 1; T <= 4; ++T) {
-    Layer<S> layer(dtype, T, 40, 2, 48);  // three times 16 sequences
-    layer.run(Exchange::grid, 3, 6);
+    Layer<S> layer(dtype, T, 40, 2, 48, false);
+    const ForwardPlan f = some_forward(device, sizeof(S), 48, Exchange::grid);
+    const BackwardPlan b = some_backward(device, sizeof(S), 48, Exchange::grid);
+    layer.run(f, b);
     const auto expected = layer.results;
     for (const int groups : {2, 4}) {
-      layer.run(Exchange::grid, 3, groups);
+      layer.run(f, b, groups);
       const bool same = layer.results == expected;
       std::printf("%d bytes, T %d, %d groups: %s\n", int(sizeof(S)), int(T), groups, same ? "the same" : "DIFFERENT");
       good = good && same;
@@ -139,19 +302,28 @@ bool turns(DType dtype) {
 
 int main(int argc, char** argv) {
   const std::string what = argc > 1 ? argv[1] : "";
+  const Device device;
+  if (what == "rows") {
+    const int pick = argc > 2 ? std::atoi(argv[2]) : -1;
+    const bool good[] = {rows<float>(DType::f32, device, pick), rows<__half>(DType::f16, device, pick),
+                         rows<__nv_bfloat16>(DType::bf16, device, pick)};
+    return good[0] && good[1] && good[2] ? 0 : 1;
+  }
   if (what == "steps") {
-    Layer<float>(DType::f32, 5, 16, 2, 64).run(Exchange::cta, 1, 2);
+    Layer<float> layer(DType::f32, 5, 16, 2, 64, false);
+    layer.run(some_forward(device, 4, 64, Exchange::cta), some_backward(device, 4, 64, Exchange::cta));
     return 0;
   }
   if (what == "turns") {
-    const bool good[] = {turns<float>(DType::f32), turns<__half>(DType::f16), turns<__nv_bfloat16>(DType::bf16)};
+    const bool good[] = {turns<float>(DType::f32, device), turns<__half>(DType::f16, device),
+                         turns<__nv_bfloat16>(DType::bf16, device)};
     return good[0] && good[1] && good[2] ? 0 : 1;
   }
   if (what == "resident") {
-    std::printf("cta %d\n", resident(DType::f32, forward_plan(4, 64, Exchange::cta, 1, kLimit)));
-    std::printf("cluster %d\n", resident(DType::f32, forward_plan(4, 64, Exchange::cluster, 4, kLimit)));
+    for (const auto& [name, exchange] : {std::pair{"cta", Exchange::cta}, {"cluster", Exchange::cluster}})
+      std::printf("%s %d\n", name, resident(DType::f32, some_forward(Device(), 4, 64, exchange)));
     return 0;
   }
-  std::printf("usage: %s steps|turns|resident\n", argv[0]);
+  std::printf("usage: %s rows [ROW]|steps|turns|resident\n", argv[0]);
   return 2;
 }

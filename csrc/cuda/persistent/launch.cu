@@ -1,9 +1,11 @@
 // How the persistent kernels are launched: as CTAs on their own, all resident together, or in clusters.
-#pragma once
+#include "kernels.h"
 
-#include "persistent.h"
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
 
 namespace birnn::cuda {
+namespace {
 
 struct LaunchConfig {
   cudaLaunchConfig_t config = {};
@@ -29,7 +31,7 @@ struct LaunchConfig {
 
 // Always as much as the device has, not as a plan needs: threads that launch the same kernel with other plans share the
 // attribute.
-inline cudaError_t allow(const void* kernel, Exchange exchange, int ctas) {
+cudaError_t allow(const void* kernel, Exchange exchange, int ctas) {
   int device = 0, bytes = 0;
   cudaError_t error = cudaGetDevice(&device);
   if (error == cudaSuccess) error = cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
@@ -41,7 +43,7 @@ inline cudaError_t allow(const void* kernel, Exchange exchange, int ctas) {
 
 // CTAs that a multiprocessor can hold at once (cta, grid), or clusters that the device can (cluster). None if the
 // kernel was compiled for less than it takes: a GPU may run PTX for an older one.
-inline cudaError_t resident(const void* kernel, Exchange exchange, int ctas, int threads, int bytes, int* count) {
+cudaError_t resident(const void* kernel, Exchange exchange, int ctas, int threads, int bytes, int* count) {
   *count = 0;
   cudaFuncAttributes compiled = {};
   cudaError_t error = cudaFuncGetAttributes(&compiled, kernel);
@@ -55,11 +57,40 @@ inline cudaError_t resident(const void* kernel, Exchange exchange, int ctas, int
   return cudaOccupancyMaxActiveBlocksPerMultiprocessor(count, kernel, threads, size_t(bytes));
 }
 
-inline cudaError_t launch(const void* kernel, Exchange exchange, int ctas, int groups, int threads, int bytes,
+cudaError_t launch(const void* kernel, Exchange exchange, int ctas, int groups, int threads, int bytes,
                           const void* params, cudaStream_t stream) {
   const LaunchConfig launch(exchange, ctas, groups, threads, bytes, stream);
   void* args[] = {const_cast<void*>(params)};
   return cudaLaunchKernelExC(&launch.config, kernel, args);
+}
+
+const void* kernel(DType dtype, const ForwardPlan& plan) {
+  return dtype == DType::f16    ? forward_kernel_of<__half>(plan.row)
+         : dtype == DType::bf16 ? forward_kernel_of<__nv_bfloat16>(plan.row)
+                                : forward_kernel_of<float>(plan.row);
+}
+const void* kernel(DType dtype, const BackwardPlan& plan) {
+  return dtype == DType::f16    ? backward_kernel_of<__half>(plan.row)
+         : dtype == DType::bf16 ? backward_kernel_of<__nv_bfloat16>(plan.row)
+                                : backward_kernel_of<float>(plan.row);
+}
+
+}  // namespace
+
+cudaError_t persistent_resident(DType dtype, const ForwardPlan& plan, int* count) {
+  return resident(kernel(dtype, plan), plan.exchange, plan.ctas, plan.warps * kWarp, plan.bytes, count);
+}
+cudaError_t persistent_resident(DType dtype, const BackwardPlan& plan, int* count) {
+  return resident(kernel(dtype, plan), plan.exchange, plan.ctas, plan.warps * kWarp, plan.bytes, count);
+}
+
+cudaError_t persistent_forward(DType dtype, const PersistentForward& p, cudaStream_t stream) {
+  return launch(kernel(dtype, p.plan), p.plan.exchange, p.plan.ctas, p.groups, p.plan.warps * kWarp, p.plan.bytes, &p,
+                stream);
+}
+cudaError_t persistent_backward(DType dtype, const PersistentBackward& p, cudaStream_t stream) {
+  return launch(kernel(dtype, p.plan), p.plan.exchange, p.plan.ctas, p.groups, p.plan.warps * kWarp, p.plan.bytes, &p,
+                stream);
 }
 
 }  // namespace birnn::cuda

@@ -1,0 +1,406 @@
+// The backward pass: all steps of a layer in one launch. A step, of a warp:
+//   1. what its cells need of memory is taken from the ring, which a step far ahead then fills,
+//   2. parts of W_hh^T dz of the step before are waited for, and added: the gradient of h_t from step t + 1,
+//   3. the cell backwards; dz goes to shared memory: the barrier of a step,
+//   4. the CTA's dz is multiplied with its rows of W_hh; parts of sums go to the owners of the units,
+//   5. dz goes to memory, which nobody waits for.
+#pragma once
+
+#include "exchange.cuh"
+#include "shared.cuh"
+
+namespace birnn::cuda {
+
+template <Exchange exchange, int eights, int cells, int splits, int steps, int tiles, int resident, int warps, int stages,
+          int ctas, bool ahead>
+struct BackwardTraits {  // BackwardRow, as a type
+  static constexpr BackwardRow kRow{eights, cells, splits, steps, tiles, resident, warps, stages, ctas, ahead};
+  static constexpr Exchange kExchange = exchange;
+  static constexpr int kEights = eights, kCells = cells, kSplits = splits, kSteps = steps, kTilesOfWarp = tiles;
+  static constexpr int kResident = resident, kInMemory = kRow.memory_fragments();
+  static constexpr int kWarps = warps, kStages = stages, kCtas = ctas, kSequences = kRow.sequences();
+  static constexpr bool kAhead = ahead;
+  template <class S>
+  static constexpr int kUnits = kRow.units(sizeof(S));
+  template <class S>
+  static constexpr int kTiles = kRow.own_tiles(sizeof(S));
+  template <class S>
+  static constexpr int kStageBytes = kRow.stage_bytes(sizeof(S));
+};
+
+// Where a lane's cells are: cell i of a warp is one of four parts of a tile and an eight, all 16 units of two sequences.
+template <class S, class Row>
+struct BackwardPlace : Place {
+  static_assert(Row::kWarps * kWarp * Row::kCells == Row::template kUnits<S> * Row::kSequences, "a cell a lane");
+  int octet, row;  // lane = octet * 8 + row
+
+  __device__ explicit BackwardPlace(const PersistentBackward& p) : Place(p), octet(lane / 8), row(lane % 8) {}
+  __device__ int part(int i) const { return warp + i * Row::kWarps; }
+  __device__ int pair(int i) const { return part(i) % 4; }
+  __device__ int eight(int i) const { return part(i) / 4 % Row::kEights; }
+  __device__ int tile(int i) const { return part(i) / 4 / Row::kEights; }
+  __device__ int unit(int i) const { return tile(i) * kTile + octet / 2 * 8 + row; }  // of the CTA's
+  __device__ int sequence(int i) const { return eight(i) * kEight + pair(i) * 2 + octet % 2; }
+};
+
+// W_hh^T as fragments of mma: rows g and g + 8 of a tile of the layer's units; of a step of the sum, 4 units of the CTA
+// (float32: 2) with all gates, a lane's being one unit's (float32: half of it).
+template <class S, class Row>
+struct BackwardWeights {
+  static constexpr int kTiles = Row::template kTiles<S>, kUnits = Row::template kUnits<S>;
+  static constexpr int kFragments = Row::kTilesOfWarp * Row::kSteps;
+  static constexpr int kStride = Row::kWarps / Row::kSplits;  // from a warp's tile to its next
+  // Tiles whose sums are made at once, with one read of a step's columns; a single one has two sums, for mma's latency.
+  // There are fewer registers where there are more warps.
+  static constexpr int kMost = (sizeof(S) == 4 || Row::kWarps > 8 ? 2 : 4) / (Row::kEights > 1 ? 2 : 1);
+  static constexpr int kAtOnce = Row::kTilesOfWarp < kMost ? Row::kTilesOfWarp : kMost;
+  static constexpr int kChains = sizeof(S) == 2 && kAtOnce == 1 && Row::kEights == 1 ? 2 : 1;
+  static_assert(Row::kTilesOfWarp % kAtOnce == 0 || Row::kTilesOfWarp < kMost, "tiles");
+
+  Fragment<S, Row::kAhead> resident[Row::kResident];
+  const uint4* memory;
+  int split, first, tiles;  // of the sum; of the layer's tiles, the warp's first, and how many
+  int column;               // where the lane finds column g in the first step
+
+  // Fragments in shared memory are spread among the others: the first of them is followed by kFragments / kInMemory - 1 that
+  // are in registers, and so on.
+  static constexpr __device__ int in_memory_before(int f) { return f * Row::kInMemory / kFragments; }
+  static constexpr __device__ bool is_in_memory(int f) { return in_memory_before(f + 1) > in_memory_before(f); }
+
+  __device__ BackwardWeights(const PersistentBackward& p, const BackwardPlace<S, Row>& place, char* shared)
+      : split(place.warp % Row::kSplits), first(place.warp / Row::kSplits) {
+    tiles = (p.plan.tiles - first + kStride - 1) / kStride;
+    uint4* const to = reinterpret_cast<uint4*>(shared) + place.warp * Row::kInMemory * kWarp + place.lane;
+    memory = to;
+#pragma unroll 1
+    for (int f = 0; f < kFragments; ++f)
+      if (is_in_memory(f)) to[in_memory_before(f) * kWarp] = load(p, place, f);
+#pragma unroll
+    for (int f = 0; f < kFragments; ++f)
+      if (!is_in_memory(f)) resident[f - in_memory_before(f)] = load(p, place, f);
+    static_assert(Row::kSplits == 1 || Row::kSteps % 4 == 0, "dz_swap() goes by fours");
+    column = split * Row::kSteps * Row::kSequences * 32 + place.g * 32 + place.t * 8;
+  }
+
+  __device__ uint4 load(const PersistentBackward& p, const BackwardPlace<S, Row>& place, int f) const {
+    constexpr int kOfStep = kMmaDepth<S> / 4;  // units
+    const int tile = first + f / Row::kSteps * kStride, H = int(p.H);
+    const int own = (split * Row::kSteps + f % Row::kSteps) * kOfStep + (sizeof(S) == 2 ? place.t : place.t / 2);
+    const int unit = place.rank * kUnits + own, gate0 = sizeof(S) == 2 ? 0 : place.t % 2 * 2;
+    uint32_t words[4] = {0, 0, 0, 0};
+    if (unit < H && tile < p.plan.tiles) {
+#pragma unroll 1
+      for (int row = 0; row < 2; ++row) {
+        const int column = tile * kTile + place.g + row * 8;
+        const S* const from = static_cast<const S*>(p.w_hh[place.d]) + (int64_t(gate0) * H + unit) * H + column;
+        if (column >= H) continue;
+        const auto bits = [&](int gate) {
+          return bits_of(convert(factor<S>(convert(from[int64_t(gate) * H * H], 0.f)), S()));
+        };
+        const uint32_t a = sizeof(S) == 2 ? bits(0) | bits(1) << 16 : bits(0);
+        const uint32_t b = sizeof(S) == 2 ? bits(2) | bits(3) << 16 : bits(1);
+        if (row == 0)
+          words[0] = a, words[2] = b;
+        else
+          words[1] = a, words[3] = b;
+      }
+    }
+    return {words[0], words[1], words[2], words[3]};
+  }
+
+  __device__ Column<S> column_of(const char* dz, int k, int n) const {
+    return Column<S>(dz + (column ^ dz_swap(k, sizeof(S)) * 32) + (k * Row::kSequences + n * kEight) * 32);
+  }
+
+  __device__ Fragment<S, Row::kAhead> fragment(int f) const {
+    if (!is_in_memory(f)) return resident[f - in_memory_before(f)];
+    Fragment<S, Row::kAhead> w;
+    w = memory[in_memory_before(f) * kWarp];
+    return w;
+  }
+
+  // W_hh^T dz of all the warp's tiles, each to its owner.
+  template <class Exchange>
+  __device__ void multiply(const char* dz, Exchange& exchange, const BackwardPlace<S, Row>& place,
+                           bool full_float32) const {
+#pragma unroll
+    for (int i0 = 0; i0 < Row::kTilesOfWarp; i0 += kAtOnce) {
+      if (i0 >= tiles) break;
+      asm volatile("" ::: "memory");  // columns are read anew: kept over all tiles they would take the registers
+      Sums<S> sums[kAtOnce][kChains][Row::kEights];
+#pragma unroll
+      for (int k = 0; k < Row::kSteps; ++k) {
+#pragma unroll
+        for (int n = 0; n < Row::kEights; ++n) {
+          const Column<S> b = column_of(dz, k, n);
+#pragma unroll
+          for (int i = 0; i < kAtOnce; ++i)
+            cuda::multiply(sums[i][k % kChains][n], fragment((i0 + i) * Row::kSteps + k), b, full_float32);
+        }
+        if (k % kRun == kRun - 1)
+#pragma unroll
+          for (int i = 0; i < kAtOnce; ++i)
+#pragma unroll
+            for (int n = 0; n < Row::kEights; ++n) sums[i][0][n].end_run();
+      }
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i) {
+        if (i0 + i >= tiles) break;
+        const int m = first + (i0 + i) * kStride, owner = m / kTiles, source = place.rank * Row::kSplits + split;
+#pragma unroll
+        for (int n = 0; n < Row::kEights; ++n) {
+          auto& v = sums[i][0][n].v;
+          sums[i][0][n].finish();
+          if constexpr (kChains == 2)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) v[e] += sums[i][1][n].v[e];
+          exchange.send(owner, Exchange::offset(source, m - owner * kTiles, n, place.t, place.g),
+                        float4{v[0], v[1], v[2], v[3]});
+        }
+      }
+    }
+  }
+};
+
+// What comes from memory for a step of a warp's cells: [stage][cell]{gates [4], dy, cells}, each [two sequences][16 units],
+// filled by the warp itself. The cells are those before the step, in the direction's order.
+template <class S, class Row>
+struct BackwardRing {
+  static constexpr int kStage = Row::template kStageBytes<S>, kCell = kStage / Row::kCells;
+  static constexpr int kGates = 4 * 2 * kTile * int(sizeof(S)), kDy = kGates / 4;  // bytes
+  static constexpr int kPieces = kStage / kPiece, kOfLane = int(divide_up(kPieces, kWarp));
+  char* memory;
+  const char* from[kOfLane];
+  int64_t stride[kOfLane];
+  int valid[kOfLane];  // bytes that exist; negative if they do in the last step as well
+  int lane, at;
+
+  __device__ BackwardRing(const PersistentBackward& p, const BackwardPlace<S, Row>& place, char* shared, int64_t b0)
+      : memory(shared + place.warp * Row::kStages * kStage),
+        lane(place.lane),
+        at(place.octet % 2 * kTile + place.octet / 2 * 8 + place.row) {
+    const StepOrder order{int64_t(place.d), p.T};
+    const int64_t t0 = order.backward(0), dt = order.before(t0) - t0;
+#pragma unroll
+    for (int j = 0; j < kOfLane; ++j) {
+      const int byte = (lane + j * kWarp) * kPiece, i = byte / kCell, in = byte % kCell;
+      const bool is_gate = in < kGates, is_cell = in >= kGates + kDy;
+      const int size = is_cell ? 4 : int(sizeof(S)), row = (is_gate ? in : is_cell ? in - kGates - kDy : in - kGates) / size;
+      const int gate = is_gate ? row / (2 * kTile) : 0;
+      const int64_t b = b0 + place.eight(i) * kEight + place.pair(i) * 2 + row / kTile % 2;
+      const int64_t unit = place.rank * Row::template kUnits<S> + place.tile(i) * kTile + row % kTile;
+      const int64_t step = p.B * p.D * p.H * size;
+      if (is_gate) {
+        from[j] = static_cast<const char*>(p.gates) + ((((t0 * p.B + b) * p.D + place.d) * 4 + gate) * p.H + unit) * size;
+        stride[j] = dt * 4 * step;
+      } else if (is_cell) {
+        from[j] = static_cast<const char*>(p.cells) + ((((t0 + dt) * p.B + b) * p.D + place.d) * p.H + unit) * size;
+        stride[j] = dt * step;
+      } else {
+        from[j] = static_cast<const char*>(p.dy) + (t0 * p.dy_stride_t + b * p.dy_stride_b + place.d * p.H + unit) * size;
+        stride[j] = dt * p.dy_stride_t * size;
+      }
+      const bool exists = byte < kStage && b < p.B && (is_gate || is_cell || p.dy);
+      const int bytes = exists ? int(min(int64_t(kPiece), max(int64_t(0), (p.H - unit) * size))) : 0;
+      valid[j] = is_cell ? bytes : -bytes;
+      if (byte < kStage) {
+#pragma unroll 1
+        for (int s = 0; s < Row::kStages; ++s)  // what does not exist stays 0
+          *reinterpret_cast<uint4*>(memory + s * kStage + byte) = {0, 0, 0, 0};
+      }
+    }
+    __syncwarp();
+#pragma unroll 1
+    for (int s = 0; s < Row::kStages; ++s) fetch(p, s);
+  }
+
+  __device__ void fetch(const PersistentBackward& p, int s) {
+    char* const stage = memory + s % Row::kStages * kStage + lane * kPiece;
+#pragma unroll
+    for (int j = 0; j < kOfLane; ++j) {
+      if (s + (valid[j] > 0) < int(p.T)) copy_piece<S>(stage + j * kWarp * kPiece, from[j], abs(valid[j]), p.access);
+      from[j] += stride[j];
+    }
+    commit_copies();
+  }
+
+  struct Input {
+    float gates[Lstm::kGates];
+    float dy, c_before;
+  };
+  __device__ void take(const PersistentBackward& p, Input (&x)[Row::kCells], int s) {
+    wait_for_copies<Row::kStages - 1>();
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < Row::kCells; ++i) {
+      const char* const cell = memory + s % Row::kStages * kStage + i * kCell;
+      const auto value = [&](int plane) {
+        return convert(reinterpret_cast<const S*>(cell)[plane * 2 * kTile + at], 0.f);
+      };
+      x[i] = {{value(0), value(1), value(2), value(3)},
+              value(4),
+              reinterpret_cast<const float*>(cell + kGates + kDy)[at]};
+    }
+    __syncwarp();
+    fetch(p, s + Row::kStages);
+  }
+};
+
+// The four gates' gradients of a cell, as products read them.
+template <class S>
+struct alignas(4 * sizeof(S)) Packed {
+  S gates[4];
+};
+
+template <class S, class Row>
+struct BackwardCells {
+  static constexpr int N = Row::kCells;
+  float c[N], dc[N];      // of this step; from the step after
+  Activity activity[N];
+  bool there[N];
+  Packed<S> dz[N];        // of the sequence's newest step: a sequence without one has the sum of its first for dh0
+  int dz_at[N];
+  S* d_gates_x[N];
+  int64_t row;
+
+  __device__ BackwardCells(const PersistentBackward& p, const BackwardPlace<S, Row>& place, int64_t b0) {
+    const StepOrder order{int64_t(place.d), p.T};
+    const int64_t t0 = order.backward(0);
+    row = (order.before(t0) - t0) * p.B * p.D * Lstm::kGates * p.H;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const int64_t b = b0 + place.sequence(i);
+      const int unit = place.rank * Row::template kUnits<S> + place.unit(i), length = length_of(p, b, unit);
+      activity[i] = {int(order.backward(order.last(length))), length};
+      there[i] = b < p.B && unit < p.H;
+      dc[i] = there[i] ? state_of(p, place, b0, i, p.dc_n) : 0.f;
+      const int64_t at = (t0 * p.B + b) * p.D + place.d;
+      c[i] = there[i] ? static_cast<const float*>(p.cells)[at * p.H + unit] : 0.f;
+      d_gates_x[i] = static_cast<S*>(p.d_gates_x) + at * 4 * p.H + unit;
+      dz[i] = {};
+      dz_at[i] = dz_offset(place.unit(i), place.sequence(i), Row::kSequences, sizeof(S));
+    }
+  }
+
+  // The value of a state (D, B, H); zeros if there is none.
+  static __device__ float state_of(const PersistentBackward& p, const BackwardPlace<S, Row>& place, int64_t b0, int i,
+                                   const void* states) {
+    const int unit = place.rank * Row::template kUnits<S> + place.unit(i);
+    return states ? load<S>(states, (place.d * p.B + b0 + place.sequence(i)) * p.H + unit) : 0.f;
+  }
+
+  // Of cell i in step s; dh: the gradient of h_t from step t + 1. What only a sequence's last and first step take is
+  // read when it is: registers are for weights.
+  __device__ void step(const PersistentBackward& p, const BackwardPlace<S, Row>& place, int64_t b0, int i, int s,
+                       const typename BackwardRing<S, Row>::Input& x, float dh) {
+    if (activity[i].at(s)) {
+      dh += x.dy;
+      if (s == activity[i].first) dh += state_of(p, place, b0, i, p.dh_n);
+      const float c_before = activity[i].ends_at(s) ? state_of(p, place, b0, i, p.c0) : x.c_before;
+      float z[Lstm::kGates];
+      Lstm::backward<Math<float>>(x.gates, c[i], c_before, dh, dc[i], z);
+#pragma unroll
+      for (int k = 0; k < Lstm::kGates; ++k) dz[i].gates[k] = convert(factor<S>(z[k]), S());
+    }
+    c[i] = x.c_before;
+  }
+
+  __device__ void store(const PersistentBackward& p, int i, int s) {
+    if (there[i])
+#pragma unroll
+      for (int k = 0; k < Lstm::kGates; ++k)
+        d_gates_x[i][k * p.H] = activity[i].at(s) ? dz[i].gates[k] : convert(0.f, S());
+    d_gates_x[i] += row;
+  }
+
+  // A sequence without steps hands its gradient through.
+  __device__ void store_states(const PersistentBackward& p, const BackwardPlace<S, Row>& place, int64_t b0, int i,
+                               float dh) const {
+    if (!there[i]) return;
+    const int unit = place.rank * Row::template kUnits<S> + place.unit(i);
+    const int64_t state = (place.d * p.B + b0 + place.sequence(i)) * p.H + unit;
+    if (activity[i].length == 0) dh += state_of(p, place, b0, i, p.dh_n);
+    static_cast<S*>(p.dh0)[state] = convert(dh, S());
+    static_cast<S*>(p.dc0)[state] = convert(dc[i], S());
+  }
+};
+
+// The whole sum of the lane's cell i: eight neighbouring lanes add a quarter of the sources each for the four cells of
+// units row and row + 8 and a pair of sequences; then each octet keeps its own cell.
+template <class S, class Row, class Exchange>
+__device__ float whole_sum(const Exchange& exchange, const BackwardPlace<S, Row>& place, int i) {
+  float4 sum = {0, 0, 0, 0};
+  int at = Exchange::offset(place.octet, place.tile(i), place.eight(i), place.pair(i), place.row);
+#pragma unroll(Row::kWarps > 8 ? 2 : 4)
+  for (int source = place.octet; source < exchange.sources; source += 4, at += 4 * Exchange::kSource) {
+    const float4 part = exchange.part(at);
+    sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
+  }
+  // octets 0 and 1 have units g, 2 and 3 units g + 8; odd ones the odd sequence
+  const bool high = place.octet & 2, odd = place.octet & 1;
+  float even_sequence = high ? sum.z : sum.x, odd_sequence = high ? sum.w : sum.y;
+  even_sequence += __shfl_xor_sync(~0u, high ? sum.x : sum.z, 16);
+  odd_sequence += __shfl_xor_sync(~0u, high ? sum.y : sum.w, 16);
+  return (odd ? odd_sequence : even_sequence) + __shfl_xor_sync(~0u, odd ? even_sequence : odd_sequence, 8);
+}
+
+template <class S, class Row>
+__device__ void run_backward(const PersistentBackward& p) {
+  extern __shared__ __align__(128) char memory[];
+  constexpr int kCells = Row::kCells;
+  constexpr int kDz = dz_bytes(Row::kSteps * Row::kSplits, Row::kSequences);
+  const BackwardPlace<S, Row> place(p);
+  PartsExchange<Row, Row::template kTiles<S>, Row::kExchange> exchange(p, place, memory);
+  int64_t b0 = int64_t(place.group / int(p.D)) * Row::kSequences;
+  BackwardCells<S, Row> cells(p, place, b0);
+  BackwardRing<S, Row> ring(p, place, memory + p.plan.ring, b0);
+  const BackwardWeights<S, Row> weights(p, place, memory);
+  const int T = int(p.T);
+  exchange.begin();
+
+  for (;;) {
+    for (int s = 0; s < T; ++s) {
+      char* const dz = memory + p.plan.dz + (exchange.kBuffers == 1 ? 0 : s & 1) * kDz;
+      typename BackwardRing<S, Row>::Input x[kCells];
+      ring.take(p, x, s);
+      if (s > 0) exchange.wait();
+#pragma unroll
+      for (int i = 0; i < kCells; ++i) {
+        cells.step(p, place, b0, i, s, x[i], s > 0 ? whole_sum<S, Row>(exchange, place, i) : 0.f);
+        *reinterpret_cast<Packed<S>*>(dz + cells.dz_at[i]) = cells.dz[i];
+      }
+#if !defined(BIRNN_WITHOUT_BARRIER)  // to see that a test would notice
+      __syncthreads();
+#endif
+      if (s + 1 < T || p.dh0) {
+        weights.multiply(dz, exchange, place, p.full_float32);
+        exchange.sent();
+      }
+#pragma unroll
+      for (int i = 0; i < kCells; ++i) cells.store(p, i, s);
+    }
+    if (p.dh0) {
+      exchange.wait();
+#pragma unroll
+      for (int i = 0; i < kCells; ++i) cells.store_states(p, place, b0, i, whole_sum<S, Row>(exchange, place, i));
+    }
+    if (Row::kExchange != Exchange::grid) break;  // there are CTAs for all groups
+    b0 += p.groups / p.D * Row::kSequences;
+    if (b0 >= p.B) break;
+    __syncthreads();  // all are done with dz
+    cells = BackwardCells<S, Row>(p, place, b0);
+    ring = BackwardRing<S, Row>(p, place, memory + p.plan.ring, b0);
+  }
+  exchange.end();
+}
+
+template <class S, class Row>
+__global__ void __launch_bounds__(Row::kWarps* kWarp, Row::kCtas)
+    backward_kernel(const __grid_constant__ PersistentBackward p) {
+  if constexpr (kCanRun<Row::kExchange>)
+    run_backward<S, Row>(p);
+  else
+    __trap();  // not launched: persistent_resident() finds none
+}
+
+}  // namespace birnn::cuda

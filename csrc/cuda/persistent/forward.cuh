@@ -1,0 +1,372 @@
+// The forward pass: all steps of a layer in one launch. A step, of a warp:
+//   1. what gates_x has for its cells is taken from the ring, which a step far ahead then fills,
+//   2. h_{t-1} is waited for, and multiplied with the warp's weights,
+//   3. parts of sums go to the warp that has the cell (where there are splits),
+//   4. the cell; h_t goes to the group, then results to memory, which nobody waits for.
+#pragma once
+
+#include "exchange.cuh"
+#include "shared.cuh"
+
+namespace birnn::cuda {
+
+// Where a warp's work lies: block of units, split of the sum, and the cells of its lanes. Columns of the products are in
+// an order in which a warp's own come first, whichever its split: column c of them is sequence c ^ split of the group,
+// as far as their last bits go. So no register is chosen at run time.
+template <Exchange exchange, int eights, int splits, int resident, int warps, int stages, int ctas, bool ahead>
+struct ForwardTraits {  // ForwardRow, as a type
+  static constexpr ForwardRow kRow{eights, splits, resident, warps, stages, ctas, ahead};
+  static constexpr Exchange kExchange = exchange;
+  static constexpr int kEights = eights, kSplits = splits, kResident = resident, kWarps = warps, kStages = stages;
+  static constexpr int kCtas = ctas, kCells = kRow.cells(), kSequences = kRow.sequences();
+  static constexpr bool kAhead = ahead;
+  template <class S>
+  static constexpr int kStageBytes = kRow.stage_bytes(sizeof(S));
+};
+
+template <class S, class Row>
+struct ForwardPlace : Place {
+  int block, split, unit;
+
+  __device__ explicit ForwardPlace(const PersistentForward& p)
+      : Place(p),
+        block(warp / Row::kSplits),
+        split(warp % Row::kSplits),
+        unit((rank * p.plan.blocks + block) * kBlock + g) {}
+  // The sequence, within the group, of a lane's cell: column `split + i * splits` of eights of pairs.
+  __device__ int sequence(int i, int t) const {
+    const int column = i * Row::kSplits + split;
+    return column / 2 * kEight + 2 * t + column % 2;
+  }
+  __device__ int sequence(int i) const { return sequence(i, t); }
+};
+
+// W_hh as fragments of mma: of a step, the lane's k of gates i and f (rows g and g + 8), and of gates g and o.
+template <class S, class Row>
+struct ForwardWeights {
+  Fragment<S, Row::kAhead> resident[Row::kResident][2];
+  const uint4* memory;
+  int steps, memory_steps;
+
+  __device__ ForwardWeights(const PersistentForward& p, const ForwardPlace<S, Row>& place, char* shared)
+      : steps(p.plan.steps), memory_steps(p.plan.memory_steps) {
+    uint4* const to = reinterpret_cast<uint4*>(shared) + place.warp * memory_steps * 2 * kWarp + place.lane;
+    memory = to;
+#pragma unroll
+    for (int k = 0; k < Row::kResident; ++k)
+#pragma unroll
+      for (int tile = 0; tile < 2; ++tile) resident[k][tile] = load(p, place, k, tile);
+#pragma unroll 1
+    for (int k = 0; k < memory_steps; ++k)
+#pragma unroll
+      for (int tile = 0; tile < 2; ++tile)
+        to[(k * 2 + tile) * kWarp] = load(p, place, Row::kResident + k, tile);
+  }
+
+  static __device__ uint4 load(const PersistentForward& p, const ForwardPlace<S, Row>& place, int step, int tile) {
+    const int k = (place.split * p.plan.steps + step) * kMmaDepth<S> + place.t * (kMmaDepth<S> / 4), H = int(p.H);
+    if (place.unit >= H || step >= p.plan.steps) return {0, 0, 0, 0};
+    const S* const row = static_cast<const S*>(p.w_hh[place.d]) + (int64_t(tile * 2) * H + place.unit) * H;
+    const uint2 a = row_part(row, k, H, p.weights_aligned), b = row_part(row + int64_t(H) * H, k, H, p.weights_aligned);
+    return {a.x, b.x, a.y, b.y};
+  }
+
+  // sums[tile][eight] += W h, with h as h_column() finds it.
+  __device__ void multiply(Sums<S> (&sums)[2][Row::kEights], const char* h, const int (&eight_at)[2],
+                           bool full_float32) const {
+    constexpr int kStepBytes = blocks_of_step(sizeof(S)) * kBlock * int(sizeof(S)) * Row::kSequences;
+    const auto column = [&](int step, int n) {
+      return Column<S>(h + step * kStepBytes + eight_at[n % 2] + n / 2 * 2 * kEight * kBlock * int(sizeof(S)));
+    };
+#pragma unroll
+    for (int k = 0; k < Row::kResident; ++k) {
+      if (k >= steps) break;  // beyond, h is another split's
+#pragma unroll
+      for (int n = 0; n < Row::kEights; ++n) {
+        const Column<S> b = column(k, n);
+#pragma unroll
+        for (int tile = 0; tile < 2; ++tile) cuda::multiply(sums[tile][n], resident[k][tile], b, full_float32);
+      }
+      if (k % kRun == kRun - 1) end_run(sums);
+    }
+    h += Row::kResident * kStepBytes;
+#pragma unroll(Row::kWarps > 12 ? 1 : kRun)
+    for (int k = 0; k < memory_steps; ++k) {
+      Fragment<S, false> a[2];
+#pragma unroll
+      for (int tile = 0; tile < 2; ++tile) a[tile] = memory[(k * 2 + tile) * kWarp];
+#pragma unroll
+      for (int n = 0; n < Row::kEights; ++n) {
+        const Column<S> b = column(k, n);
+#pragma unroll
+        for (int tile = 0; tile < 2; ++tile) cuda::multiply(sums[tile][n], a[tile], b, full_float32);
+      }
+      if (k % kRun == kRun - 1) end_run(sums);
+    }
+#pragma unroll
+    for (int tile = 0; tile < 2; ++tile)
+#pragma unroll
+      for (int n = 0; n < Row::kEights; ++n) sums[tile][n].finish();
+  }
+
+  static __device__ void end_run(Sums<S> (&sums)[2][Row::kEights]) {
+#pragma unroll
+    for (int tile = 0; tile < 2; ++tile)
+#pragma unroll
+      for (int n = 0; n < Row::kEights; ++n) sums[tile][n].end_run();
+  }
+};
+
+// Parts of sums, from the warps of a block's other splits: a lane gets the four gates of its own cells. Slot j of a
+// column is for the split that differs from the owner's by j + 1 in its bits.
+template <class Row>
+struct Parts {
+  float4* slots;  // of the block and lane
+  int split, barrier;
+
+  __device__ Parts(char* memory, int block, int split, int lane)
+      : slots(reinterpret_cast<float4*>(memory) + block * (2 * Row::kEights * (Row::kSplits - 1) * kWarp) + lane),
+        split(split),
+        barrier(1 + block) {}
+
+  template <class S>
+  static __device__ float4 gates(const Sums<S> (&sums)[2][Row::kEights], int c) {
+    const int n = c / 2, e = c % 2;
+    return {sums[0][n].v[e], sums[0][n].v[2 + e], sums[1][n].v[e], sums[1][n].v[2 + e]};
+  }
+
+  // z[i] += the whole sum of cell i. One barrier of the block's warps.
+  template <class S>
+  __device__ void add(float (&z)[Row::kCells][Lstm::kGates], const Sums<S> (&sums)[2][Row::kEights]) const {
+    constexpr int kColumns = 2 * Row::kEights;
+    if constexpr (Row::kSplits > 1) {
+#pragma unroll
+      for (int c = 0; c < kColumns; ++c)
+        if (c % Row::kSplits != 0) slot(c, c % Row::kSplits - 1) = gates(sums, c);
+#if !defined(BIRNN_WITHOUT_BARRIER)  // to see that a test would notice
+      asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(Row::kSplits * kWarp) : "memory");
+#endif
+    }
+#pragma unroll
+    for (int i = 0; i < Row::kCells; ++i) {
+      add(z[i], gates(sums, i * Row::kSplits));
+#pragma unroll
+      for (int j = 0; j < Row::kSplits - 1; ++j) add(z[i], slot(i * Row::kSplits, j));
+    }
+  }
+
+ private:
+  __device__ float4& slot(int c, int j) const { return slots[((c ^ split) * (Row::kSplits - 1) + j) * kWarp]; }
+  static __device__ void add(float (&z)[4], const float4& part) {
+    z[0] += part.x, z[1] += part.y, z[2] += part.z, z[3] += part.w;
+  }
+};
+
+// gates_x of a warp's cells, some steps ahead: [stage][cell][gate][t][8 units], filled by the warp itself.
+template <class S, class Row>
+struct GatesRing {
+  static constexpr int kStage = Row::template kStageBytes<S>;
+  static constexpr int kPieces = kStage / kPiece, kOfLane = int(divide_up(kPieces, kWarp));
+  static constexpr int kHalves = kBlock * int(sizeof(S)) / kPiece;  // pieces of a block's units
+  char* memory;             // of the warp
+  const char* from[kOfLane];
+  int valid[kOfLane];       // bytes of the piece that exist
+  int64_t stride;           // bytes from step to step
+  int lane, t, g, access;
+
+  __device__ GatesRing(const PersistentForward& p, const ForwardPlace<S, Row>& place, char* shared, int64_t b0)
+      : memory(shared + place.warp * Row::kStages * kStage), lane(place.lane), t(place.t), g(place.g), access(p.access) {
+    const StepOrder order{int64_t(place.d), p.T};
+    const int64_t t0 = order.forward(0);
+    stride = (order.after(t0) - t0) * p.B * p.D * Lstm::kGates * p.H * int(sizeof(S));
+#pragma unroll
+    for (int j = 0; j < kOfLane; ++j) {
+      const int id = lane + j * kWarp, i = id / (16 * kHalves), gate = id / (4 * kHalves) % 4, at = id / kHalves % 4;
+      const int64_t b = b0 + place.sequence(i, at), unit = place.unit - g + id % kHalves * (kPiece / int(sizeof(S)));
+      from[j] = reinterpret_cast<const char*>(static_cast<const S*>(p.gates_x) +
+                                              (((t0 * p.B + b) * p.D + place.d) * 4 + gate) * p.H + unit);
+      valid[j] = id < kPieces && b < p.B ? int(min(int64_t(kPiece), max(int64_t(0), (p.H - unit) * int(sizeof(S))))) : 0;
+      if (id < kPieces) {
+#pragma unroll 1
+        for (int s = 0; s < Row::kStages; ++s)  // what does not exist stays 0
+          *reinterpret_cast<uint4*>(memory + s * kStage + id * kPiece) = {0, 0, 0, 0};
+      }
+    }
+    __syncwarp();
+#pragma unroll 1
+    for (int s = 0; s < Row::kStages; ++s) fetch(s, s < p.T);
+  }
+
+  __device__ void fetch(int s, bool wanted) {
+    char* const stage = memory + s % Row::kStages * kStage + lane * kPiece;
+#pragma unroll
+    for (int j = 0; j < kOfLane; ++j) {
+      if (wanted) copy_piece<S>(stage + j * kWarp * kPiece, from[j], valid[j], access);
+      from[j] += stride;
+    }
+    commit_copies();
+  }
+
+  // Into z, of step s; then the stage is filled anew.
+  __device__ void take(float (&z)[Row::kCells][Lstm::kGates], int s, int T) {
+    wait_for_copies<Row::kStages - 1>();
+    __syncwarp();
+    const S* const stage = reinterpret_cast<const S*>(memory + s % Row::kStages * kStage) + t * kBlock + g;
+#pragma unroll
+    for (int i = 0; i < Row::kCells; ++i)
+#pragma unroll
+      for (int gate = 0; gate < 4; ++gate) z[i][gate] = convert(stage[(i * 4 + gate) * 4 * kBlock], 0.f);
+    __syncwarp();
+    fetch(s + Row::kStages, s + Row::kStages < T);
+  }
+};
+
+// The cells of a lane: their state, and where their results go.
+template <class S, class Row>
+struct ForwardCells {
+  static constexpr int N = Row::kCells;
+  float c[N];
+  S h[N];
+  Activity activity[N];
+  bool there[N];
+  S *y[N], *gates[N];
+  float* cells[N];
+  int64_t row;    // elements of y from step to step
+  int64_t gate;   // elements of `gates` from gate to gate
+  bool saves_gates, saves_cells;
+
+  __device__ ForwardCells(const PersistentForward& p, const ForwardPlace<S, Row>& place, int64_t b0)
+      : gate(p.H), saves_gates(p.gates), saves_cells(p.cells) {
+    const StepOrder order{int64_t(place.d), p.T};
+    const int64_t t0 = order.forward(0);
+    row = (order.after(t0) - t0) * p.B * p.D * p.H;
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const int64_t b = b0 + place.sequence(i);
+      const int length = length_of(p, b, place.unit);
+      activity[i] = {int(order.forward(order.first(length))), length};
+      there[i] = b < p.B && place.unit < p.H;
+      const int64_t state = (place.d * p.B + b) * p.H + place.unit;
+      h[i] = there[i] && p.h0 ? convert(factor<S>(load<S>(p.h0, state)), S()) : convert(0.f, S());
+      c[i] = there[i] && p.c0 ? load<S>(p.c0, state) : 0.f;
+      const int64_t at = ((t0 * p.B + b) * p.D + place.d) * p.H + place.unit;
+      y[i] = static_cast<S*>(p.y) + at;
+      gates[i] = static_cast<S*>(p.gates) + (at - place.unit) * 4 + place.unit;
+      cells[i] = static_cast<float*>(p.cells) + at;
+    }
+  }
+
+  // Of cell i in step s: z -> activations. A sequence keeps its state where it has no step, and so does padding, whose
+  // state is 0: infinity times its weights of 0 must not reach others.
+  __device__ void step(int i, int s, float (&z)[Lstm::kGates]) {
+    float next = c[i];
+    const S out = convert(factor<S>(Lstm::forward<Math<float>>(z, next)), S());
+    if (activity[i].at(s)) c[i] = next, h[i] = out;
+  }
+
+  // Results of step s, 0 where a sequence has no step; then on to the next.
+  __device__ void store(int i, int s, const float (&z)[Lstm::kGates]) {
+    if (there[i]) {
+      const bool active = activity[i].at(s);
+      const S zero = convert(0.f, S());
+      *y[i] = active ? h[i] : zero;
+      if (saves_gates)
+#pragma unroll
+        for (int k = 0; k < Lstm::kGates; ++k) gates[i][k * gate] = active ? convert(z[k], S()) : zero;
+      if (saves_cells) *cells[i] = active ? c[i] : 0.f;
+    }
+    y[i] += row, gates[i] += 4 * row, cells[i] += row;
+  }
+
+  __device__ void store_states(const PersistentForward& p, const ForwardPlace<S, Row>& place, int64_t b0) const {
+#pragma unroll
+    for (int i = 0; i < N; ++i) {
+      const int64_t state = (place.d * p.B + b0 + place.sequence(i)) * p.H + place.unit;
+      if (!there[i]) continue;
+      static_cast<S*>(p.h_n)[state] = h[i];
+      static_cast<S*>(p.c_n)[state] = convert(c[i], S());
+    }
+  }
+};
+
+// All of h0 into this CTA's buffer, from where the first step multiplies it.
+template <class S, class Row>
+__device__ void load_h0(const PersistentForward& p, int d, int64_t b0, char* buffer) {
+  const int elements = p.plan.h_blocks * Row::kSequences * kBlock;
+  for (int k = threadIdx.x; k < elements; k += blockDim.x) {
+    const int sequence = k / kBlock % Row::kSequences, block = k / (kBlock * Row::kSequences);
+    const int unit = block * kBlock + k % kBlock;
+    const int64_t b = b0 + sequence;
+    const bool there = p.h0 && b < p.B && unit < p.H;
+    const float h = there ? factor<S>(load<S>(p.h0, (d * p.B + b) * p.H + unit)) : 0.f;
+    char* const at = buffer + h_offset(block, sequence, Row::kSequences, sizeof(S));
+    reinterpret_cast<S*>(at)[k % kBlock] = convert(h, S());
+  }
+}
+
+// Where a lane finds column g of the products within the first step of its split, and the two eights that take turns.
+template <class S, class Row>
+__device__ int h_column(const ForwardPlan& plan, const ForwardPlace<S, Row>& place, int (&eight_at)[2]) {
+  constexpr int kSize = sizeof(S), kBlocks = blocks_of_step(kSize);
+  eight_at[0] = (place.split >> 1) * kEight * kBlock * kSize;
+  eight_at[1] = (place.split >> 1 ^ 1) * kEight * kBlock * kSize;
+  const int first = place.split * plan.steps * kBlocks;
+  const int byte = place.t * 8;
+  return h_offset(first + byte / (kBlock * kSize), place.g ^ (place.split & 1), Row::kSequences, kSize) +
+         byte % (kBlock * kSize);
+}
+
+template <class S, class Row>
+__device__ void run_forward(const PersistentForward& p) {
+  extern __shared__ __align__(128) char memory[];
+  const ForwardPlace<S, Row> place(p);
+  const Parts<Row> parts(memory + p.plan.parts, place.block, place.split, place.lane);
+  HExchange<S, Row, Row::kExchange> exchange(p, place, memory);
+  int eight_at[2];
+  const int column = h_column(p.plan, place, eight_at), T = int(p.T);
+  int64_t b0 = int64_t(place.group / int(p.D)) * Row::kSequences;
+  ForwardCells<S, Row> cells(p, place, b0);
+  GatesRing<S, Row> ring(p, place, memory + p.plan.ring, b0);
+  const ForwardWeights<S, Row> weights(p, place, memory);
+
+  for (;;) {
+    __syncthreads();  // nobody uses the buffers any more
+    load_h0<S, Row>(p, place.d, b0, exchange.buffer());
+    exchange.begin();
+
+    for (int s = 0; s < T; ++s) {
+      float z[Row::kCells][Lstm::kGates];
+      ring.take(z, s, T);
+      Sums<S> sums[2][Row::kEights];
+      if (s > 0) exchange.wait();
+      if (s > 0 || p.h0) weights.multiply(sums, exchange.buffer() + column, eight_at, p.full_float32);
+      parts.add(z, sums);
+#pragma unroll
+      for (int i = 0; i < Row::kCells; ++i) {
+        cells.step(i, s, z[i]);
+        if (s + 1 < T) exchange.send(i, cells.h[i]);
+      }
+      if (s + 1 < T) exchange.sent();
+#pragma unroll
+      for (int i = 0; i < Row::kCells; ++i) cells.store(i, s, z[i]);
+    }
+    cells.store_states(p, place, b0);
+    if (Row::kExchange != Exchange::grid) break;  // there are CTAs for all groups
+    b0 += p.groups / p.D * Row::kSequences;
+    if (b0 >= p.B) break;
+    cells = ForwardCells<S, Row>(p, place, b0);
+    ring = GatesRing<S, Row>(p, place, memory + p.plan.ring, b0);
+  }
+  exchange.end();
+}
+
+template <class S, class Row>
+__global__ void __launch_bounds__(Row::kWarps* kWarp, Row::kCtas)
+    forward_kernel(const __grid_constant__ PersistentForward p) {
+  if constexpr (kCanRun<Row::kExchange>)
+    run_forward<S, Row>(p);
+  else
+    __trap();  // not launched: persistent_resident() finds none
+}
+
+}  // namespace birnn::cuda

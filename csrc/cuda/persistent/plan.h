@@ -1,0 +1,249 @@
+// The `persistent` algorithms: one launch runs all T steps of both directions of a layer, with W_hh on the chip. How work
+// is laid onto the GPU, and how much of it fits, is decided here, free of torch and CUDA; docs/cuda.md draws it.
+//
+// A group of P thread blocks (CTAs) serves one direction of 8, 16 or 32 sequences. Each CTA owns some hidden units, in
+// blocks of 8, for all four gates. Products run on tensor cores: weights are the 16 rows, 8 sequences the columns.
+//
+// Forward: two tiles of rows are the four gates of a unit block; a warp has those of one block and one part (split) of
+// the sum over h_{t-1}, and in the end each lane has all gates of its own cells. h_t goes to all CTAs of the group.
+// Backward: a CTA multiplies its own dz_t with its own rows of W_hh, which makes a part of the sum for every unit of the
+// layer; a tile's rows are 16 of these, and each part goes to the CTA that owns the units. That moves 4 H bytes a sequence
+// and step; handing dz round would move 8 H to 16 H.
+#pragma once
+
+#include <cstdint>
+#include <iterator>
+
+#include "../../core/inline.h"
+
+namespace birnn::cuda {
+
+enum class Exchange : int {
+  cta,      // P = 1: shared memory
+  grid,     // P CTAs that are resident together (cooperative launch), through global memory and a counter
+  cluster,  // P CTAs of a thread-block cluster, through distributed shared memory (compute capability 9.0)
+};
+constexpr int kExchanges = 3;
+
+constexpr int kBlock = 8;  // units of a block: their gates are 32 rows, two tiles
+constexpr int kTile = 16;  // rows of an mma
+constexpr int kEight = 8;  // columns of an mma: sequences
+constexpr int kWarp = 32;
+constexpr int kMaxCluster = 16;
+constexpr int kPiece = 16;         // bytes that travel as one
+constexpr int kFragment = 512;     // bytes of a tile's weights for one mma, of all lanes
+constexpr int kCounter = 128;      // bytes that a group's counter has to itself, as its CTAs poll it
+constexpr int kMaxBarriers = 16;   // that a CTA has; 0 is __syncthreads()
+constexpr int kRegisters = 65536;  // of a multiprocessor
+
+// Kernels count steps, sequences and units in int.
+constexpr int64_t kMostSteps = (1ll << 31) - 2, kMostSequences = 1 << 30, kMostUnits = 1 << 15;
+
+BIRNN_INLINE constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// ---- The kernels that are compiled: rows of small tables. What a warp keeps of its weights in registers is `resident`;
+// the rest is in shared memory.
+
+// eights: of sequences in a group. splits: of the sum over h. resident: steps of the sum, an mma deep and two tiles high.
+// warps: at most. stages: steps of gates_x that are under way. ctas: that share a multiprocessor, if they fit.
+// ahead: float32 is split into TF32 when it is loaded, which takes two registers for one, not each time it is used.
+struct ForwardRow {
+  int eights, splits, resident, warps, stages, ctas;
+  bool ahead = false;
+  constexpr int cells() const { return 2 * eights / splits; }  // of a lane
+  constexpr int sequences() const { return kEight * eights; }
+  constexpr int stage_bytes(int size) const { return cells() * 4 * 4 * kBlock * size; }  // of a warp
+};
+
+// cells: of a lane. splits: of the sum over a CTA's dz. steps: of one split. tiles: of the layer's units, of a warp.
+// resident: of its tiles * steps fragments.
+struct BackwardRow {
+  int eights, cells, splits, steps, tiles, resident, warps, stages, ctas;
+  bool ahead = false;
+  constexpr int sequences() const { return kEight * eights; }
+  constexpr int units(int size) const { return steps * splits * (size == 2 ? 4 : 2); }  // of a CTA: all gates of each
+  constexpr int own_tiles(int size) const { return units(size) / kTile; }
+  constexpr int most_tiles() const { return warps / splits * tiles; }  // of a layer
+  constexpr int memory_fragments() const { return tiles * steps - resident; }
+  constexpr int stage_bytes(int size) const { return cells * 2 * kTile * (5 * size + 4); }  // gates, dy, cells
+};
+
+// X(exchange, eights, splits, resident, warps, stages, ctas, ahead)
+#define BIRNN_FORWARD_ROWS_16(X)        \
+  X(cta, 1, 1, 4, 8, 4, 2, false)       \
+  X(cta, 1, 1, 6, 16, 4, 1, false)      \
+  X(cluster, 1, 2, 4, 8, 4, 2, false)   \
+  X(cluster, 1, 2, 8, 8, 4, 1, false)   \
+  X(cluster, 1, 2, 16, 8, 4, 1, false)  \
+  X(cluster, 1, 2, 12, 12, 4, 1, false) \
+  X(cluster, 2, 2, 4, 8, 4, 1, false)   \
+  X(cluster, 2, 2, 16, 8, 4, 1, false)  \
+  X(cluster, 2, 2, 8, 12, 2, 1, false)  \
+  X(cluster, 4, 2, 8, 8, 2, 1, false)   \
+  X(grid, 2, 4, 16, 8, 4, 1, false)     \
+  X(grid, 4, 4, 12, 8, 2, 1, false)
+#define BIRNN_FORWARD_ROWS_32(X)       \
+  X(cta, 1, 1, 6, 8, 2, 1, true)       \
+  X(cluster, 1, 2, 8, 8, 4, 1, true)   \
+  X(cluster, 1, 2, 16, 8, 4, 1, false) \
+  X(cluster, 2, 2, 12, 8, 2, 1, false) \
+  X(grid, 1, 2, 16, 8, 4, 1, false)    \
+  X(grid, 2, 2, 10, 8, 2, 1, false)
+
+// X(exchange, eights, cells, splits, steps, tiles, resident, warps, stages, ctas, ahead)
+#define BIRNN_BACKWARD_ROWS_16(X)                 \
+  X(cta, 1, 2, 2, 8, 1, 8, 8, 2, 1, false)        \
+  X(cta, 1, 2, 2, 16, 1, 4, 16, 2, 1, false)      \
+  X(cluster, 1, 1, 1, 8, 1, 8, 8, 4, 2, false)    \
+  X(cluster, 1, 1, 1, 8, 2, 16, 8, 4, 1, false)   \
+  X(cluster, 1, 1, 1, 8, 3, 24, 8, 4, 1, false)   \
+  X(cluster, 1, 1, 1, 8, 4, 32, 8, 4, 1, false)   \
+  X(cluster, 1, 1, 1, 12, 4, 22, 12, 2, 1, false) \
+  X(cluster, 2, 2, 1, 8, 1, 8, 8, 4, 1, false)    \
+  X(cluster, 2, 2, 1, 8, 2, 16, 8, 4, 1, false)   \
+  X(cluster, 2, 2, 1, 8, 4, 24, 8, 2, 1, false)   \
+  X(grid, 2, 1, 1, 4, 8, 32, 8, 4, 1, false)
+#define BIRNN_BACKWARD_ROWS_32(X)                 \
+  X(cta, 1, 2, 2, 16, 1, 16, 8, 1, 1, false)      \
+  X(cluster, 1, 1, 1, 16, 1, 16, 8, 4, 1, true)   \
+  X(cluster, 1, 1, 1, 16, 2, 24, 8, 4, 1, false)  \
+  X(cluster, 1, 1, 1, 16, 4, 22, 8, 4, 1, false)  \
+  X(cluster, 2, 2, 1, 16, 2, 15, 8, 2, 1, false)  \
+  X(grid, 2, 1, 1, 8, 4, 16, 8, 4, 1, false)      \
+  X(grid, 2, 1, 1, 8, 8, 16, 8, 2, 1, false)
+
+#define BIRNN_ROW(exchange, ...) {Exchange::exchange, {__VA_ARGS__}},
+struct ForwardEntry {
+  Exchange exchange;
+  ForwardRow row;
+};
+struct BackwardEntry {
+  Exchange exchange;
+  BackwardRow row;
+};
+constexpr ForwardEntry kForwardRows16[] = {BIRNN_FORWARD_ROWS_16(BIRNN_ROW)};
+constexpr ForwardEntry kForwardRows32[] = {BIRNN_FORWARD_ROWS_32(BIRNN_ROW)};
+constexpr BackwardEntry kBackwardRows16[] = {BIRNN_BACKWARD_ROWS_16(BIRNN_ROW)};
+constexpr BackwardEntry kBackwardRows32[] = {BIRNN_BACKWARD_ROWS_32(BIRNN_ROW)};
+#undef BIRNN_ROW
+constexpr int kForwardCounts[] = {int(std::size(kForwardRows16)), int(std::size(kForwardRows32))};
+constexpr int kBackwardCounts[] = {int(std::size(kBackwardRows16)), int(std::size(kBackwardRows32))};
+
+// f(k, entry k) of a table for elements of 2 or 4 bytes.
+template <class F>
+void for_each_row(const ForwardEntry* rows, int size, F f) {
+  for (int k = 0; k < kForwardCounts[size == 4]; ++k) f(k, rows[k]);
+}
+template <class F>
+void for_each_row(const BackwardEntry* rows, int size, F f) {
+  for (int k = 0; k < kBackwardCounts[size == 4]; ++k) f(k, rows[k]);
+}
+
+// ---- Plans. Offsets are bytes in a CTA's shared memory, which begins with weights.
+
+struct ForwardPlan {
+  Exchange exchange;
+  int row;           // of kForwardRows16 or 32
+  int ctas;          // P
+  int blocks;        // of units, of a CTA
+  int steps;         // of the sum over h, of one split
+  int memory_steps;  // of these, in shared memory
+  int h_blocks;      // of units in a buffer of h, padding included
+  int h;             // two buffers of h, [block][sequence][8 units], see h_offset()
+  int parts;         // of sums, on their way to the lane that has the cell: [block][column][other split][lane] x 16 bytes
+  int ring;          // [warp][stage]
+  int mbarriers;
+  int bytes;
+  int warps;
+};
+
+struct BackwardPlan {
+  Exchange exchange;
+  int row;
+  int ctas;
+  int tiles;         // of the whole layer
+  int received;          // parts of sums: [buffer][source][tile][eight][lane] x 16 bytes; not in grid
+  int dz;                // [buffer][step][sequence][4 or 2 units x 4 gates]
+  int ring;
+  int mbarriers;
+  int bytes;
+  int warps;
+};
+
+inline const ForwardRow& row_of(int size, const ForwardPlan& plan) {
+  return (size == 2 ? kForwardRows16[plan.row] : kForwardRows32[plan.row]).row;
+}
+inline const BackwardRow& row_of(int size, const BackwardPlan& plan) {
+  return (size == 2 ? kBackwardRows16[plan.row] : kBackwardRows32[plan.row]).row;
+}
+
+// Bytes of one buffer of h, of the parts of sums for a step that a CTA receives, and of a buffer of dz.
+BIRNN_INLINE constexpr int h_bytes(int h_blocks, int sequences, int size) { return h_blocks * sequences * kBlock * size; }
+BIRNN_INLINE constexpr int received_bytes(int sources, int tiles, int eights) { return sources * tiles * eights * kFragment; }
+BIRNN_INLINE constexpr int dz_bytes(int steps, int sequences) { return steps * sequences * 32; }
+
+// Blocks of units that the sum over h has in one mma.
+BIRNN_INLINE constexpr int blocks_of_step(int size) { return size == 2 ? 2 : 1; }
+
+// Where a sequence's 8 units of a block begin in a buffer of h. In 16 bits, odd blocks have fours of sequences swapped, so
+// that the 8 bytes each that half a warp reads, of four sequences and two blocks, are all in different banks.
+BIRNN_INLINE constexpr int h_offset(int block, int sequence, int sequences, int size) {
+  return (block * sequences + (size == 2 ? sequence ^ (block & 1) << 2 : sequence)) * kBlock * size;
+}
+
+// Where the four gates of a unit and a sequence begin in a buffer of dz: of a step of the sum, 4 units (float32: 2) are 32
+// bytes of each sequence. Sequences are swapped for the banks, too: lanes store all gates of 8 units at once.
+BIRNN_INLINE constexpr int dz_swap(int step, int size) { return size == 2 ? (step & 3) << 1 : step & 3; }
+BIRNN_INLINE constexpr int dz_offset(int unit, int sequence, int sequences, int size) {
+  const int units = size == 2 ? 4 : 2, step = unit / units;
+  return (step * sequences + (sequence ^ dz_swap(step, size))) * 32 + unit % units * 4 * size;
+}
+
+constexpr int kTooLarge = 1 << 30;  // bytes, in place of more
+
+inline ForwardPlan forward_plan(int size, int64_t H, int row, int blocks) {
+  const ForwardEntry& entry = size == 2 ? kForwardRows16[row] : kForwardRows32[row];
+  const ForwardRow& r = entry.row;
+  ForwardPlan plan{entry.exchange, row};
+  const int64_t all = divide_up(H, kBlock);
+  plan.blocks = blocks;
+  plan.ctas = int(divide_up(all, blocks));
+  plan.warps = blocks * r.splits;
+  plan.steps = int(divide_up(divide_up(all, blocks_of_step(size)), r.splits));
+  plan.memory_steps = plan.steps > r.resident ? plan.steps - r.resident : 0;
+  const int summed = plan.steps * r.splits * blocks_of_step(size);
+  plan.h_blocks = summed > plan.ctas * blocks ? summed : plan.ctas * blocks;
+  int64_t at = int64_t(plan.warps) * plan.memory_steps * 2 * kFragment;
+  plan.h = int(at);
+  at += 2ll * h_bytes(plan.h_blocks, r.sequences(), size);
+  plan.parts = int(at);
+  at += int64_t(blocks) * 2 * r.eights * (r.splits - 1) * kFragment;
+  plan.ring = int(at);
+  at += int64_t(plan.warps) * r.stages * r.stage_bytes(size);
+  plan.mbarriers = int(at);
+  plan.bytes = int(at + 16 < kTooLarge ? at + 16 : kTooLarge);
+  return plan;
+}
+
+inline BackwardPlan backward_plan(int size, int64_t H, int row) {
+  const BackwardEntry& entry = size == 2 ? kBackwardRows16[row] : kBackwardRows32[row];
+  const BackwardRow& r = entry.row;
+  BackwardPlan plan{entry.exchange, row};
+  plan.ctas = int(divide_up(H, r.units(size)));
+  plan.tiles = int(divide_up(H, kTile));
+  plan.warps = r.warps;
+  const int buffers = entry.exchange == Exchange::cta ? 1 : 2;
+  int64_t at = int64_t(r.warps) * r.memory_fragments() * kFragment;
+  plan.received = int(at);
+  if (entry.exchange != Exchange::grid)
+    at += int64_t(buffers) * received_bytes(plan.ctas * r.splits, r.own_tiles(size), r.eights);
+  plan.dz = int(at);
+  at += int64_t(buffers) * dz_bytes(r.steps * r.splits, r.sequences());
+  plan.ring = int(at);
+  at += int64_t(r.warps) * r.stages * r.stage_bytes(size);
+  plan.mbarriers = int(at);
+  plan.bytes = int(at + 16 < kTooLarge ? at + 16 : kTooLarge);
+  return plan;
+}
+
+}  // namespace birnn::cuda

@@ -1,0 +1,198 @@
+// What the forward and the backward kernel share: who a thread is, accesses to rows of any alignment, weights.
+#pragma once
+
+#include "../../core/cells/lstm.h"
+#include "../../core/step_order.h"
+#include "../cell_math.cuh"
+#include "../sm80/copy_async.cuh"
+#include "../sm80/mma.cuh"
+#include "kernels.h"
+
+namespace birnn::cuda {
+
+#if defined(__CUDA_ARCH__)
+constexpr int kArchitecture = __CUDA_ARCH__ / 10;
+#else
+constexpr int kArchitecture = 90;
+#endif
+template <Exchange kExchange>
+constexpr bool kCanRun = kArchitecture >= (kExchange == Exchange::cluster ? 90 : 80);
+
+// A thread's place: in its warp (g and t as in mma.cuh), its CTA, and the CTA in its group.
+struct Place {
+  int lane, g, t, warp;
+  int rank, group;
+  int d;  // direction
+
+  template <class Params>
+  __device__ explicit Place(const Params& p)
+      : lane(threadIdx.x % kWarp),
+        g(lane / 4),
+        t(lane % 4),
+        warp(threadIdx.x / kWarp),
+        rank(int(blockIdx.x) % p.plan.ctas),
+        group(int(blockIdx.x) / p.plan.ctas),
+        d(group % int(p.D)) {}
+};
+
+// The iterations in which a sequence of some length has a step: from `first` on, `length` of them. One that has none keeps
+// its state, as does padding.
+struct Activity {
+  int first, length;
+  __device__ bool at(int s) const { return unsigned(s - first) < unsigned(length); }
+  __device__ bool ends_at(int s) const { return s + 1 == first + length; }
+};
+
+template <class Params>
+__device__ int length_of(const Params& p, int64_t b, int unit) {
+  return b < p.B && unit < p.H ? int(birnn::length_of(p.lengths, b, p.T)) : 0;
+}
+
+// --- values
+
+// As products take them.
+template <class S>
+__device__ float factor(float x) {
+  return sizeof(S) == 4 ? quiet(x) : x;
+}
+
+template <class S>
+__device__ float load(const void* from, int64_t at) {
+  return convert(static_cast<const S*>(from)[at], 0.f);
+}
+
+inline __device__ uint32_t bits_of(float x) { return __float_as_uint(x); }
+inline __device__ uint32_t bits_of(__half x) { return __half_as_ushort(x); }
+inline __device__ uint32_t bits_of(__nv_bfloat16 x) { return __bfloat16_as_ushort(x); }
+
+// Two elements of a sum's factor in 32 bits; one of float32.
+template <class S>
+__device__ uint32_t pair_of(S a, S b) {
+  return bits_of(a) | bits_of(b) << 16;
+}
+
+// --- a piece: 16 bytes of a row of which `valid` bytes exist, from global to shared memory
+
+template <class S>
+__device__ void copy_piece(char* to, const char* from, int valid, int access) {
+  if (access == 16) {
+    if (valid > 0) copy_async<16>(to, from);
+  } else if (access == 8) {
+#pragma unroll
+    for (int k = 0; k < 16; k += 8)
+      if (k < valid) copy_async<8>(to + k, from + k);
+  } else if (access == 4) {
+#pragma unroll
+    for (int k = 0; k < 16; k += 4)
+      if (k < valid) copy_async<4>(to + k, from + k);
+  } else {
+#pragma unroll 1
+    for (int k = 0; k < valid; k += int(sizeof(S)))
+      *reinterpret_cast<S*>(to + k) = *reinterpret_cast<const S*>(from + k);
+  }
+}
+
+// --- weights
+
+// 8 bytes of a row of `count` elements, from element k on; 0 beyond. aligned: rows may be read by 8 bytes. A loop, which
+// keeps the compiler from making all loads of a kernel's weights at once, for which there are no registers.
+template <class S>
+__device__ uint2 row_part(const S* row, int k, int count, bool aligned) {
+  constexpr int kOfLane = 8 / int(sizeof(S));
+  uint2 v = {0, 0};
+  if (aligned && k + kOfLane <= count) {
+    v = *reinterpret_cast<const uint2*>(row + k);
+    if (sizeof(S) == 4) v = {bits_of(quiet(__uint_as_float(v.x))), bits_of(quiet(__uint_as_float(v.y)))};
+  } else {
+#pragma unroll 1
+    for (int e = 0; e < kOfLane && k + e < count; ++e) {
+      const uint32_t bits = bits_of(convert(factor<S>(convert(row[k + e], 0.f)), S()));
+      const uint32_t word = sizeof(S) == 4 ? bits : bits << e % 2 * 16;
+      if (e < kOfLane / 2)
+        v.x |= word;
+      else
+        v.y |= word;
+    }
+  }
+  return v;
+}
+
+// A tile's weights for one mma: as they are, or split into two TF32 ahead of all products.
+template <class S, bool kAhead>
+struct Fragment {
+  uint4 v;
+  __device__ void operator=(const uint4& x) { v = x; }
+};
+template <>
+struct Fragment<float, true> {
+  uint4 v, low;
+  __device__ void operator=(const uint4& x) {
+    v = tf32_high(x);
+    low = tf32_low(x, v);
+  }
+};
+
+// A column's part for one mma.
+template <class S>
+struct Column {
+  uint2 v;
+  Column() = default;
+  __device__ explicit Column(const char* from) : v(*reinterpret_cast<const uint2*>(from)) {}
+};
+template <>
+struct Column<float> {
+  uint2 v, low;
+  Column() = default;
+  __device__ explicit Column(const char* from) {
+    const uint2 x = *reinterpret_cast<const uint2*>(from);
+    v = tf32_high(x);
+    low = tf32_low(x, v);
+  }
+};
+
+// Sums of a tile and eight columns. Those of float32 are made of runs of kRun steps: tensor cores cut off what does not
+// fit their sum, and over a long one that would add up. Products with a low part have a sum of their own.
+template <class S>
+struct Sums {
+  float v[4] = {};
+  __device__ void end_run() {}
+  __device__ void finish() {}
+};
+template <>
+struct Sums<float> {
+  float v[4] = {}, run[4] = {}, low[4] = {};
+  __device__ void end_run() {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) v[i] += run[i], run[i] = 0;
+  }
+  __device__ void finish() {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) v[i] += run[i] + low[i];
+  }
+};
+constexpr int kRun = 4;
+
+template <class S, bool kAhead>
+__device__ void multiply(Sums<S>& sums, const Fragment<S, kAhead>& a, const Column<S>& b, bool full_float32) {
+  if constexpr (sizeof(S) == 4) {
+    uint4 high = a.v, low;
+    if constexpr (kAhead) {
+      low = a.low;
+    } else {
+      // not to be computed once for all steps and kept: that would take the registers
+      asm volatile("" : "+r"(high.x), "+r"(high.y), "+r"(high.z), "+r"(high.w));
+      const uint4 x = high;
+      high = tf32_high(x);
+      low = tf32_low(x, high);
+    }
+    if (full_float32) {
+      mma<S>(sums.low, high, b.low);
+      mma<S>(sums.low, low, b.v);
+    }
+    mma<S>(sums.run, high, b.v);
+  } else {
+    mma<S>(sums.v, a.v, b.v);
+  }
+}
+
+}  // namespace birnn::cuda
