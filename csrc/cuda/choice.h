@@ -48,33 +48,35 @@ struct Layer {
 
 struct Choice {
   Algorithm algorithm;
-  bool possible;       // whether this algorithm can run this layer at all
-  double us;           // what the model below says of a step forward and one back
+  bool possible;        // whether this algorithm can run this layer at all
+  double us;            // what the model below says of a step forward and one back
   ForwardPlan forward;  // persistent
   BackwardPlan backward;
 };
 
-// The model: the time of a step, in clock ticks. Its constants were fitted to eleven sizes of the kernels' design, measured
-// on an H100 (docs/cuda.md): all within 12 %. Other GPUs are taken to take as many ticks, of a slower clock: a guess.
+// The model: the time of a step, in clock ticks. Its constants were fitted to eleven sizes of the kernels' design,
+// measured on an H100 (docs/cuda.md): all within 12 %. Other GPUs are taken to take as many ticks, of a slower clock: a
+// guess.
 namespace model {
-constexpr double kMma = 6.1;             // ticks of one of four schedulers
-constexpr double kSharedBytes = 128;     // a tick
-constexpr double kOverlap = 1.2;         // products and shared memory overlap little
-constexpr double kOverlapFloat32 = 2;    // with the splitting of float32
+constexpr double kMma = 6.1;                       // ticks of one of four schedulers
+constexpr double kSharedBytes = 128;               // a tick
+constexpr double kOverlap = 1.2;                   // products and shared memory overlap little
+constexpr double kOverlapFloat32 = 2;              // with the splitting of float32
 constexpr double kForward = 200, kBackward = 580;  // cells, barriers, and what else does not overlap
 constexpr double kFloat32 = 400;
-constexpr double kCta = 60;                                                  // the exchange: a barrier
-constexpr double kCluster = 640, kClusterCta = 6, kClusterByte = 0.06;       // of each CTA, of each byte to each CTA
-constexpr double kGrid = 3500, kGridBytes = 40;                              // bytes a tick that a CTA fetches
-constexpr double kStepwise = 20 * 1980.;                                     // a GEMM and a cell kernel: their launches
-constexpr double kGemm[2] = {300e6 / 1980, 25e6 / 1980};                     // multiply-adds a tick: 16 bits, float32
+constexpr double kCta = 60;                                             // the exchange: a barrier
+constexpr double kCluster = 640, kClusterCta = 6, kClusterByte = 0.06;  // of each CTA, of each byte to each CTA
+constexpr double kGrid = 3500, kGridBytes = 40;                         // bytes a tick that a CTA fetches
+constexpr double kStepwise = 20 * 1980.;                                // a GEMM and a cell kernel: their launches
+constexpr double kGemm[2] = {300e6 / 1980, 25e6 / 1980};                // multiply-adds a tick: 16 bits, float32
 inline double ticks_of_us(const Gpu& gpu) { return gpu.capability >= 90 ? 1980 : 1500; }
 }  // namespace model
 
 inline double exchange_ticks(Exchange exchange, int ctas, double bytes_to_each, double fetched) {
-  return exchange == Exchange::cta       ? model::kCta
-         : exchange == Exchange::cluster ? model::kCluster + ctas * (model::kClusterCta + model::kClusterByte * bytes_to_each)
-                                         : model::kGrid + fetched / model::kGridBytes;
+  return exchange == Exchange::cta ? model::kCta
+         : exchange == Exchange::cluster
+             ? model::kCluster + ctas * (model::kClusterCta + model::kClusterByte * bytes_to_each)
+             : model::kGrid + fetched / model::kGridBytes;
 }
 
 // mma: of the busiest warp.
@@ -106,7 +108,8 @@ inline double step_ticks(int size, const BackwardPlan& plan) {
 template <class Plan>
 int64_t groups_at_once(const Layer& layer, const Gpu& gpu, int ctas_of_multiprocessor, const Plan& plan) {
   const int64_t of_one = std::max(1, std::min(ctas_of_multiprocessor, gpu.shared_memory / std::max(plan.bytes, 1)));
-  const int64_t usable = plan.exchange == Exchange::cluster && plan.ctas > 8 ? gpu.multiprocessors * 7 / 8 : gpu.multiprocessors;
+  const int64_t usable =
+      plan.exchange == Exchange::cluster && plan.ctas > 8 ? gpu.multiprocessors * 7 / 8 : gpu.multiprocessors;
   const int64_t groups = usable * of_one / plan.ctas;
   return std::max<int64_t>(plan.exchange == Exchange::grid ? groups / layer.D * layer.D : groups, 1);
 }
@@ -163,7 +166,8 @@ Choice best_of(Algorithm algorithm, const Layer& layer, const Gpu& gpu, Fits fit
   };
   for_each_row(size == 2 ? kForwardRows16 : kForwardRows32, size, [&](int k, const ForwardEntry& entry) {
     if (entry.exchange != exchange) return;
-    const int most = entry.row.splits == 1 ? entry.row.warps : std::min(entry.row.warps / entry.row.splits, kMaxBarriers - 1);
+    const int most =
+        entry.row.splits == 1 ? entry.row.warps : std::min(entry.row.warps / entry.row.splits, kMaxBarriers - 1);
     for (int blocks = 1; blocks <= most; ++blocks) {
       const int64_t all = divide_up(layer.H, kBlock);
       if (divide_up(all, divide_up(all, blocks)) == blocks)  // as many CTAs with fewer blocks each would do, otherwise

@@ -71,13 +71,8 @@ Run decide(const Layer& layer) {
   const char* wish = std::getenv("BIRNN_CUDA_ALGO");
   const auto* device = at::cuda::getCurrentDeviceProperties();
   using Key = std::tuple<int, DType, bool, int64_t, int64_t, int64_t, std::string>;
-  const Key key{at::cuda::current_device(),
-                layer.dtype,
-                layer.T > kMostSteps,
-                layer.B,
-                layer.D,
-                layer.H,
-                wish ? wish : ""};
+  const Key key{
+      at::cuda::current_device(), layer.dtype, layer.T > kMostSteps, layer.B, layer.D, layer.H, wish ? wish : ""};
   static std::mutex mutex;
   static std::map<Key, Run> known;
   const std::lock_guard<std::mutex> lock(mutex);
@@ -150,8 +145,7 @@ void run_forward(birnn::Forward& call, const Run& run, cudaStream_t stream) {
   p.access = access_of({p.gates_x}, {p.H * size});
   p.weights_aligned = access_of({p.w_hh[0], p.w_hh[1]}, {p.H * size}) >= 8;
   p.full_float32 = full_float32(call.dtype);
-  const Tensor memory =
-      grid_exchange(p, h_bytes(p.plan.h_blocks, sequences, size), call.y.options(), stream);
+  const Tensor memory = grid_exchange(p, h_bytes(p.plan.h_blocks, sequences, size), call.y.options(), stream);
   C10_CUDA_CHECK(persistent_forward(call.dtype, p, stream));
 }
 
@@ -162,8 +156,7 @@ void run_backward(birnn::Backward& call, const Run& run, cudaStream_t stream) {
   p.groups = groups_of(p, p.plan.exchange, row.sequences(), run.backward_groups);
   p.access = access_of({p.gates, p.cells, p.dy}, {p.H * size, p.dy_stride_t * size, p.dy_stride_b * size});
   p.full_float32 = full_float32(call.dtype);
-  const int64_t bytes =
-      p.plan.ctas * received_bytes(p.plan.ctas * row.splits, row.own_tiles(size), row.eights);
+  const int64_t bytes = p.plan.ctas * received_bytes(p.plan.ctas * row.splits, row.own_tiles(size), row.eights);
   const Tensor memory = grid_exchange(p, bytes, call.d_gates_x.options(), stream);
   C10_CUDA_CHECK(persistent_backward(call.dtype, p, stream));
 }

@@ -143,8 +143,7 @@ struct Layer {
           int64_t(backward.ctas) * received_bytes(backward.ctas * row.splits, row.own_tiles(kSize), row.eights));
     check(persistent_backward(dtype, b, nullptr), "backward");
     check(cudaDeviceSynchronize(), "backward");
-    results = {y.now(),     h_n.now(), c_n.now(), gates.now(), cells.now(),
-               d_gates_x.now(), dh0.now(), dc0.now()};
+    results = {y.now(), h_n.now(), c_n.now(), gates.now(), cells.now(), d_gates_x.now(), dh0.now(), dc0.now()};
   }
 
   // The largest difference from the equations, all in double precision, of forward and backward.
@@ -161,7 +160,8 @@ struct Layer {
         const int64_t length = lengths.empty() ? n.T : lengths[b], state = (d * n.B + b) * H;
         const double* const w = w_hh.host.data() + d * G * H;
         const auto at = [&](int64_t t) { return ((t * n.B + b) * n.D + d) * H; };
-        std::vector<double> h(h0.host.begin() + state, h0.host.begin() + state + H), c(c0.host.begin() + state, c0.host.begin() + state + H);
+        std::vector<double> h(h0.host.begin() + state, h0.host.begin() + state + H),
+            c(c0.host.begin() + state, c0.host.begin() + state + H);
         std::vector<std::vector<double>> saved(n.T, std::vector<double>(G)), cell(n.T, std::vector<double>(H));
         for (int64_t s = 0; s < n.T; ++s) {
           const int64_t t = order.forward(s);
@@ -177,7 +177,8 @@ struct Layer {
               for (int64_t j = 0; j < H; ++j) z[k] += w[(k * H + u) * H + j] * h[j];
             }
             next[u] = Lstm::forward<HostMath>(z, c[u]);
-            for (int k = 0; k < kGates; ++k) saved[t][k * H + u] = z[k], note(0, results[3][at(t) * kGates + k * H + u], z[k]);
+            for (int k = 0; k < kGates; ++k)
+              saved[t][k * H + u] = z[k], note(0, results[3][at(t) * kGates + k * H + u], z[k]);
             cell[t][u] = c[u];
             note(0, results[0][at(t) + u], next[u]);
             note(0, results[4][at(t) + u], c[u]);
@@ -186,7 +187,8 @@ struct Layer {
         }
         for (int64_t u = 0; u < H; ++u) note(0, results[1][state + u], h[u]), note(0, results[2][state + u], c[u]);
 
-        std::vector<double> dh(dh_n.host.begin() + state, dh_n.host.begin() + state + H), dc(dc_n.host.begin() + state, dc_n.host.begin() + state + H);
+        std::vector<double> dh(dh_n.host.begin() + state, dh_n.host.begin() + state + H),
+            dc(dc_n.host.begin() + state, dc_n.host.begin() + state + H);
         for (int64_t s = 0; s < n.T; ++s) {
           const int64_t t = order.backward(s);
           std::vector<double> dz(G), before(H);
@@ -224,7 +226,8 @@ struct Device {
     const int most = plan.exchange == Exchange::cta       ? 1
                      : plan.exchange == Exchange::cluster ? kMaxCluster
                                                           : multiprocessors / int(D);
-    return capability >= (plan.exchange == Exchange::cluster ? 90 : 80) && plan.bytes <= shared_memory && plan.ctas <= most;
+    return capability >= (plan.exchange == Exchange::cluster ? 90 : 80) && plan.bytes <= shared_memory &&
+           plan.ctas <= most;
   }
 };
 
@@ -256,7 +259,8 @@ bool rows(DType dtype, const Device& device, int pick) {
   constexpr int kSize = sizeof(S);
   const double tolerance = kSize == 4 ? 2e-5 : dtype == DType::f16 ? 1e-2 : 8e-2;
   bool good = true;
-  const int count = kForwardCounts[kSize == 4] > kBackwardCounts[kSize == 4] ? kForwardCounts[kSize == 4] : kBackwardCounts[kSize == 4];
+  const int count = kForwardCounts[kSize == 4] > kBackwardCounts[kSize == 4] ? kForwardCounts[kSize == 4]
+                                                                             : kBackwardCounts[kSize == 4];
   for (int k = 0; k < count; ++k)
     for (const int64_t H : {9, 50, 64, 100, 192}) {
       if (pick >= 0 && k != pick) continue;
@@ -271,8 +275,8 @@ bool rows(DType dtype, const Device& device, int pick) {
       double largest[2];
       layer.errors(largest);
       const bool right = largest[0] < tolerance && largest[1] < 5 * tolerance;
-      std::printf("%d bytes, H %d, forward row %d (P %d), backward row %d (P %d): errors %.1e, %.1e%s\n", kSize, int(H), f.row,
-                  f.ctas, b.row, b.ctas, largest[0], largest[1], right ? "" : " WRONG");
+      std::printf("%d bytes, H %d, forward row %d (P %d), backward row %d (P %d): errors %.1e, %.1e%s\n", kSize, int(H),
+                  f.row, f.ctas, b.row, b.ctas, largest[0], largest[1], right ? "" : " WRONG");
       std::fflush(stdout);
       good = good && right;
     }

@@ -11,8 +11,8 @@
 
 namespace birnn::cuda {
 
-template <Exchange exchange, int eights, int cells, int splits, int steps, int tiles, int resident, int warps, int stages,
-          int ctas, bool ahead>
+template <Exchange exchange, int eights, int cells, int splits, int steps, int tiles, int resident, int warps,
+          int stages, int ctas, bool ahead>
 struct BackwardTraits {  // BackwardRow, as a type
   static constexpr BackwardRow kRow{eights, cells, splits, steps, tiles, resident, warps, stages, ctas, ahead};
   static constexpr Exchange kExchange = exchange;
@@ -28,7 +28,8 @@ struct BackwardTraits {  // BackwardRow, as a type
   static constexpr int kStageBytes = kRow.stage_bytes(sizeof(S));
 };
 
-// Where a lane's cells are: cell i of a warp is one of four parts of a tile and an eight, all 16 units of two sequences.
+// Where a lane's cells are: cell i of a warp is one of four parts of a tile and an eight, all 16 units of two
+// sequences.
 template <class S, class Row>
 struct BackwardPlace : Place {
   static_assert(Row::kWarps * kWarp * Row::kCells == Row::template kUnits<S> * Row::kSequences, "a cell a lane");
@@ -62,8 +63,8 @@ struct BackwardWeights {
   int split, first, tiles;  // of the sum; of the layer's tiles, the warp's first, and how many
   int column;               // where the lane finds column g in the first step
 
-  // Fragments in shared memory are spread among the others: the first of them is followed by kFragments / kInMemory - 1 that
-  // are in registers, and so on.
+  // Fragments in shared memory are spread among the others: the first of them is followed by kFragments / kInMemory - 1
+  // that are in registers, and so on.
   static constexpr __device__ int in_memory_before(int f) { return f * Row::kInMemory / kFragments; }
   static constexpr __device__ bool is_in_memory(int f) { return in_memory_before(f + 1) > in_memory_before(f); }
 
@@ -162,8 +163,8 @@ struct BackwardWeights {
   }
 };
 
-// What comes from memory for a step of a warp's cells: [stage][cell]{gates [4], dy, cells}, each [two sequences][16 units],
-// filled by the warp itself. The cells are those before the step, in the direction's order.
+// What comes from memory for a step of a warp's cells: [stage][cell]{gates [4], dy, cells}, each [two sequences][16
+// units], filled by the warp itself. The cells are those before the step, in the direction's order.
 template <class S, class Row>
 struct BackwardRing {
   static constexpr int kStage = Row::template kStageBytes<S>, kCell = kStage / Row::kCells;
@@ -185,19 +186,24 @@ struct BackwardRing {
     for (int j = 0; j < kOfLane; ++j) {
       const int byte = (lane + j * kWarp) * kPiece, i = byte / kCell, in = byte % kCell;
       const bool is_gate = in < kGates, is_cell = in >= kGates + kDy;
-      const int size = is_cell ? 4 : int(sizeof(S)), row = (is_gate ? in : is_cell ? in - kGates - kDy : in - kGates) / size;
+      const int size = is_cell ? 4 : int(sizeof(S)), row = (is_gate   ? in
+                                                            : is_cell ? in - kGates - kDy
+                                                                      : in - kGates) /
+                                                           size;
       const int gate = is_gate ? row / (2 * kTile) : 0;
       const int64_t b = b0 + place.eight(i) * kEight + place.pair(i) * 2 + row / kTile % 2;
       const int64_t unit = place.rank * Row::template kUnits<S> + place.tile(i) * kTile + row % kTile;
       const int64_t step = p.B * p.D * p.H * size;
       if (is_gate) {
-        from[j] = static_cast<const char*>(p.gates) + ((((t0 * p.B + b) * p.D + place.d) * 4 + gate) * p.H + unit) * size;
+        from[j] =
+            static_cast<const char*>(p.gates) + ((((t0 * p.B + b) * p.D + place.d) * 4 + gate) * p.H + unit) * size;
         stride[j] = dt * 4 * step;
       } else if (is_cell) {
         from[j] = static_cast<const char*>(p.cells) + ((((t0 + dt) * p.B + b) * p.D + place.d) * p.H + unit) * size;
         stride[j] = dt * step;
       } else {
-        from[j] = static_cast<const char*>(p.dy) + (t0 * p.dy_stride_t + b * p.dy_stride_b + place.d * p.H + unit) * size;
+        from[j] =
+            static_cast<const char*>(p.dy) + (t0 * p.dy_stride_t + b * p.dy_stride_b + place.d * p.H + unit) * size;
         stride[j] = dt * p.dy_stride_t * size;
       }
       const bool exists = byte < kStage && b < p.B && (is_gate || is_cell || p.dy);
@@ -237,9 +243,8 @@ struct BackwardRing {
       const auto value = [&](int plane) {
         return convert(reinterpret_cast<const S*>(cell)[plane * 2 * kTile + at], 0.f);
       };
-      x[i] = {{value(0), value(1), value(2), value(3)},
-              value(4),
-              reinterpret_cast<const float*>(cell + kGates + kDy)[at]};
+      x[i] = {
+          {value(0), value(1), value(2), value(3)}, value(4), reinterpret_cast<const float*>(cell + kGates + kDy)[at]};
     }
     __syncwarp();
     fetch(p, s + Row::kStages);
@@ -255,10 +260,10 @@ struct alignas(4 * sizeof(S)) Packed {
 template <class S, class Row>
 struct BackwardCells {
   static constexpr int N = Row::kCells;
-  float c[N], dc[N];      // of this step; from the step after
+  float c[N], dc[N];  // of this step; from the step after
   Activity activity[N];
   bool there[N];
-  Packed<S> dz[N];        // of the sequence's newest step: a sequence without one has the sum of its first for dh0
+  Packed<S> dz[N];  // of the sequence's newest step: a sequence without one has the sum of its first for dh0
   int dz_at[N];
   S* d_gates_x[N];
   int64_t row;

@@ -4,8 +4,8 @@
 //   sent()    all has been sent that this CTA sends in this round
 //   wait()    all of a round is here, from the whole group
 //   end()     before the kernel ends
-// There are two buffers: who sends for round r + 1 has waited for round r, to which everybody sent after having read what
-// came in round r - 1, and that is whose place it takes.
+// There are two buffers: who sends for round r + 1 has waited for round r, to which everybody sent after having read
+// what came in round r - 1, and that is whose place it takes.
 #pragma once
 
 #include "../sm90/cluster.cuh"
@@ -98,8 +98,7 @@ struct HExchange<S, Row, Exchange::cta> : HBuffers<S, Row> {
   __device__ void begin() { __syncthreads(); }
   __device__ void send(int i, S h) {
     const uint4 piece = gather(h, this->g);
-    if (this->sharer == 0)
-      *reinterpret_cast<uint4*>(this->memory + this->next() * this->bytes + this->at[i]) = piece;
+    if (this->sharer == 0) *reinterpret_cast<uint4*>(this->memory + this->next() * this->bytes + this->at[i]) = piece;
   }
   __device__ void sent() { ++this->round; }
   __device__ void wait() {
@@ -152,8 +151,8 @@ struct HExchange<S, Row, Exchange::cluster> : HBuffers<S, Row> {
 template <class S, class Row>
 struct HExchange<S, Row, Exchange::grid> : HBuffers<S, Row> {
   Arrivals arrivals;
-  char* grid;       // the group's two buffers
-  int filled;       // bytes of a buffer that a round fills
+  char* grid;  // the group's two buffers
+  int filled;  // bytes of a buffer that a round fills
   uint32_t mbarriers;
 
   template <class P>
@@ -214,11 +213,10 @@ struct HExchange<S, Row, Exchange::grid> : HBuffers<S, Row> {
 #endif
   }
   __device__ void end() {}
-
 };
 
-// ---- backward: parts of sums, of which each CTA makes one for every tile of units of the layer. The owner of a tile gets
-// one from each source, as its lanes have it: units g and g + 8 of sequences 2 t and 2 t + 1 of an eight.
+// ---- backward: parts of sums, of which each CTA makes one for every tile of units of the layer. The owner of a tile
+// gets one from each source, as its lanes have it: units g and g + 8 of sequences 2 t and 2 t + 1 of an eight.
 
 template <class Row, int kTiles>
 struct PartSlots {

@@ -10,9 +10,9 @@
 
 namespace birnn::cuda {
 
-// Where a warp's work lies: block of units, split of the sum, and the cells of its lanes. Columns of the products are in
-// an order in which a warp's own come first, whichever its split: column c of them is sequence c ^ split of the group,
-// as far as their last bits go. So no register is chosen at run time.
+// Where a warp's work lies: block of units, split of the sum, and the cells of its lanes. Columns of the products are
+// in an order in which a warp's own come first, whichever its split: column c of them is sequence c ^ split of the
+// group, as far as their last bits go. So no register is chosen at run time.
 template <Exchange exchange, int eights, int splits, int resident, int warps, int stages, int ctas, bool ahead>
 struct ForwardTraits {  // ForwardRow, as a type
   static constexpr ForwardRow kRow{eights, splits, resident, warps, stages, ctas, ahead};
@@ -59,8 +59,7 @@ struct ForwardWeights {
 #pragma unroll 1
     for (int k = 0; k < memory_steps; ++k)
 #pragma unroll
-      for (int tile = 0; tile < 2; ++tile)
-        to[(k * 2 + tile) * kWarp] = load(p, place, Row::kResident + k, tile);
+      for (int tile = 0; tile < 2; ++tile) to[(k * 2 + tile) * kWarp] = load(p, place, Row::kResident + k, tile);
   }
 
   static __device__ uint4 load(const PersistentForward& p, const ForwardPlace<S, Row>& place, int step, int tile) {
@@ -168,14 +167,18 @@ struct GatesRing {
   static constexpr int kStage = Row::template kStageBytes<S>;
   static constexpr int kPieces = kStage / kPiece, kOfLane = int(divide_up(kPieces, kWarp));
   static constexpr int kHalves = kBlock * int(sizeof(S)) / kPiece;  // pieces of a block's units
-  char* memory;             // of the warp
+  char* memory;                                                     // of the warp
   const char* from[kOfLane];
-  int valid[kOfLane];       // bytes of the piece that exist
-  int64_t stride;           // bytes from step to step
+  int valid[kOfLane];  // bytes of the piece that exist
+  int64_t stride;      // bytes from step to step
   int lane, t, g, access;
 
   __device__ GatesRing(const PersistentForward& p, const ForwardPlace<S, Row>& place, char* shared, int64_t b0)
-      : memory(shared + place.warp * Row::kStages * kStage), lane(place.lane), t(place.t), g(place.g), access(p.access) {
+      : memory(shared + place.warp * Row::kStages * kStage),
+        lane(place.lane),
+        t(place.t),
+        g(place.g),
+        access(p.access) {
     const StepOrder order{int64_t(place.d), p.T};
     const int64_t t0 = order.forward(0);
     stride = (order.after(t0) - t0) * p.B * p.D * Lstm::kGates * p.H * int(sizeof(S));
@@ -185,7 +188,8 @@ struct GatesRing {
       const int64_t b = b0 + place.sequence(i, at), unit = place.unit - g + id % kHalves * (kPiece / int(sizeof(S)));
       from[j] = reinterpret_cast<const char*>(static_cast<const S*>(p.gates_x) +
                                               (((t0 * p.B + b) * p.D + place.d) * 4 + gate) * p.H + unit);
-      valid[j] = id < kPieces && b < p.B ? int(min(int64_t(kPiece), max(int64_t(0), (p.H - unit) * int(sizeof(S))))) : 0;
+      valid[j] =
+          id < kPieces && b < p.B ? int(min(int64_t(kPiece), max(int64_t(0), (p.H - unit) * int(sizeof(S))))) : 0;
       if (id < kPieces) {
 #pragma unroll 1
         for (int s = 0; s < Row::kStages; ++s)  // what does not exist stays 0
@@ -231,8 +235,8 @@ struct ForwardCells {
   bool there[N];
   S *y[N], *gates[N];
   float* cells[N];
-  int64_t row;    // elements of y from step to step
-  int64_t gate;   // elements of `gates` from gate to gate
+  int64_t row;   // elements of y from step to step
+  int64_t gate;  // elements of `gates` from gate to gate
   bool saves_gates, saves_cells;
 
   __device__ ForwardCells(const PersistentForward& p, const ForwardPlace<S, Row>& place, int64_t b0)

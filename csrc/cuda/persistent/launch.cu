@@ -1,8 +1,8 @@
 // How the persistent kernels are launched: as CTAs on their own, all resident together, or in clusters.
-#include "kernels.h"
-
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+
+#include "kernels.h"
 
 namespace birnn::cuda {
 namespace {
@@ -58,7 +58,7 @@ cudaError_t resident(const void* kernel, Exchange exchange, int ctas, int thread
 }
 
 cudaError_t launch(const void* kernel, Exchange exchange, int ctas, int groups, int threads, int bytes,
-                          const void* params, cudaStream_t stream) {
+                   const void* params, cudaStream_t stream) {
   const LaunchConfig launch(exchange, ctas, groups, threads, bytes, stream);
   void* args[] = {const_cast<void*>(params)};
   return cudaLaunchKernelExC(&launch.config, kernel, args);

@@ -1,14 +1,14 @@
-// The `persistent` algorithms: one launch runs all T steps of both directions of a layer, with W_hh on the chip. How work
-// is laid onto the GPU, and how much of it fits, is decided here, free of torch and CUDA; docs/cuda.md draws it.
+// The `persistent` algorithms: one launch runs all T steps of both directions of a layer, with W_hh on the chip. How
+// work is laid onto the GPU, and how much of it fits, is decided here, free of torch and CUDA; docs/cuda.md draws it.
 //
 // A group of P thread blocks (CTAs) serves one direction of 8, 16 or 32 sequences. Each CTA owns some hidden units, in
 // blocks of 8, for all four gates. Products run on tensor cores: weights are the 16 rows, 8 sequences the columns.
 //
 // Forward: two tiles of rows are the four gates of a unit block; a warp has those of one block and one part (split) of
 // the sum over h_{t-1}, and in the end each lane has all gates of its own cells. h_t goes to all CTAs of the group.
-// Backward: a CTA multiplies its own dz_t with its own rows of W_hh, which makes a part of the sum for every unit of the
-// layer; a tile's rows are 16 of these, and each part goes to the CTA that owns the units. That moves 4 H bytes a sequence
-// and step; handing dz round would move 8 H to 16 H.
+// Backward: a CTA multiplies its own dz_t with its own rows of W_hh, which makes a part of the sum for every unit of
+// the layer; a tile's rows are 16 of these, and each part goes to the CTA that owns the units. That moves 4 H bytes a
+// sequence and step; handing dz round would move 8 H to 16 H.
 #pragma once
 
 #include <cstdint>
@@ -41,11 +41,11 @@ constexpr int64_t kMostSteps = (1ll << 31) - 2, kMostSequences = 1 << 30, kMostU
 
 BIRNN_INLINE constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// ---- The kernels that are compiled: rows of small tables. What a warp keeps of its weights in registers is `resident`;
-// the rest is in shared memory.
+// ---- The kernels that are compiled: rows of small tables. What a warp keeps of its weights in registers is
+// `resident`; the rest is in shared memory.
 
-// eights: of sequences in a group. splits: of the sum over h. resident: steps of the sum, an mma deep and two tiles high.
-// warps: at most. stages: steps of gates_x that are under way. ctas: that share a multiprocessor, if they fit.
+// eights: of sequences in a group. splits: of the sum over h. resident: steps of the sum, an mma deep and two tiles
+// high. warps: at most. stages: steps of gates_x that are under way. ctas: that share a multiprocessor, if they fit.
 // ahead: float32 is split into TF32 when it is loaded, which takes two registers for one, not each time it is used.
 struct ForwardRow {
   int eights, splits, resident, warps, stages, ctas;
@@ -103,13 +103,14 @@ struct BackwardRow {
   X(cluster, 2, 2, 1, 8, 2, 16, 8, 4, 1, false)   \
   X(cluster, 2, 2, 1, 8, 4, 24, 8, 2, 1, false)   \
   X(grid, 2, 1, 1, 4, 8, 32, 8, 4, 1, false)
-#define BIRNN_BACKWARD_ROWS_32(X)                 \
-  X(cta, 1, 2, 2, 16, 1, 16, 8, 1, 1, false)      \
-  X(cluster, 1, 1, 1, 16, 1, 16, 8, 4, 1, true)   \
-  X(cluster, 1, 1, 1, 16, 2, 24, 8, 4, 1, false)  \
-  X(cluster, 1, 1, 1, 16, 4, 22, 8, 4, 1, false)  \
-  X(cluster, 2, 2, 1, 16, 2, 15, 8, 2, 1, false)  \
-  X(grid, 2, 1, 1, 8, 4, 16, 8, 4, 1, false)      \
+#define BIRNN_BACKWARD_ROWS_32(X)                \
+  X(cta, 1, 2, 2, 16, 1, 16, 8, 1, 1, false)     \
+  X(cluster, 1, 1, 1, 16, 1, 16, 8, 4, 1, true)  \
+  X(cluster, 1, 1, 1, 16, 2, 24, 8, 4, 1, false) \
+  X(cluster, 1, 1, 1, 16, 4, 22, 8, 4, 1, false) \
+  X(cluster, 2, 2, 1, 16, 2, 15, 8, 2, 1, false) \
+  X(grid, 2, 1, 1, 8, 4, 16, 8, 4, 1, false)     \
+  X(grid, 2, 1, 1, 8, 6, 16, 8, 2, 1, false)     \
   X(grid, 2, 1, 1, 8, 8, 16, 8, 2, 1, false)
 
 #define BIRNN_ROW(exchange, ...) {Exchange::exchange, {__VA_ARGS__}},
@@ -150,8 +151,8 @@ struct ForwardPlan {
   int memory_steps;  // of these, in shared memory
   int h_blocks;      // of units in a buffer of h, padding included
   int h;             // two buffers of h, [block][sequence][8 units], see h_offset()
-  int parts;         // of sums, on their way to the lane that has the cell: [block][column][other split][lane] x 16 bytes
-  int ring;          // [warp][stage]
+  int parts;  // of sums, on their way to the lane that has the cell: [block][column][other split][lane] x 16 bytes
+  int ring;   // [warp][stage]
   int mbarriers;
   int bytes;
   int warps;
@@ -161,9 +162,9 @@ struct BackwardPlan {
   Exchange exchange;
   int row;
   int ctas;
-  int tiles;         // of the whole layer
-  int received;          // parts of sums: [buffer][source][tile][eight][lane] x 16 bytes; not in grid
-  int dz;                // [buffer][step][sequence][4 or 2 units x 4 gates]
+  int tiles;     // of the whole layer
+  int received;  // parts of sums: [buffer][source][tile][eight][lane] x 16 bytes; not in grid
+  int dz;        // [buffer][step][sequence][4 or 2 units x 4 gates]
   int ring;
   int mbarriers;
   int bytes;
@@ -178,21 +179,25 @@ inline const BackwardRow& row_of(int size, const BackwardPlan& plan) {
 }
 
 // Bytes of one buffer of h, of the parts of sums for a step that a CTA receives, and of a buffer of dz.
-BIRNN_INLINE constexpr int h_bytes(int h_blocks, int sequences, int size) { return h_blocks * sequences * kBlock * size; }
-BIRNN_INLINE constexpr int received_bytes(int sources, int tiles, int eights) { return sources * tiles * eights * kFragment; }
+BIRNN_INLINE constexpr int h_bytes(int h_blocks, int sequences, int size) {
+  return h_blocks * sequences * kBlock * size;
+}
+BIRNN_INLINE constexpr int received_bytes(int sources, int tiles, int eights) {
+  return sources * tiles * eights * kFragment;
+}
 BIRNN_INLINE constexpr int dz_bytes(int steps, int sequences) { return steps * sequences * 32; }
 
 // Blocks of units that the sum over h has in one mma.
 BIRNN_INLINE constexpr int blocks_of_step(int size) { return size == 2 ? 2 : 1; }
 
-// Where a sequence's 8 units of a block begin in a buffer of h. In 16 bits, odd blocks have fours of sequences swapped, so
-// that the 8 bytes each that half a warp reads, of four sequences and two blocks, are all in different banks.
+// Where a sequence's 8 units of a block begin in a buffer of h. In 16 bits, odd blocks have fours of sequences swapped,
+// so that the 8 bytes each that half a warp reads, of four sequences and two blocks, are all in different banks.
 BIRNN_INLINE constexpr int h_offset(int block, int sequence, int sequences, int size) {
   return (block * sequences + (size == 2 ? sequence ^ (block & 1) << 2 : sequence)) * kBlock * size;
 }
 
-// Where the four gates of a unit and a sequence begin in a buffer of dz: of a step of the sum, 4 units (float32: 2) are 32
-// bytes of each sequence. Sequences are swapped for the banks, too: lanes store all gates of 8 units at once.
+// Where the four gates of a unit and a sequence begin in a buffer of dz: of a step of the sum, 4 units (float32: 2) are
+// 32 bytes of each sequence. Sequences are swapped for the banks, too: lanes store all gates of 8 units at once.
 BIRNN_INLINE constexpr int dz_swap(int step, int size) { return size == 2 ? (step & 3) << 1 : step & 3; }
 BIRNN_INLINE constexpr int dz_offset(int unit, int sequence, int sequences, int size) {
   const int units = size == 2 ? 4 : 2, step = unit / units;

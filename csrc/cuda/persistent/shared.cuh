@@ -35,8 +35,8 @@ struct Place {
         d(group % int(p.D)) {}
 };
 
-// The iterations in which a sequence of some length has a step: from `first` on, `length` of them. One that has none keeps
-// its state, as does padding.
+// The iterations in which a sequence of some length has a step: from `first` on, `length` of them. One that has none
+// keeps its state, as does padding.
 struct Activity {
   int first, length;
   __device__ bool at(int s) const { return unsigned(s - first) < unsigned(length); }
@@ -94,8 +94,8 @@ __device__ void copy_piece(char* to, const char* from, int valid, int access) {
 
 // --- weights
 
-// 8 bytes of a row of `count` elements, from element k on; 0 beyond. aligned: rows may be read by 8 bytes. A loop, which
-// keeps the compiler from making all loads of a kernel's weights at once, for which there are no registers.
+// 8 bytes of a row of `count` elements, from element k on; 0 beyond. aligned: rows may be read by 8 bytes. A loop,
+// which keeps the compiler from making all loads of a kernel's weights at once, for which there are no registers.
 template <class S>
 __device__ uint2 row_part(const S* row, int k, int count, bool aligned) {
   constexpr int kOfLane = 8 / int(sizeof(S));

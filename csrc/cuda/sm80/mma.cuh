@@ -2,8 +2,8 @@
 // TF32, and sums in float32.
 //
 // Lane 4 g + t holds of A rows g and g + 8, of B column g, of D columns 2 t and 2 t + 1 of rows g and g + 8. PTX counts
-// k in an order of its own; any other does, as long as A and B agree. Here lane t has 4 neighbouring k (TF32: 2), so that
-// it reads 8 bytes of B, and of each row of A.
+// k in an order of its own; any other does, as long as A and B agree. Here lane t has 4 neighbouring k (TF32: 2), so
+// that it reads 8 bytes of B, and of each row of A.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -33,8 +33,8 @@ BIRNN_MMA(float, "m16n8k8.row.col.f32.tf32.tf32.f32")
 #undef BIRNN_MMA
 
 // A float32 as the sum of two TF32 values, of 11 bits each. The high one is rounded: half a unit is added, and the rest
-// cut off; of the low one the tensor core cuts off the rest. Infinity less infinity leaves no number for the low part (to
-// keep it would take as many instructions again), so an infinite factor mostly makes NaN. A NaN must be the one of
+// cut off; of the low one the tensor core cuts off the rest. Infinity less infinity leaves no number for the low part
+// (to keep it would take as many instructions again), so an infinite factor mostly makes NaN. A NaN must be the one of
 // quiet(), as others could turn into zeros here.
 inline __device__ uint32_t tf32_high(uint32_t x) { return (x + 0x1000u) & 0xffffe000u; }
 inline __device__ uint32_t tf32_low(uint32_t x, uint32_t high) {

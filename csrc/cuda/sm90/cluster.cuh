@@ -12,7 +12,8 @@ namespace birnn::cuda {
 constexpr long long kPatience = 20'000'000'000;  // clock ticks, of 0.5 to 1 ns, that a CTA waits for its group
 
 inline __device__ void lost_patience() {
-  __assert_fail("a thread block of a persistent LSTM kernel did not arrive in 10 to 20 s", __FILE__, __LINE__, __func__);
+  __assert_fail("a thread block of a persistent LSTM kernel did not arrive in 10 to 20 s", __FILE__, __LINE__,
+                __func__);
 }
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
@@ -30,10 +31,9 @@ inline __device__ uint32_t remote(uint32_t address, int rank) {
 
 // Stores 16 bytes, and counts them at an mbarrier of the same CTA when they are there.
 inline __device__ void store_async(uint32_t to, const uint4& v, uint32_t mbarrier) {
-  asm volatile(
-      "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to), "r"(v.x),
-      "r"(v.y), "r"(v.z), "r"(v.w), "r"(mbarrier)
-      : "memory");
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
+               "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(mbarrier)
+               : "memory");
 }
 
 // mbarriers of one arrival, which announces how many bytes will come.
@@ -52,11 +52,10 @@ inline __device__ void mbarrier_expect(uint32_t mbarrier, int bytes) {
 // make each wait invalidate the L1 cache, 2 to 4 % of a step on an H100.
 inline __device__ bool mbarrier_try_wait(uint32_t mbarrier, int parity) {
   uint32_t done;
-  asm volatile(
-      "{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-      : "=r"(done)
-      : "r"(mbarrier), "r"(parity)
-      : "memory");
+  asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+               : "=r"(done)
+               : "r"(mbarrier), "r"(parity)
+               : "memory");
   return done;
 }
 inline __device__ void mbarrier_wait(uint32_t mbarrier, int parity) {
@@ -67,7 +66,8 @@ inline __device__ void mbarrier_wait(uint32_t mbarrier, int parity) {
 }
 
 // From global to this CTA's shared memory, counted at an mbarrier; multiples of 16 bytes. What other threads of the
-// device wrote, and this one has acquired, must have been passed to the copying unit's view by acquired_for_bulk_copy().
+// device wrote, and this one has acquired, must have been passed to the copying unit's view by
+// acquired_for_bulk_copy().
 inline __device__ void acquired_for_bulk_copy() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 inline __device__ void bulk_copy(uint32_t to, const void* from, int bytes, uint32_t mbarrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
