@@ -107,7 +107,7 @@ struct BackwardRow {
   X(cta, 1, 2, 2, 16, 1, 16, 8, 1, 1, false)     \
   X(cluster, 1, 1, 1, 16, 1, 16, 8, 4, 1, true)  \
   X(cluster, 1, 1, 1, 16, 2, 24, 8, 4, 1, false) \
-  X(cluster, 1, 1, 1, 16, 4, 22, 8, 4, 1, false) \
+  X(cluster, 1, 1, 1, 16, 4, 24, 8, 2, 1, false) \
   X(cluster, 2, 2, 1, 16, 2, 15, 8, 2, 1, false) \
   X(grid, 2, 1, 1, 8, 4, 16, 8, 4, 1, false)     \
   X(grid, 2, 1, 1, 8, 6, 16, 8, 2, 1, false)     \
