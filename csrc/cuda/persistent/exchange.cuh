@@ -224,7 +224,7 @@ struct PartSlots {
   static constexpr int kBuffers = Row::kExchange == Exchange::cta ? 1 : 2;
   int round = 0;
 
-  // Slots of four neighbouring lanes of a receiving warp are neighbours: t first.
+  // t comes before g, so that the lanes of an octet, which add parts for the same pair of sequences, read neighbours.
   static __device__ int offset(int source, int tile, int eight, int t, int g) {
     return source * kSource + (tile * Row::kEights + eight) * kFragment + (t * 8 + g) * kPiece;
   }

@@ -33,7 +33,7 @@ struct ForwardPlace : Place {
         block(warp / Row::kSplits),
         split(warp % Row::kSplits),
         unit((rank * p.plan.blocks + block) * kBlock + g) {}
-  // The sequence, within the group, of a lane's cell: column `split + i * splits` of eights of pairs.
+  // The sequence, within the group, of cell i of lane t: an eight of sequences is four pairs, and lane t has pair t.
   __device__ int sequence(int i, int t) const {
     const int column = i * Row::kSplits + split;
     return column / 2 * kEight + 2 * t + column % 2;
