@@ -684,7 +684,8 @@ class BiRNN(nn.Module):
         Raises:
             ValueError, RuntimeError, TypeError: as `LSTM.forward`.
         """
-        if torch.jit.is_scripting():  # an nn.LSTM; the compiler leaves the other branches out, which it can't read
+        # The compiler leaves the other branches out, which it can't read.
+        if torch.jit.is_scripting():  # type: ignore[attr-defined]
             last = self.lstm(x)[0][:, -1]
         elif isinstance(self.lstm, LSTM):
             last, _ = self.lstm(x, output="last")

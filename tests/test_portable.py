@@ -100,7 +100,12 @@ def operators(graph: torch._C.Graph) -> Counter:
 # --- torch.jit.trace --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", CALLS)
+TRACED_BY_DEFAULT = ("plain", "packed", "lengths, last", "learned state, lengths")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in TRACED_BY_DEFAULT else pytest.param(name, marks=pytest.mark.slow) for name in CALLS]
+)
 def test_a_traced_model_is_right_at_other_sizes(name):
     call, options = CALLS[name]
     model = Tagger(call=call, **options).eval()
@@ -219,6 +224,7 @@ def test_recurrent_dropout_does_nothing_in_evaluation_and_can_be_recorded():
     all_near([torch.jit.trace(lstm, x)(x)[0]], [lstm(x)[0]])
 
 
+@pytest.mark.slow  # starts PyTorch anew
 def test_our_own_checks_of_sizes_do_not_warn_in_a_trace():
     code = """
 import torch, birnn_ext
@@ -379,8 +385,9 @@ def test_script_says_what_it_cannot_compile():
 # --- torch.export without operators of ours ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["plain", pytest.param("lengths, last", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow  # the page's code is tried by default
+@pytest.mark.parametrize("name", ["plain", "lengths, last"])
+@pytest.mark.parametrize("strict", [False, True])
 def test_a_program_exported_as_nn_lstm_ends_in_aten_operators_alone(name, strict):
     model = Tagger(call=CALLS[name][0]).eval()
     batch = torch.export.Dim("batch", min=1)
