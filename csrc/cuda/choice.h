@@ -54,8 +54,8 @@ struct Choice {
   BackwardPlan backward;
 };
 
-// The model: the time of a step, in clock ticks. Its constants were fitted to eleven sizes of the kernels' design,
-// measured on an H100 (docs/cuda.md): all within 12 %. Other GPUs are taken to take as many ticks, of a slower clock: a
+// The model: the time of a step, in clock ticks. Its constants were fitted to ten steps of the kernels' design,
+// measured on an H100 (docs/cuda.md): all within 15 %. Other GPUs are taken to take as many ticks, of a slower clock: a
 // guess.
 namespace model {
 constexpr double kMma = 6.1;                       // ticks of one of four schedulers
@@ -129,7 +129,7 @@ struct AnyPlan {
   }
 };
 
-// Types that the persistent kernels are compiled for (kernel() in persistent_*.cu); any other is stepwise's alone.
+// Types that the persistent kernels are compiled for (kernel() in persistent/launch.cu); any other is stepwise's alone.
 constexpr bool is_persistent(DType type) { return type == DType::f32 || type == DType::f16 || type == DType::bf16; }
 
 // Whether a plan can be launched at all. A group's CTAs are resident together; in grid those of both directions, as it

@@ -1,5 +1,5 @@
 // The CUDA implementation of the operators: by the algorithm `stepwise` (stepwise/stepwise_op.h) or `persistent`
-// (persistent.h). Both only launch, so they can be captured into a CUDA graph.
+// (persistent/kernels.h). Both only launch, so they can be captured into a CUDA graph.
 #include <ATen/Context.h>
 #include <ATen/cuda/CUDAContextLight.h>
 #include <c10/cuda/CUDAException.h>
