@@ -93,7 +93,7 @@ struct BackwardRow {
 // X(exchange, eights, cells, splits, steps, tiles, resident, warps, stages, ctas, ahead)
 #define BIRNN_BACKWARD_ROWS_16(X)                 \
   X(cta, 1, 2, 2, 8, 1, 8, 8, 2, 1, false)        \
-  X(cta, 1, 2, 2, 16, 1, 4, 16, 2, 1, false)      \
+  X(cta, 1, 2, 2, 16, 1, 8, 16, 1, 1, false)      \
   X(cluster, 1, 1, 1, 8, 1, 8, 8, 4, 2, false)    \
   X(cluster, 1, 1, 1, 8, 2, 16, 8, 4, 1, false)   \
   X(cluster, 1, 1, 1, 8, 3, 24, 8, 4, 1, false)   \
