@@ -231,14 +231,17 @@ struct Device {
   }
 };
 
-// A plan of some row that is as large as it can be with H units or fewer.
-ForwardPlan some_forward(const Device& device, int size, int64_t H, Exchange exchange, int row = -1) {
+// A plan of some row for H units: with as few CTAs as the row can do with, or one with more.
+ForwardPlan some_forward(const Device& device, int size, int64_t H, Exchange exchange, int row = -1,
+                         bool more = false) {
   for (int k = 0; k < kForwardCounts[size == 4]; ++k) {
     const ForwardEntry& entry = size == 2 ? kForwardRows16[k] : kForwardRows32[k];
     if (entry.exchange != exchange || (row >= 0 && k != row)) continue;
     for (int blocks = entry.row.warps / entry.row.splits; blocks > 0; --blocks) {
       const ForwardPlan plan = forward_plan(size, H, k, blocks);
-      if (device.runs(plan, 2)) return plan;
+      if (!device.runs(plan, 2)) continue;
+      const ForwardPlan other = forward_plan(size, H, k, (blocks + 1) / 2);
+      return more && device.runs(other, 2) ? other : plan;
     }
   }
   return {exchange, -1};
@@ -267,7 +270,7 @@ bool rows(DType dtype, const Device& device, int pick) {
       const bool has_f = k < kForwardCounts[kSize == 4], has_b = k < kBackwardCounts[kSize == 4];
       const Exchange fx = has_f ? (kSize == 2 ? kForwardRows16 : kForwardRows32)[k].exchange : Exchange::grid;
       const Exchange bx = has_b ? (kSize == 2 ? kBackwardRows16 : kBackwardRows32)[k].exchange : Exchange::grid;
-      const ForwardPlan f = some_forward(device, kSize, H, fx, has_f ? k : -1);
+      const ForwardPlan f = some_forward(device, kSize, H, fx, has_f ? k : -1, H % 2 == 0);
       const BackwardPlan b = some_backward(device, kSize, H, bx, has_b ? k : -1);
       if (f.row < 0 || b.row < 0) continue;
       Layer<S> layer(dtype, 4, 11, 2, H, H % 3 == 0);

@@ -208,7 +208,7 @@ struct HExchange<S, Row, Exchange::grid> : HBuffers<S, Row> {
     const auto* from = reinterpret_cast<const uint4*>(grid + offset);  // not from the L1 cache, which may hold what was
     auto* to = reinterpret_cast<uint4*>(this->memory + offset);
 #pragma unroll 4
-    for (int k = threadIdx.x; k < count / kPiece; k += Row::kWarps * kWarp) to[k] = __ldcg(from + k);
+    for (int k = threadIdx.x; k < filled / kPiece; k += blockDim.x) to[k] = __ldcg(from + k);
     __syncthreads();
 #endif
   }
