@@ -303,7 +303,7 @@ struct BackwardCells {
       if (s == activity[i].first) dh += state_of(p, place, b0, i, p.dh_n);
       const float c_before = activity[i].ends_at(s) ? state_of(p, place, b0, i, p.c0) : x.c_before;
       float z[Lstm::kGates];
-      Lstm::backward<Math<float>>(x.gates, c[i], c_before, dh, dc[i], z);
+      Lstm::backward<CellMath<S>>(x.gates, c[i], c_before, dh, dc[i], z);
 #pragma unroll
       for (int k = 0; k < Lstm::kGates; ++k) dz[i].gates[k] = convert(factor<S>(z[k]), S());
     }

@@ -264,7 +264,7 @@ struct ForwardCells {
   // state is 0: infinity times its weights of 0 must not reach others.
   __device__ void step(int i, int s, float (&z)[Lstm::kGates]) {
     float next = c[i];
-    const S out = convert(factor<S>(Lstm::forward<Math<float>>(z, next)), S());
+    const S out = convert(factor<S>(Lstm::forward<CellMath<S>>(z, next)), S());
     if (activity[i].at(s)) c[i] = next, h[i] = out;
   }
 
