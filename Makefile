@@ -42,7 +42,7 @@ $(VENV)/ready: pyproject.toml
 	@echo "== Step 1 of 2: installs PyTorch into $(VENV): 2.8 GB to download, then 1 to 4 minutes to unpack"
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/python -m pip install --quiet --upgrade pip
-	@$(BIN)/python -m pip install torch==2.14.1 torchvision==0.29.1 'setuptools>=77' wheel ninja
+	@$(BIN)/python -m pip install torch==2.14.1 torchvision==0.29.1 'setuptools>=77' wheel ninja pybind11
 	@touch $@
 
 # Editable: the Python files in use are those of this folder; the extension is built anew when its sources change. Of pip's

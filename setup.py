@@ -21,7 +21,7 @@ try:
 except ModuleNotFoundError as error:
     raise SystemExit(
         f"birnn_ext: the build needs the PyTorch that birnn_ext shall run with, but {error}: first "
-        "`pip install torch ninja wheel 'setuptools>=77'`, then `pip install --no-build-isolation` birnn_ext"
+        "`pip install torch ninja pybind11 wheel 'setuptools>=77'`, then `pip install --no-build-isolation` birnn_ext"
     ) from None
 if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 8):
     raise SystemExit(f"birnn_ext: PyTorch 2.8 or newer is needed, and {torch.__version__} is installed")
