@@ -19,11 +19,24 @@ def cuda_choice(
     multiprocessors: int,
     shared_memory: int,
     capability: int,
-    algorithm: str,
-) -> tuple[str, int, int, int, float] | None:
+    algorithm: str = "",
+    largest_cluster: int = 16,
+) -> dict[str, Any] | None:
     """What would run a layer on a GPU.
 
+    Args:
+        dtype: "float64", "float32", "float16" or "bfloat16".
+        H: hidden units.
+        B: sequences.
+        D: directions, 1 or 2.
+        multiprocessors: of the GPU.
+        shared_memory: bytes that a block may have.
+        capability: 80 for 8.0.
+        algorithm: the only one that may; "" for any.
+        largest_cluster: blocks of a cluster that the device grants.
+
     Returns:
-        The algorithm, CTAs of a group, bytes of shared memory forward and backward, and the model's microseconds for a
-        step forward and one back; of one algorithm if it is named. None if that can't run the layer.
+        ``algorithm``; ``us``, the model's microseconds for a step forward and one back; of a persistent one ``forward``
+        and ``backward``, each with ``row`` (of its table), ``ctas`` and ``sequences`` of a group, ``warps``, ``bytes``
+        of shared memory, and the model's clock ``ticks`` of a step. None if nothing that may can run the layer.
     """
