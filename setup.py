@@ -26,8 +26,8 @@ except ModuleNotFoundError as error:
 if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 8):
     raise SystemExit(f"birnn_ext: PyTorch 2.8 or newer is needed, and {torch.__version__} is installed")
 
-# Turing to Hopper in machine code (8.0's runs on 8.6 and 8.9, too). PTX of 9.0 is for what comes after, of which a driver
-# makes machine code when a kernel is first used; that of 7.5 and 8.0 is for emulators.
+# Turing to Hopper in machine code (8.0's runs on 8.6 and 8.9, too). PTX of 9.0 is for what comes after, of which a
+# driver makes machine code when a kernel is first used; that of 7.5 and 8.0 is for emulators.
 DEFAULT_ARCHITECTURES = "7.5+PTX;8.0+PTX;9.0+PTX"
 
 
