@@ -269,7 +269,10 @@ def _program_with_lstm(module: nn.Module) -> str | None:
     if isinstance(module, torch.jit.ScriptModule):
         methods = [module._c._get_method(name) for name in module._c._method_names()]
         if any(method.graph.findAllNodes("aten::lstm") for method in methods):
-            return "it is TorchScript, which can't be changed, and has nn.LSTM's operator: torch.export keeps ours"
+            return (
+                "it is TorchScript, which can't be changed, and has nn.LSTM's operator: "
+                "torch.export of the accelerated Python model keeps ours"
+            )
     elif isinstance(module, torch.fx.GraphModule) and any(
         getattr(node.target, "overloadpacket", None) is torch.ops.aten.lstm for node in module.graph.nodes
     ):

@@ -214,6 +214,10 @@ def train(args: argparse.Namespace, device: torch.device, group: Processes) -> i
         for name, value in given.items():
             if name != "num_epochs" and value != before[name]:  # more epochs are a reason to resume
                 raise UserError(f"{name} of the training to resume is {before[name]}, not {value}")
+        begun = state["progress"]["epoch"] + (state["progress"]["step"] > 0)
+        epochs = given.get("num_epochs", begun)
+        if epochs < begun:  # its results would be called those of fewer
+            raise UserError(f"num_epochs must be at least {begun}, which the training to resume began, got {epochs}")
         given = {**before, **given}
     hp = Hyperparameters(**given)
     hp.check()

@@ -80,7 +80,8 @@ class SourceError(Exception):
 
 def reason(error: BaseException) -> str:
     """What an exception says, in one line; its kind if it says nothing."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    text = str(getattr(error, "strerror", None) or error)  # the system's words, without number and file
+    return next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
 
 
 @dataclass(frozen=True)

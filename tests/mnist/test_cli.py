@@ -505,6 +505,24 @@ def test_resume_goes_on_in_the_folder_that_it_resumes(undrawn, tmp_path, monkeyp
     assert steps_in(Path("runs/mnist")) == 4
 
 
+@pytest.mark.parametrize("steps", [2, 3], ids="cut_after_{}".format)
+def test_resume_does_not_call_its_results_those_of_fewer_epochs(undrawn, tmp_path, capsys, steps):
+    resume = ["train", *SAMPLE, "--out", str(tmp_path), "--resume", "--epochs"]
+    assert cli.main(["train", *TINY, "--out", str(tmp_path), "--epochs", "3", "--max-steps", str(steps)]) == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    begun = -(-steps // 2)
+    if begun > 1:
+        assert cli.main([*resume, str(begun - 1)]) == 2
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert said == (
+            f"birnn-mnist: error: num_epochs must be at least {begun}, which the training to resume began, "
+            f"got {begun - 1}"
+        )
+        assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert cli.main([*resume, str(begun)]) == 0
+    assert steps_in(tmp_path) == 2 * begun
+
+
 def test_another_training_is_not_overwritten_unasked(undrawn, tmp_path, capsys):
     train = ["train", *TINY, "--out", str(tmp_path)]
     assert cli.main([*train, "--max-steps", "2"]) == 0
@@ -621,6 +639,7 @@ ERRORS = [
         "can't write to the data folder text.ckpt: Not a directory\n",
     ),
     (["predict", "model.ckpt", "text.ckpt"], "text.ckpt can't be read as a picture"),
+    (["predict", "model.ckpt", "none.png"], "none.png can't be read as a picture: No such file or directory\n"),
     (["predict", "model.ckpt"], "the following arguments are required: IMAGE"),
     ([*ONE_STEP, "--out", "text.ckpt"], "can't write to the folder for results text.ckpt: File exists\n"),
     ([*ONE_STEP, "--out", "text.ckpt/out"], "can't write to the folder for results text.ckpt/out: Not a directory\n"),
