@@ -107,6 +107,7 @@ def test_failures_come_last_and_skips_are_counted_by_reason(tmp_path):
     """In a process of its own, where stubs stand for torch and birnn_ext: they would take seconds to load."""
     (tmp_path / "torch.py").write_text("manual_seed = print\nclass cuda:\n    is_available = bool\n")
     (tmp_path / "birnn_ext.py").write_text("build_info = op_calls = dict\n")
+    (tmp_path / "helpers.py").write_text("from contextlib import nullcontext as plain_torch\n")
     (tmp_path / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
     (tmp_path / "test_some.py").write_text(TESTS)
     options = ["-c", ROOT / "pyproject.toml", "--rootdir", tmp_path, "-p", "no:cacheprovider", tmp_path]
