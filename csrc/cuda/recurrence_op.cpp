@@ -145,7 +145,7 @@ void run_forward(birnn::Forward& call, const Run& run, cudaStream_t stream) {
   p.access = access_of({p.gates_x}, {p.H * size});
   p.weights_aligned = access_of({p.w_hh[0], p.w_hh[1]}, {p.H * size}) >= 8;
   p.full_float32 = full_float32(call.dtype);
-  const Tensor memory = grid_exchange(p, h_bytes(p.plan.h_blocks, sequences, size), call.y.options(), stream);
+  const Tensor memory = grid_exchange(p, h_stride(p.plan.h_blocks, sequences, size), call.y.options(), stream);
   C10_CUDA_CHECK(persistent_forward(call.dtype, p, stream));
 }
 

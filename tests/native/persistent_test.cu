@@ -127,7 +127,7 @@ struct Layer {
     f.plan = forward;
     f.weights_aligned = n.H * kSize % 8 == 0;
     const int sequences = row_of(kSize, forward).sequences();
-    place(f, sequences, most_groups, h_bytes(forward.h_blocks, sequences, kSize));
+    place(f, sequences, most_groups, h_stride(forward.h_blocks, sequences, kSize));
     check(persistent_forward(dtype, f, nullptr), "forward");
     check(cudaDeviceSynchronize(), "forward");
 

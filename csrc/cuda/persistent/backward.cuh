@@ -34,8 +34,10 @@ template <class S, class Row>
 struct BackwardPlace : Place {
   static_assert(Row::kWarps * kWarp * Row::kCells == Row::template kUnits<S> * Row::kSequences, "a cell a lane");
   int octet, row;  // lane = octet * 8 + row
+  int odd, high;   // bits of the octet
 
-  __device__ explicit BackwardPlace(const PersistentBackward& p) : Place(p), octet(lane / 8), row(lane % 8) {}
+  __device__ explicit BackwardPlace(const PersistentBackward& p)
+      : Place(p), octet(lane / 8), row(lane % 8), odd(kept(octet & 1)), high(kept(octet & 2)) {}
   __device__ int part(int i) const { return warp + i * Row::kWarps; }
   __device__ int pair(int i) const { return part(i) % 4; }
   __device__ int eight(int i) const { return part(i) / 4 % Row::kEights; }
@@ -57,6 +59,7 @@ struct BackwardWeights {
   static constexpr int kAtOnce = Row::kTilesOfWarp < kMost ? Row::kTilesOfWarp : kMost;
   static constexpr int kChains = sizeof(S) == 2 && kAtOnce == 1 && Row::kEights == 1 ? 2 : 1;
   static_assert(Row::kTilesOfWarp % kAtOnce == 0 || Row::kTilesOfWarp < kMost, "tiles");
+  static_assert(kStride % kTiles == 0, "all of a warp's tiles have the same place among their owner's");
 
   Fragment<S, Row::kAhead> resident[Row::kResident];
   const uint4* memory;
@@ -70,7 +73,7 @@ struct BackwardWeights {
 
   __device__ BackwardWeights(const PersistentBackward& p, const BackwardPlace<S, Row>& place, char* shared)
       : split(place.warp % Row::kSplits), first(place.warp / Row::kSplits) {
-    tiles = (p.plan.tiles - first + kStride - 1) / kStride;
+    tiles = kept((p.plan.tiles - first + kStride - 1) / kStride);
     uint4* const to = reinterpret_cast<uint4*>(shared) + place.warp * Row::kInMemory * kWarp + place.lane;
     memory = to;
 #pragma unroll 1
@@ -80,7 +83,7 @@ struct BackwardWeights {
     for (int f = 0; f < kFragments; ++f)
       if (!is_in_memory(f)) resident[f - in_memory_before(f)] = load(p, place, f);
     static_assert(Row::kSplits == 1 || Row::kSteps % 4 == 0, "dz_swap() goes by fours");
-    column = split * Row::kSteps * Row::kSequences * 32 + place.g * 32 + place.t * 8;
+    column = kept(p.plan.dz + split * Row::kSteps * Row::kSequences * 32 + place.g * 32 + place.t * 8);
   }
 
   __device__ uint4 load(const PersistentBackward& p, const BackwardPlace<S, Row>& place, int f) const {
@@ -122,8 +125,7 @@ struct BackwardWeights {
 
   // W_hh^T dz of all the warp's tiles, each to its owner.
   template <class Exchange>
-  __device__ void multiply(const char* dz, Exchange& exchange, const BackwardPlace<S, Row>& place,
-                           bool full_float32) const {
+  __device__ void multiply(const char* dz, Exchange& exchange, bool full_float32) const {
 #pragma unroll
     for (int i0 = 0; i0 < Row::kTilesOfWarp; i0 += kAtOnce) {
       if (i0 >= tiles) break;
@@ -147,7 +149,6 @@ struct BackwardWeights {
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
         if (i0 + i >= tiles) break;
-        const int m = first + (i0 + i) * kStride, owner = m / kTiles, source = place.rank * Row::kSplits + split;
 #pragma unroll
         for (int n = 0; n < Row::kEights; ++n) {
           auto& v = sums[i][0][n].v;
@@ -155,99 +156,75 @@ struct BackwardWeights {
           if constexpr (kChains == 2)
 #pragma unroll
             for (int e = 0; e < 4; ++e) v[e] += sums[i][1][n].v[e];
-          exchange.send(owner, Exchange::offset(source, m - owner * kTiles, n, place.t, place.g),
-                        float4{v[0], v[1], v[2], v[3]});
+          exchange.send((i0 + i) * (kStride / kTiles), n, float4{v[0], v[1], v[2], v[3]});
         }
       }
     }
   }
 };
 
-// What comes from memory for a step of a warp's cells: [stage][cell]{gates [4], dy, cells}, each [two sequences][16
-// units], filled by the warp itself. The cells are those before the step, in the direction's order.
+// What comes from memory for a step of a warp's cells: a stage is [cell]{gates [4], dy, cells}, each [two sequences][16
+// units]. The cells are those before the step, in the direction's order.
 template <class S, class Row>
-struct BackwardRing {
-  static constexpr int kStage = Row::template kStageBytes<S>, kCell = kStage / Row::kCells;
-  static constexpr int kGates = 4 * 2 * kTile * int(sizeof(S)), kDy = kGates / 4;  // bytes
-  static constexpr int kPieces = kStage / kPiece, kOfLane = int(divide_up(kPieces, kWarp));
-  char* memory;
-  const char* from[kOfLane];
-  int64_t stride[kOfLane];
-  int valid[kOfLane];  // bytes that exist; negative if they do in the last step as well
-  int lane, at;
+struct BackwardRing : Ring<S, Row::kStages, Row::template kStageBytes<S>> {
+  using Base = Ring<S, Row::kStages, Row::template kStageBytes<S>>;
+  static constexpr int kCell = Row::template kStageBytes<S> / Row::kCells;                            // bytes
+  static constexpr int kGates = Lstm::kGates * 2 * kTile * int(sizeof(S)), kDy = kGates / Lstm::kGates;
+  int at;  // the lane's first value, and its cell before the step
+  int cell_at;
 
   __device__ BackwardRing(const PersistentBackward& p, const BackwardPlace<S, Row>& place, char* shared, int64_t b0)
-      : memory(shared + place.warp * Row::kStages * kStage),
-        lane(place.lane),
-        at(place.octet % 2 * kTile + place.octet / 2 * 8 + place.row) {
+      : Base(shared, place, p.access) {
+    const int value = place.octet % 2 * kTile + place.octet / 2 * 8 + place.row;
+    at = kept(value * int(sizeof(S)));
+    cell_at = kept(kGates + kDy + value * int(sizeof(float)));
     const StepOrder order{int64_t(place.d), p.T};
     const int64_t t0 = order.backward(0), dt = order.before(t0) - t0;
 #pragma unroll
-    for (int j = 0; j < kOfLane; ++j) {
-      const int byte = (lane + j * kWarp) * kPiece, i = byte / kCell, in = byte % kCell;
+    for (int j = 0; j < Base::kOfLane; ++j) {
+      const int id = Base::id(place.lane, j), i = id * kPiece / kCell, in = id * kPiece % kCell;
       const bool is_gate = in < kGates, is_cell = in >= kGates + kDy;
-      const int size = is_cell ? 4 : int(sizeof(S)), row = (is_gate   ? in
-                                                            : is_cell ? in - kGates - kDy
-                                                                      : in - kGates) /
-                                                           size;
-      const int gate = is_gate ? row / (2 * kTile) : 0;
-      const int64_t b = b0 + place.eight(i) * kEight + place.pair(i) * 2 + row / kTile % 2;
-      const int64_t unit = place.rank * Row::template kUnits<S> + place.tile(i) * kTile + row % kTile;
-      const int64_t step = p.B * p.D * p.H * size;
+      const int size = is_cell ? int(sizeof(float)) : int(sizeof(S));
+      const int value = (is_gate ? in : is_cell ? in - kGates - kDy : in - kGates) / size;
+      const int64_t b = b0 + place.eight(i) * kEight + place.pair(i) * 2 + value / kTile % 2;
+      const int64_t unit = place.rank * Row::template kUnits<S> + place.tile(i) * kTile + value % kTile;
+      const char* rows;
+      int64_t first, step;  // values
       if (is_gate) {
-        from[j] =
-            static_cast<const char*>(p.gates) + ((((t0 * p.B + b) * p.D + place.d) * 4 + gate) * p.H + unit) * size;
-        stride[j] = dt * 4 * step;
+        rows = static_cast<const char*>(p.gates);
+        first = (((t0 * p.B + b) * p.D + place.d) * Lstm::kGates + value / (2 * kTile)) * p.H;
+        step = p.B * p.D * Lstm::kGates * p.H;
       } else if (is_cell) {
-        from[j] = static_cast<const char*>(p.cells) + ((((t0 + dt) * p.B + b) * p.D + place.d) * p.H + unit) * size;
-        stride[j] = dt * step;
+        rows = static_cast<const char*>(p.cells);
+        first = (((t0 + dt) * p.B + b) * p.D + place.d) * p.H;
+        step = p.B * p.D * p.H;
       } else {
-        from[j] =
-            static_cast<const char*>(p.dy) + (t0 * p.dy_stride_t + b * p.dy_stride_b + place.d * p.H + unit) * size;
-        stride[j] = dt * p.dy_stride_t * size;
+        rows = static_cast<const char*>(p.dy);
+        first = t0 * p.dy_stride_t + b * p.dy_stride_b + place.d * p.H;
+        step = p.dy_stride_t;
       }
-      const bool exists = byte < kStage && b < p.B && (is_gate || is_cell || p.dy);
-      const int bytes = exists ? int(min(int64_t(kPiece), max(int64_t(0), (p.H - unit) * size))) : 0;
-      valid[j] = is_cell ? bytes : -bytes;
-      if (byte < kStage) {
-#pragma unroll 1
-        for (int s = 0; s < Row::kStages; ++s)  // what does not exist stays 0
-          *reinterpret_cast<uint4*>(memory + s * kStage + byte) = {0, 0, 0, 0};
-      }
+      const bool exists = id < Base::kPieces && b < p.B && (is_gate || is_cell || p.dy);
+      this->set(j, rows + (first + unit) * size, kept(dt * step * size), exists ? (p.H - unit) * size : 0,
+                int(p.T) - is_cell);
     }
-    __syncwarp();
-#pragma unroll 1
-    for (int s = 0; s < Row::kStages; ++s) fetch(p, s);
-  }
-
-  __device__ void fetch(const PersistentBackward& p, int s) {
-    char* const stage = memory + s % Row::kStages * kStage + lane * kPiece;
-#pragma unroll
-    for (int j = 0; j < kOfLane; ++j) {
-      if (s + (valid[j] > 0) < int(p.T)) copy_piece<S>(stage + j * kWarp * kPiece, from[j], abs(valid[j]), p.access);
-      from[j] += stride[j];
-    }
-    commit_copies();
+    this->begin();
   }
 
   struct Input {
     float gates[Lstm::kGates];
     float dy, c_before;
   };
-  __device__ void take(const PersistentBackward& p, Input (&x)[Row::kCells], int s) {
-    wait_for_copies<Row::kStages - 1>();
-    __syncwarp();
+  __device__ void take(Input (&x)[Row::kCells], int s) {
+    const int stage = this->acquire(s);
 #pragma unroll
     for (int i = 0; i < Row::kCells; ++i) {
-      const char* const cell = memory + s % Row::kStages * kStage + i * kCell;
-      const auto value = [&](int plane) {
-        return convert(reinterpret_cast<const S*>(cell)[plane * 2 * kTile + at], 0.f);
-      };
-      x[i] = {
-          {value(0), value(1), value(2), value(3)}, value(4), reinterpret_cast<const float*>(cell + kGates + kDy)[at]};
+      const S* const values = reinterpret_cast<const S*>(this->memory + (at + stage + i * kCell));
+      const auto value = [&](int plane) { return convert(values[plane * 2 * kTile], 0.f); };
+      x[i] = {{value(0), value(1), value(2), value(3)},
+              value(4),
+              *reinterpret_cast<const float*>(this->memory + (cell_at + stage + i * kCell))};
     }
-    __syncwarp();
-    fetch(p, s + Row::kStages);
+    this->release(s);
   }
 };
 
@@ -262,28 +239,33 @@ struct BackwardCells {
   static constexpr int N = Row::kCells;
   float c[N], dc[N];  // of this step; from the step after
   Activity activity[N];
-  bool there[N];
+  int there[N];
   Packed<S> dz[N];  // of the sequence's newest step: a sequence without one has the sum of its first for dh0
   int dz_at[N];
-  S* d_gates_x[N];
-  int64_t row;
+  char* d_gates_x[N];
+  int64_t stride, gate[Lstm::kGates];  // bytes of d_gates_x from step to step; where in a row each gate begins
 
   __device__ BackwardCells(const PersistentBackward& p, const BackwardPlace<S, Row>& place, int64_t b0) {
     const StepOrder order{int64_t(place.d), p.T};
     const int64_t t0 = order.backward(0);
-    row = (order.before(t0) - t0) * p.B * p.D * Lstm::kGates * p.H;
+    stride = kept((order.before(t0) - t0) * p.B * p.D * Lstm::kGates * p.H * int(sizeof(S)));
+#pragma unroll
+    for (int k = 0; k < Lstm::kGates; ++k) {
+      gate[k] = k * p.H * int(sizeof(S));
+      if (Row::kExchange == Exchange::cluster) gate[k] = kept(gate[k]);
+    }
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       const int64_t b = b0 + place.sequence(i);
       const int unit = place.rank * Row::template kUnits<S> + place.unit(i), length = length_of(p, b, unit);
       activity[i] = {int(order.backward(order.last(length))), length};
-      there[i] = b < p.B && unit < p.H;
+      there[i] = kept(int(b < p.B && unit < p.H));
       dc[i] = there[i] ? state_of(p, place, b0, i, p.dc_n) : 0.f;
       const int64_t at = (t0 * p.B + b) * p.D + place.d;
       c[i] = there[i] ? static_cast<const float*>(p.cells)[at * p.H + unit] : 0.f;
-      d_gates_x[i] = static_cast<S*>(p.d_gates_x) + at * 4 * p.H + unit;
+      d_gates_x[i] = static_cast<char*>(p.d_gates_x) + (at * Lstm::kGates * p.H + unit) * int(sizeof(S));
       dz[i] = {};
-      dz_at[i] = dz_offset(place.unit(i), place.sequence(i), Row::kSequences, sizeof(S));
+      dz_at[i] = kept(p.plan.dz + dz_offset(place.unit(i), place.sequence(i), Row::kSequences, sizeof(S)));
     }
   }
 
@@ -310,12 +292,18 @@ struct BackwardCells {
     c[i] = x.c_before;
   }
 
-  __device__ void store(const PersistentBackward& p, int i, int s) {
-    if (there[i])
+  __device__ void store(int i, int s) {
+    if (there[i]) {
+      if (activity[i].at(s))
+        write(i, dz[i]);
+      else
+        write(i, Packed<S>{});
+    }
+    d_gates_x[i] += stride;
+  }
+  __device__ void write(int i, const Packed<S>& dz) {
 #pragma unroll
-      for (int k = 0; k < Lstm::kGates; ++k)
-        d_gates_x[i][k * p.H] = activity[i].at(s) ? dz[i].gates[k] : convert(0.f, S());
-    d_gates_x[i] += row;
+    for (int k = 0; k < Lstm::kGates; ++k) *reinterpret_cast<S*>(d_gates_x[i] + gate[k]) = dz.gates[k];
   }
 
   // A sequence without steps hands its gradient through.
@@ -335,14 +323,13 @@ struct BackwardCells {
 template <class S, class Row, class Exchange>
 __device__ float whole_sum(const Exchange& exchange, const BackwardPlace<S, Row>& place, int i) {
   float4 sum = {0, 0, 0, 0};
-  int at = Exchange::offset(place.octet, place.tile(i), place.eight(i), place.pair(i), place.row);
 #pragma unroll(Row::kWarps > 8 ? 2 : 4)
-  for (int source = place.octet; source < exchange.sources; source += 4, at += 4 * Exchange::kSource) {
-    const float4 part = exchange.part(at);
+  for (int k = 0; k < exchange.quarter; ++k) {
+    const float4 part = exchange.part(i, 4 * k * Exchange::kSource);
     sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
   }
   // octets 0 and 1 have units g, 2 and 3 units g + 8; odd ones the odd sequence
-  const bool high = place.octet & 2, odd = place.octet & 1;
+  const bool high = place.high, odd = place.odd;
   float even_sequence = high ? sum.z : sum.x, odd_sequence = high ? sum.w : sum.y;
   even_sequence += __shfl_xor_sync(~0u, high ? sum.x : sum.z, 16);
   odd_sequence += __shfl_xor_sync(~0u, high ? sum.y : sum.w, 16);
@@ -355,34 +342,34 @@ __device__ void run_backward(const PersistentBackward& p) {
   constexpr int kCells = Row::kCells;
   constexpr int kDz = dz_bytes(Row::kSteps * Row::kSplits, Row::kSequences);
   const BackwardPlace<S, Row> place(p);
-  PartsExchange<Row, Row::template kTiles<S>, Row::kExchange> exchange(p, place, memory);
+  const BackwardWeights<S, Row> weights(p, place, memory);
+  PartsExchange<S, Row, Row::kExchange> exchange(p, place, memory);
   int64_t b0 = int64_t(place.group / int(p.D)) * Row::kSequences;
   BackwardCells<S, Row> cells(p, place, b0);
   BackwardRing<S, Row> ring(p, place, memory + p.plan.ring, b0);
-  const BackwardWeights<S, Row> weights(p, place, memory);
   const int T = int(p.T);
   exchange.begin();
 
   for (;;) {
     for (int s = 0; s < T; ++s) {
-      char* const dz = memory + p.plan.dz + (exchange.kBuffers == 1 ? 0 : s & 1) * kDz;
+      const int dz = exchange.kBuffers == 1 ? 0 : (s & 1) * kDz;  // the buffer
       typename BackwardRing<S, Row>::Input x[kCells];
-      ring.take(p, x, s);
+      ring.take(x, s);
       if (s > 0) exchange.wait();
 #pragma unroll
       for (int i = 0; i < kCells; ++i) {
         cells.step(p, place, b0, i, s, x[i], s > 0 ? whole_sum<S, Row>(exchange, place, i) : 0.f);
-        *reinterpret_cast<Packed<S>*>(dz + cells.dz_at[i]) = cells.dz[i];
+        *reinterpret_cast<Packed<S>*>(memory + (cells.dz_at[i] + dz)) = cells.dz[i];
       }
 #if !defined(BIRNN_WITHOUT_BARRIER)  // to see that a test would notice
       __syncthreads();
 #endif
       if (s + 1 < T || p.dh0) {
-        weights.multiply(dz, exchange, place, p.full_float32);
+        weights.multiply(memory + dz, exchange, p.full_float32);
         exchange.sent();
       }
 #pragma unroll
-      for (int i = 0; i < kCells; ++i) cells.store(p, i, s);
+      for (int i = 0; i < kCells; ++i) cells.store(i, s);
     }
     if (p.dh0) {
       exchange.wait();

@@ -2,7 +2,7 @@
 //   begin()   once, before the first step: everyone may be sent something
 //   send()    without waiting for anyone
 //   sent()    all has been sent that this CTA sends in this round
-//   wait()    all of a round is here, from the whole group
+//   wait()    all of a round is here, from the whole group; it takes the place of what came before
 //   end()     before the kernel ends
 // There are two buffers: who sends for round r + 1 has waited for round r, to which everybody sent after having read
 // what came in round r - 1, and that is whose place it takes.
@@ -39,6 +39,31 @@ struct Arrivals {
   }
 };
 
+// Two buffers take turns: one is read while the other is filled, in the next round.
+struct Turns {
+  int stride;                     // bytes from the first to the second
+  int incoming = 0;               // offset of the one that is read
+  uint32_t phases = 0xcccccccc;  // of mbarriers, in the rounds to come: each buffer's alternates, as it is filled
+
+  __device__ explicit Turns(int stride) : stride(kept(stride)) {}
+  __device__ int outgoing() const { return stride - incoming; }
+  __device__ void turn() { incoming = outgoing(); }
+  __device__ int phase() {
+    const int now = phases & 1;
+    phases = __funnelshift_r(phases, phases, 1);
+    return now;
+  }
+};
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+inline __device__ void mbarriers_init(uint32_t first, int stride) {
+  if (threadIdx.x == 0) {
+    for (int k = 0; k < 2; ++k) mbarrier_init(first + k * stride);
+    mbarrier_inits_seen_by_cluster();
+  }
+}
+#endif
+
 // ---- forward: h, in pieces of 16 bytes
 
 // The lanes of a piece, which hold its units (or half of them, in float32), all get the whole of it.
@@ -63,29 +88,27 @@ __device__ uint4 gather(S h, int g) {
 
 // What the three ways share: two buffers of h, and where in one the pieces of a lane's cells are.
 template <class S, class Row>
-struct HBuffers {
+struct HBuffers : Turns {
   char* memory;
-  int bytes;
+  int bytes;  // of a buffer
   int at[Row::kCells];
   int g, sharer;  // which of its piece's lanes this one is
-  int round = 0;
 
   template <class P>
   __device__ HBuffers(const PersistentForward& p, const P& place, char* shared)
-      : memory(shared + p.plan.h),
-        bytes(h_bytes(p.plan.h_blocks, Row::kSequences, sizeof(S))),
+      : Turns(h_stride(p.plan.h_blocks, Row::kSequences, sizeof(S))),
+        memory(shared + p.plan.h),
+        bytes(stride - kPiece),
         g(place.g),
-        sharer(place.g % kSharers<S>) {
+        sharer(kept(place.g % kSharers<S>)) {
     const int block = place.rank * p.plan.blocks + place.block;
 #pragma unroll
     for (int i = 0; i < Row::kCells; ++i)
-      at[i] = h_offset(block, place.sequence(i), Row::kSequences, sizeof(S)) + place.g / kSharers<S> * kPiece;
-    for (int k = threadIdx.x; k < 2 * bytes / kPiece; k += blockDim.x)  // padding stays 0
-      reinterpret_cast<uint4*>(memory)[k] = {0, 0, 0, 0};
+      at[i] = kept(h_offset(block, place.sequence(i), Row::kSequences, sizeof(S)) + place.g / kSharers<S> * kPiece);
+    for (int buffer = 0; buffer < 2; ++buffer)
+      for (int k = threadIdx.x; k < bytes / kPiece; k += blockDim.x)  // padding stays 0
+        reinterpret_cast<uint4*>(memory + buffer * stride)[k] = {0, 0, 0, 0};
   }
-  __device__ char* buffer() const { return memory + (round & 1) * bytes; }
-  __device__ int next() const { return (round + 1) & 1; }
-  __device__ int parity() const { return (round - 1) >> 1 & 1; }  // of a buffer's mbarrier, when round comes in
 };
 
 template <class S, class Row, Exchange kExchange>
@@ -98,10 +121,11 @@ struct HExchange<S, Row, Exchange::cta> : HBuffers<S, Row> {
   __device__ void begin() { __syncthreads(); }
   __device__ void send(int i, S h) {
     const uint4 piece = gather(h, this->g);
-    if (this->sharer == 0) *reinterpret_cast<uint4*>(this->memory + this->next() * this->bytes + this->at[i]) = piece;
+    if (this->sharer == 0) *reinterpret_cast<uint4*>(this->memory + this->outgoing() + this->at[i]) = piece;
   }
-  __device__ void sent() { ++this->round; }
+  __device__ void sent() {}
   __device__ void wait() {
+    this->turn();
 #if !defined(BIRNN_WITHOUT_BARRIER)  // to see that a test would notice
     __syncthreads();
 #endif
@@ -112,37 +136,39 @@ struct HExchange<S, Row, Exchange::cta> : HBuffers<S, Row> {
 template <class S, class Row>
 struct HExchange<S, Row, Exchange::cluster> : HBuffers<S, Row> {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-  uint32_t to, mbarriers;  // shared addresses
-  int ctas, expected;      // bytes of a round
+  static constexpr int kCopies = kMaxCluster / kSharers<S>;  // that a lane sends, of a piece
+  uint32_t to, mbarrier;                                     // shared addresses, in the first buffer
+  int ranks, expected;  // CTAs from this lane's first on; bytes of a round
 
   template <class P>
   __device__ HExchange(const PersistentForward& p, const P& place, char* shared)
       : HBuffers<S, Row>(p, place, shared),
         to(shared_address(this->memory)),
-        mbarriers(shared_address(shared + p.plan.mbarriers)),
-        ctas(p.plan.ctas),
-        expected(h_bytes(p.plan.ctas * p.plan.blocks, Row::kSequences, sizeof(S))) {
-    if (threadIdx.x == 0) {
-      for (int k = 0; k < 2; ++k) mbarrier_init(mbarriers + 8 * k);
-      mbarrier_inits_seen_by_cluster();
-      for (int k = 0; k < 2; ++k) mbarrier_expect(mbarriers + 8 * k, expected);
-    }
+        mbarrier(kept(to + this->bytes)),
+        ranks(kept(p.plan.ctas - this->sharer)),
+        expected(kept(h_bytes(p.plan.ctas * p.plan.blocks, Row::kSequences, sizeof(S)))) {
+#pragma unroll
+    for (int i = 0; i < Row::kCells; ++i) this->at[i] = kept(this->at[i] + to);
+    mbarriers_init(mbarrier, this->stride);
+    if (threadIdx.x == 0)
+      for (int k = 0; k < 2; ++k) mbarrier_expect(mbarrier + k * this->stride, expected);
   }
   __device__ void begin() { cluster_barrier(); }
   __device__ void send(int i, S h) {
     const uint4 piece = gather(h, this->g);
-    const uint32_t address = to + this->next() * this->bytes + this->at[i], mbarrier = mbarriers + this->next() * 8;
+    const uint32_t address = this->at[i] + this->outgoing(), counter = mbarrier + this->outgoing();
 #pragma unroll
-    for (int k = 0; k < kMaxCluster / kSharers<S>; ++k) {
+    for (int k = 0; k < kCopies; ++k) {
       const int rank = this->sharer + k * kSharers<S>;
-      if (rank < ctas) store_async(remote(address, rank), piece, remote(mbarrier, rank));
+      if (k * kSharers<S> < ranks) store_async(remote(address, rank), piece, remote(counter, rank));
     }
   }
-  __device__ void sent() { ++this->round; }
+  __device__ void sent() {}
   __device__ void wait() {
-    const uint32_t mbarrier = mbarriers + (this->round & 1) * 8;
-    mbarrier_wait(mbarrier, this->parity());
-    if (threadIdx.x == 0) mbarrier_expect(mbarrier, expected);  // of the round after next
+    this->turn();
+    const uint32_t counter = mbarrier + this->incoming;
+    mbarrier_wait(counter, this->phase());
+    if (threadIdx.x == 0) mbarrier_expect(counter, expected);  // of the round after next
   }
   __device__ void end() { cluster_barrier(); }  // nobody may be gone while others store to it
 #endif
@@ -153,20 +179,19 @@ struct HExchange<S, Row, Exchange::grid> : HBuffers<S, Row> {
   Arrivals arrivals;
   char* grid;  // the group's two buffers
   int filled;  // bytes of a buffer that a round fills
-  uint32_t mbarriers;
+  uint32_t to, mbarrier;
+  int round = 0;
 
   template <class P>
   __device__ HExchange(const PersistentForward& p, const P& place, char* shared)
       : HBuffers<S, Row>(p, place, shared),
         arrivals(p.grid, place.group, p.plan.ctas),
-        grid(p.grid.buffers + int64_t(place.group) * 2 * this->bytes),
-        filled(h_bytes(p.plan.ctas * p.plan.blocks, Row::kSequences, sizeof(S))),
-        mbarriers(shared_address(shared + p.plan.mbarriers)) {
+        grid(p.grid.buffers + int64_t(place.group) * 2 * this->stride),
+        filled(kept(h_bytes(p.plan.ctas * p.plan.blocks, Row::kSequences, sizeof(S)))),
+        to(kept(shared_address(this->memory))),
+        mbarrier(kept(to + this->bytes)) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-    if (threadIdx.x == 0) {
-      for (int k = 0; k < 2; ++k) mbarrier_init(mbarriers + 8 * k);
-      mbarrier_inits_seen_by_cluster();
-    }
+    mbarriers_init(mbarrier, this->stride);
 #endif
   }
   __device__ void begin() {
@@ -177,36 +202,36 @@ struct HExchange<S, Row, Exchange::grid> : HBuffers<S, Row> {
   }
   __device__ void send(int i, S h) {
     const uint4 piece = gather(h, this->g);
-    if (this->sharer == 0) __stcg(reinterpret_cast<uint4*>(grid + this->next() * this->bytes + this->at[i]), piece);
+    if (this->sharer == 0) __stcg(reinterpret_cast<uint4*>(grid + this->outgoing() + this->at[i]), piece);
   }
   __device__ void sent() {
     arrivals.arrive();
-    ++this->round;
+    ++round;
   }
   __device__ void wait() {
-    const int offset = (this->round & 1) * this->bytes, count = filled;
+    this->turn();
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-    const uint32_t mbarrier = mbarriers + (this->round & 1) * 8;
+    const uint32_t counter = mbarrier + this->incoming;
     if (threadIdx.x < kWarp) {
       if (threadIdx.x == 0) {
-        arrivals.wait(this->round);
-        mbarrier_expect(mbarrier, count);
+        arrivals.wait(round);
+        mbarrier_expect(counter, filled);
       }
       __syncwarp();
       constexpr int kCopiers = 8;
-      const int share = count / kCopiers;  // a multiple of 16: a block has as many pieces
+      const int share = filled / kCopiers;  // a multiple of 16: a block has as many pieces
       if (threadIdx.x < kCopiers) {
         acquired_for_bulk_copy();
-        const int at = offset + int(threadIdx.x) * share;
-        bulk_copy(shared_address(this->memory) + at, grid + at, share, mbarrier);
+        const int at = this->incoming + int(threadIdx.x) * share;
+        bulk_copy(to + at, grid + at, share, counter);
       }
     }
-    mbarrier_wait(mbarrier, this->parity());
+    mbarrier_wait(counter, this->phase());
 #else
-    if (threadIdx.x == 0) arrivals.wait(this->round);
+    if (threadIdx.x == 0) arrivals.wait(round);
     __syncthreads();
-    const auto* from = reinterpret_cast<const uint4*>(grid + offset);  // not from the L1 cache, which may hold what was
-    auto* to = reinterpret_cast<uint4*>(this->memory + offset);
+    const auto* from = reinterpret_cast<const uint4*>(grid + this->incoming);  // not from the L1 cache, which may hold
+    auto* to = reinterpret_cast<uint4*>(this->memory + this->incoming);        // what was
 #pragma unroll 4
     for (int k = threadIdx.x; k < filled / kPiece; k += blockDim.x) to[k] = __ldcg(from + k);
     __syncthreads();
@@ -218,116 +243,138 @@ struct HExchange<S, Row, Exchange::grid> : HBuffers<S, Row> {
 // ---- backward: parts of sums, of which each CTA makes one for every tile of units of the layer. The owner of a tile
 // gets one from each source, as its lanes have it: units g and g + 8 of sequences 2 t and 2 t + 1 of an eight.
 
-template <class Row, int kTiles>
+// What the three ways share: which parts a lane adds, and where those of a warp's tiles go.
+template <class S, class Row>
 struct PartSlots {
+  static constexpr int kTiles = Row::template kTiles<S>;             // of a CTA
   static constexpr int kSource = kTiles * Row::kEights * kFragment;  // bytes
-  static constexpr int kBuffers = Row::kExchange == Exchange::cta ? 1 : 2;
-  int round = 0;
+  int sources;
+  int mine[Row::kCells], quarter;  // the first part of a cell that the lane adds, and of how many sources it does
+  int owner, slot;                 // of the warp's first tile: the CTA, and the place there
 
+  template <class P>
+  __device__ PartSlots(const PersistentBackward& p, const P& place)
+      : sources(kept(p.plan.ctas * Row::kSplits)), quarter(kept((sources - place.octet + 3) / 4)) {
+#pragma unroll
+    for (int i = 0; i < Row::kCells; ++i)
+      mine[i] = kept(offset(place.octet, place.tile(i), place.eight(i), place.pair(i), place.row));
+    const int tile = place.warp / Row::kSplits, split = place.warp % Row::kSplits;
+    owner = kept(tile / kTiles);
+    slot = kept(offset(place.rank * Row::kSplits + split, tile % kTiles, 0, place.t, place.g));
+  }
   // t comes before g, so that the lanes of an octet, which add parts for the same pair of sequences, read neighbours.
   static __device__ int offset(int source, int tile, int eight, int t, int g) {
     return source * kSource + (tile * Row::kEights + eight) * kFragment + (t * 8 + g) * kPiece;
   }
-  __device__ int incoming() const { return kBuffers == 1 ? 0 : round & 1; }
-  __device__ int outgoing() const { return kBuffers == 1 ? 0 : (round + 1) & 1; }
-  __device__ int parity() const { return (round - 1) >> 1 & 1; }
 };
 
-// Parts in shared memory of the owner.
-template <class Row, int kTiles>
-struct SharedParts : PartSlots<Row, kTiles> {
-  char* memory;
-  int sources, bytes;
-
-  __device__ SharedParts(const PersistentBackward& p, char* shared)
-      : memory(shared + p.plan.received),
-        sources(p.plan.ctas * Row::kSplits),
-        bytes(received_bytes(sources, kTiles, Row::kEights)) {
-    for (int k = threadIdx.x; k < this->kBuffers * bytes / kPiece; k += blockDim.x)  // no part comes of padding
-      reinterpret_cast<uint4*>(memory)[k] = {0, 0, 0, 0};
-  }
-  __device__ float4 part(int at) const {
-    return *reinterpret_cast<const float4*>(memory + this->incoming() * bytes + at);
-  }
-};
-
-template <class Row, int kTiles, Exchange kExchange>
+// All functions send() take a tile by the distance of its owner from that of the warp's first, and an eight of sequences.
+template <class S, class Row, Exchange kExchange>
 struct PartsExchange;
 
-template <class Row, int kTiles>
-struct PartsExchange<Row, kTiles, Exchange::cta> : SharedParts<Row, kTiles> {
-  __device__ PartsExchange(const PersistentBackward& p, const Place&, char* shared)
-      : SharedParts<Row, kTiles>(p, shared) {}
+template <class S, class Row>
+struct PartsExchange<S, Row, Exchange::cta> : PartSlots<S, Row> {
+  static constexpr int kBuffers = 1;
+  char* memory;
 
+  template <class P>
+  __device__ PartsExchange(const PersistentBackward& p, const P& place, char* shared)
+      : PartSlots<S, Row>(p, place), memory(shared + p.plan.received) {
+    const int bytes = received_bytes(this->sources, this->kTiles, Row::kEights);
+    for (int k = threadIdx.x; k < bytes / kPiece; k += blockDim.x)  // no part comes of padding
+      reinterpret_cast<uint4*>(memory)[k] = {0, 0, 0, 0};
+  }
   __device__ void begin() { __syncthreads(); }
-  __device__ void send(int, int at, const float4& part) { *reinterpret_cast<float4*>(this->memory + at) = part; }
-  __device__ void sent() { ++this->round; }
+  __device__ void send(int, int eight, const float4& part) {
+    *reinterpret_cast<float4*>(memory + (this->slot + eight * kFragment)) = part;
+  }
+  __device__ void sent() {}
   __device__ void wait() { __syncthreads(); }
+  __device__ float4 part(int i, int further) const {
+    return *reinterpret_cast<const float4*>(memory + (this->mine[i] + further));
+  }
   __device__ void end() {}
 };
 
-template <class Row, int kTiles>
-struct PartsExchange<Row, kTiles, Exchange::cluster> : SharedParts<Row, kTiles> {
+template <class S, class Row>
+struct PartsExchange<S, Row, Exchange::cluster> : PartSlots<S, Row>, Turns {
+  static constexpr int kBuffers = 2;
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-  uint32_t to, mbarriers;
+  char* memory;
+  uint32_t mbarrier;  // of the first buffer
   int expected;
 
-  __device__ PartsExchange(const PersistentBackward& p, const Place& place, char* shared)
-      : SharedParts<Row, kTiles>(p, shared),
-        to(shared_address(this->memory)),
-        mbarriers(shared_address(shared + p.plan.mbarriers)),
-        expected(this->sources * Row::kEights * kFragment * min(kTiles, p.plan.tiles - place.rank * kTiles)) {
-    if (threadIdx.x == 0) {
-      for (int k = 0; k < 2; ++k) mbarrier_init(mbarriers + 8 * k);
-      mbarrier_inits_seen_by_cluster();
-      for (int k = 0; k < 2; ++k) mbarrier_expect(mbarriers + 8 * k, expected);
-    }
+  template <class P>
+  __device__ PartsExchange(const PersistentBackward& p, const P& place, char* shared)
+      : PartSlots<S, Row>(p, place),
+        Turns(received_stride(this->sources, this->kTiles, Row::kEights)),
+        memory(shared + p.plan.received),
+        mbarrier(kept(shared_address(memory) + stride - kPiece)),
+        expected(kept(this->sources * Row::kEights * kFragment *
+                      min(this->kTiles, p.plan.tiles - place.rank * this->kTiles))) {
+    for (int buffer = 0; buffer < 2; ++buffer)
+      for (int k = threadIdx.x; k < (stride - kPiece) / kPiece; k += blockDim.x)
+        reinterpret_cast<uint4*>(memory + buffer * stride)[k] = {0, 0, 0, 0};
+    this->slot = kept(this->slot + shared_address(memory));
+    mbarriers_init(mbarrier, stride);
+    if (threadIdx.x == 0)
+      for (int k = 0; k < 2; ++k) mbarrier_expect(mbarrier + k * stride, expected);
   }
   __device__ void begin() { cluster_barrier(); }
-  __device__ void send(int owner, int at, const float4& part) {
+  __device__ void send(int further, int eight, const float4& part) {
     const uint4 v = {bits_of(part.x), bits_of(part.y), bits_of(part.z), bits_of(part.w)};
-    store_async(remote(to + this->outgoing() * this->bytes + at, owner), v,
-                remote(mbarriers + this->outgoing() * 8, owner));
+    const int rank = this->owner + further;
+    store_async(remote(this->slot + outgoing() + eight * kFragment, rank), v, remote(mbarrier + outgoing(), rank));
   }
-  __device__ void sent() { ++this->round; }
+  __device__ void sent() {}
   __device__ void wait() {
-    const uint32_t mbarrier = mbarriers + this->incoming() * 8;
-    mbarrier_wait(mbarrier, this->parity());
-    if (threadIdx.x == 0) mbarrier_expect(mbarrier, expected);
+    turn();
+    mbarrier_wait(mbarrier + incoming, phase());
+    if (threadIdx.x == 0) mbarrier_expect(mbarrier + incoming, expected);
+  }
+  __device__ float4 part(int i, int further) const {
+    return *reinterpret_cast<const float4*>(memory + (this->mine[i] + incoming + further));
   }
   __device__ void end() { cluster_barrier(); }
 #endif
 };
 
 // Parts in global memory, by owner.
-template <class Row, int kTiles>
-struct PartsExchange<Row, kTiles, Exchange::grid> : PartSlots<Row, kTiles> {
+template <class S, class Row>
+struct PartsExchange<S, Row, Exchange::grid> : PartSlots<S, Row>, Turns {
+  static constexpr int kBuffers = 2;
   Arrivals arrivals;
   char* grid;
-  int sources, rank, bytes;  // of a buffer
+  int owned;  // bytes of an owner
+  int round = 0;
 
-  __device__ PartsExchange(const PersistentBackward& p, const Place& place, char*)
-      : arrivals(p.grid, place.group, p.plan.ctas),
+  template <class P>
+  __device__ PartsExchange(const PersistentBackward& p, const P& place, char*)
+      : PartSlots<S, Row>(p, place),
+        Turns(p.grid.bytes),
+        arrivals(p.grid, place.group, p.plan.ctas),
         grid(p.grid.buffers + int64_t(place.group) * 2 * p.grid.bytes),
-        sources(p.plan.ctas * Row::kSplits),
-        rank(place.rank),
-        bytes(p.grid.bytes) {}
+        owned(kept(this->sources * this->kSource)) {
+    this->slot = kept(this->slot + this->owner * owned);
+#pragma unroll
+    for (int i = 0; i < Row::kCells; ++i) this->mine[i] = kept(this->mine[i] + place.rank * owned);
+  }
 
   __device__ void begin() {}
-  __device__ void send(int owner, int at, const float4& part) {
-    __stcg(reinterpret_cast<float4*>(grid + this->outgoing() * bytes + owner * sources * this->kSource + at), part);
+  __device__ void send(int further, int eight, const float4& part) {
+    __stcg(reinterpret_cast<float4*>(grid + outgoing() + (this->slot + further * owned + eight * kFragment)), part);
   }
   __device__ void sent() {
     arrivals.arrive();
-    ++this->round;
+    ++round;
   }
   __device__ void wait() {
-    if (threadIdx.x == 0) arrivals.wait(this->round);
+    turn();
+    if (threadIdx.x == 0) arrivals.wait(round);
     __syncthreads();
   }
-  __device__ float4 part(int at) const {  // not from the L1 cache, which may hold what stood there before
-    return __ldcg(
-        reinterpret_cast<const float4*>(grid + this->incoming() * bytes + rank * sources * this->kSource + at));
+  __device__ float4 part(int i, int further) const {  // not from the L1 cache, which may hold what stood there before
+    return __ldcg(reinterpret_cast<const float4*>(grid + incoming + (this->mine[i] + further)));
   }
   __device__ void end() {}
 };

@@ -46,11 +46,12 @@ template <class S, class Row>
 struct ForwardWeights {
   Fragment<S, Row::kAhead> resident[Row::kResident][2];
   const uint4* memory;
-  int steps, memory_steps;
+  int memory_steps;
 
   __device__ ForwardWeights(const PersistentForward& p, const ForwardPlace<S, Row>& place, char* shared)
-      : steps(p.plan.steps), memory_steps(p.plan.memory_steps) {
-    uint4* const to = reinterpret_cast<uint4*>(shared) + place.warp * memory_steps * 2 * kWarp + place.lane;
+      : memory_steps(kept(p.plan.memory_steps)) {
+    uint4* const to =
+        reinterpret_cast<uint4*>(shared) + kept(place.warp * memory_steps * 2 * kWarp + place.lane);
     memory = to;
 #pragma unroll
     for (int k = 0; k < Row::kResident; ++k)
@@ -70,16 +71,14 @@ struct ForwardWeights {
     return {a.x, b.x, a.y, b.y};
   }
 
-  // sums[tile][eight] += W h, with h as h_column() finds it.
-  __device__ void multiply(Sums<S> (&sums)[2][Row::kEights], const char* h, const int (&eight_at)[2],
-                           bool full_float32) const {
+  // sums[tile][eight] += W h, with columns of h where the lane finds those of two eights that take turns.
+  __device__ void multiply(Sums<S> (&sums)[2][Row::kEights], const char* const (&h)[2], bool full_float32) const {
     constexpr int kStepBytes = blocks_of_step(sizeof(S)) * kBlock * int(sizeof(S)) * Row::kSequences;
     const auto column = [&](int step, int n) {
-      return Column<S>(h + step * kStepBytes + eight_at[n % 2] + n / 2 * 2 * kEight * kBlock * int(sizeof(S)));
+      return Column<S>(h[n % 2] + step * kStepBytes + n / 2 * 2 * kEight * kBlock * int(sizeof(S)));
     };
 #pragma unroll
     for (int k = 0; k < Row::kResident; ++k) {
-      if (k >= steps) break;  // beyond, h is another split's
 #pragma unroll
       for (int n = 0; n < Row::kEights; ++n) {
         const Column<S> b = column(k, n);
@@ -88,7 +87,6 @@ struct ForwardWeights {
       }
       if (k % kRun == kRun - 1) end_run(sums);
     }
-    h += Row::kResident * kStepBytes;
 #pragma unroll(Row::kWarps > 12 ? 1 : kRun)
     for (int k = 0; k < memory_steps; ++k) {
       Fragment<S, false> a[2];
@@ -96,7 +94,7 @@ struct ForwardWeights {
       for (int tile = 0; tile < 2; ++tile) a[tile] = memory[(k * 2 + tile) * kWarp];
 #pragma unroll
       for (int n = 0; n < Row::kEights; ++n) {
-        const Column<S> b = column(k, n);
+        const Column<S> b = column(Row::kResident + k, n);
 #pragma unroll
         for (int tile = 0; tile < 2; ++tile) cuda::multiply(sums[tile][n], a[tile], b, full_float32);
       }
@@ -120,13 +118,16 @@ struct ForwardWeights {
 // column is for the split that differs from the owner's by j + 1 in its bits.
 template <class Row>
 struct Parts {
-  float4* slots;  // of the block and lane
-  int split, barrier;
+  char* memory;
+  int at[Row::kSplits];  // of the lane: the slots of the first column that each split owns, by its distance
+  int barrier;
 
-  __device__ Parts(char* memory, int block, int split, int lane)
-      : slots(reinterpret_cast<float4*>(memory) + block * (2 * Row::kEights * (Row::kSplits - 1) * kWarp) + lane),
-        split(split),
-        barrier(1 + block) {}
+  __device__ Parts(char* shared, int block, int split, int lane) : memory(shared), barrier(kept(1 + block)) {
+    constexpr int kColumns = 2 * Row::kEights;
+#pragma unroll
+    for (int j = 0; j < Row::kSplits; ++j)
+      at[j] = kept(((block * kColumns + (j ^ split)) * (Row::kSplits - 1) * kWarp + lane) * kPiece);
+  }
 
   template <class S>
   static __device__ float4 gates(const Sums<S> (&sums)[2][Row::kEights], int c) {
@@ -155,73 +156,49 @@ struct Parts {
   }
 
  private:
-  __device__ float4& slot(int c, int j) const { return slots[((c ^ split) * (Row::kSplits - 1) + j) * kWarp]; }
+  // Slot j of column c, which the split owns that is c % kSplits away.
+  __device__ float4& slot(int c, int j) const {
+    const int column = c / Row::kSplits * Row::kSplits;  // of the first split's
+    return *reinterpret_cast<float4*>(memory + at[c % Row::kSplits] + (column * (Row::kSplits - 1) + j) * kFragment);
+  }
   static __device__ void add(float (&z)[4], const float4& part) {
     z[0] += part.x, z[1] += part.y, z[2] += part.z, z[3] += part.w;
   }
 };
 
-// gates_x of a warp's cells, some steps ahead: [stage][cell][gate][t][8 units], filled by the warp itself.
+// gates_x of a warp's cells: a stage is [cell][gate][t][8 units].
 template <class S, class Row>
-struct GatesRing {
-  static constexpr int kStage = Row::template kStageBytes<S>;
-  static constexpr int kPieces = kStage / kPiece, kOfLane = int(divide_up(kPieces, kWarp));
+struct GatesRing : Ring<S, Row::kStages, Row::template kStageBytes<S>> {
+  using Base = Ring<S, Row::kStages, Row::template kStageBytes<S>>;
   static constexpr int kHalves = kBlock * int(sizeof(S)) / kPiece;  // pieces of a block's units
-  char* memory;                                                     // of the warp
-  const char* from[kOfLane];
-  int valid[kOfLane];  // bytes of the piece that exist
-  int64_t stride;      // bytes from step to step
-  int lane, t, g, access;
+  int at;  // the lane's first value
 
   __device__ GatesRing(const PersistentForward& p, const ForwardPlace<S, Row>& place, char* shared, int64_t b0)
-      : memory(shared + place.warp * Row::kStages * kStage),
-        lane(place.lane),
-        t(place.t),
-        g(place.g),
-        access(p.access) {
+      : Base(shared, place, p.access), at(kept((place.t * kBlock + place.g) * int(sizeof(S)))) {
     const StepOrder order{int64_t(place.d), p.T};
     const int64_t t0 = order.forward(0);
-    stride = (order.after(t0) - t0) * p.B * p.D * Lstm::kGates * p.H * int(sizeof(S));
+    const int64_t stride = kept((order.after(t0) - t0) * p.B * p.D * Lstm::kGates * p.H * int(sizeof(S)));
 #pragma unroll
-    for (int j = 0; j < kOfLane; ++j) {
-      const int id = lane + j * kWarp, i = id / (16 * kHalves), gate = id / (4 * kHalves) % 4, at = id / kHalves % 4;
-      const int64_t b = b0 + place.sequence(i, at), unit = place.unit - g + id % kHalves * (kPiece / int(sizeof(S)));
-      from[j] = reinterpret_cast<const char*>(static_cast<const S*>(p.gates_x) +
-                                              (((t0 * p.B + b) * p.D + place.d) * 4 + gate) * p.H + unit);
-      valid[j] =
-          id < kPieces && b < p.B ? int(min(int64_t(kPiece), max(int64_t(0), (p.H - unit) * int(sizeof(S))))) : 0;
-      if (id < kPieces) {
-#pragma unroll 1
-        for (int s = 0; s < Row::kStages; ++s)  // what does not exist stays 0
-          *reinterpret_cast<uint4*>(memory + s * kStage + id * kPiece) = {0, 0, 0, 0};
-      }
+    for (int j = 0; j < Base::kOfLane; ++j) {
+      const int id = Base::id(place.lane, j), half = id % kHalves, t = id / kHalves % 4;
+      const int gate = id / (4 * kHalves) % Lstm::kGates, i = id / (16 * kHalves);
+      const int64_t b = b0 + place.sequence(i, t), unit = place.unit - place.g + half * (kPiece / int(sizeof(S)));
+      const auto* const first =
+          static_cast<const S*>(p.gates_x) + (((t0 * p.B + b) * p.D + place.d) * Lstm::kGates + gate) * p.H + unit;
+      this->set(j, first, stride, id < Base::kPieces && b < p.B ? (p.H - unit) * int(sizeof(S)) : 0, int(p.T));
     }
-    __syncwarp();
-#pragma unroll 1
-    for (int s = 0; s < Row::kStages; ++s) fetch(s, s < p.T);
-  }
-
-  __device__ void fetch(int s, bool wanted) {
-    char* const stage = memory + s % Row::kStages * kStage + lane * kPiece;
-#pragma unroll
-    for (int j = 0; j < kOfLane; ++j) {
-      if (wanted) copy_piece<S>(stage + j * kWarp * kPiece, from[j], valid[j], access);
-      from[j] += stride;
-    }
-    commit_copies();
+    this->begin();
   }
 
   // Into z, of step s; then the stage is filled anew.
-  __device__ void take(float (&z)[Row::kCells][Lstm::kGates], int s, int T) {
-    wait_for_copies<Row::kStages - 1>();
-    __syncwarp();
-    const S* const stage = reinterpret_cast<const S*>(memory + s % Row::kStages * kStage) + t * kBlock + g;
+  __device__ void take(float (&z)[Row::kCells][Lstm::kGates], int s) {
+    const S* const stage = reinterpret_cast<const S*>(this->memory + (at + this->acquire(s)));
 #pragma unroll
     for (int i = 0; i < Row::kCells; ++i)
 #pragma unroll
-      for (int gate = 0; gate < 4; ++gate) z[i][gate] = convert(stage[(i * 4 + gate) * 4 * kBlock], 0.f);
-    __syncwarp();
-    fetch(s + Row::kStages, s + Row::kStages < T);
+      for (int gate = 0; gate < Lstm::kGates; ++gate)
+        z[i][gate] = convert(stage[(i * Lstm::kGates + gate) * 4 * kBlock], 0.f);
+    this->release(s);
   }
 };
 
@@ -232,31 +209,34 @@ struct ForwardCells {
   float c[N];
   S h[N];
   Activity activity[N];
-  bool there[N];
-  S *y[N], *gates[N];
-  float* cells[N];
-  int64_t row;   // elements of y from step to step
-  int64_t gate;  // elements of `gates` from gate to gate
-  bool saves_gates, saves_cells;
+  int there[N];
+  char *y[N], *gates[N], *cells[N];
+  int64_t stride[3];  // bytes of y, `gates` and `cells` from step to step
+  int64_t gate[Lstm::kGates];  // where in a row of `gates` each begins
+  int saves;        // gates and cells
 
   __device__ ForwardCells(const PersistentForward& p, const ForwardPlace<S, Row>& place, int64_t b0)
-      : gate(p.H), saves_gates(p.gates), saves_cells(p.cells) {
+      : saves(kept(int(p.gates != nullptr))) {
+#pragma unroll
+    for (int k = 0; k < Lstm::kGates; ++k) gate[k] = sizeof(S) == 4 ? k * p.H * 4 : kept(k * p.H * int(sizeof(S)));
     const StepOrder order{int64_t(place.d), p.T};
-    const int64_t t0 = order.forward(0);
-    row = (order.after(t0) - t0) * p.B * p.D * p.H;
+    const int64_t t0 = order.forward(0), row = (order.after(t0) - t0) * p.B * p.D * p.H;
+    stride[0] = kept(row * int(sizeof(S)));
+    stride[1] = kept(row * Lstm::kGates * int(sizeof(S)));
+    stride[2] = sizeof(S) == sizeof(float) ? stride[0] : kept(row * int(sizeof(float)));
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       const int64_t b = b0 + place.sequence(i);
       const int length = length_of(p, b, place.unit);
       activity[i] = {int(order.forward(order.first(length))), length};
-      there[i] = b < p.B && place.unit < p.H;
+      there[i] = kept(int(b < p.B && place.unit < p.H));
       const int64_t state = (place.d * p.B + b) * p.H + place.unit;
       h[i] = there[i] && p.h0 ? convert(factor<S>(load<S>(p.h0, state)), S()) : convert(0.f, S());
       c[i] = there[i] && p.c0 ? load<S>(p.c0, state) : 0.f;
       const int64_t at = ((t0 * p.B + b) * p.D + place.d) * p.H + place.unit;
-      y[i] = static_cast<S*>(p.y) + at;
-      gates[i] = static_cast<S*>(p.gates) + (at - place.unit) * 4 + place.unit;
-      cells[i] = static_cast<float*>(p.cells) + at;
+      y[i] = static_cast<char*>(p.y) + at * int(sizeof(S));
+      gates[i] = static_cast<char*>(p.gates) + ((at - place.unit) * Lstm::kGates + place.unit) * int(sizeof(S));
+      cells[i] = static_cast<char*>(p.cells) + at * int(sizeof(float));
     }
   }
 
@@ -271,15 +251,19 @@ struct ForwardCells {
   // Results of step s, 0 where a sequence has no step; then on to the next.
   __device__ void store(int i, int s, const float (&z)[Lstm::kGates]) {
     if (there[i]) {
-      const bool active = activity[i].at(s);
-      const S zero = convert(0.f, S());
-      *y[i] = active ? h[i] : zero;
-      if (saves_gates)
-#pragma unroll
-        for (int k = 0; k < Lstm::kGates; ++k) gates[i][k * gate] = active ? convert(z[k], S()) : zero;
-      if (saves_cells) *cells[i] = active ? c[i] : 0.f;
+      if (activity[i].at(s))
+        write(i, h[i], z, c[i]);
+      else
+        write(i, S(), {}, 0.f);
     }
-    y[i] += row, gates[i] += 4 * row, cells[i] += row;
+    y[i] += stride[0], gates[i] += stride[1], cells[i] += stride[2];
+  }
+  __device__ void write(int i, S h, const float (&z)[Lstm::kGates], float c) {
+    *reinterpret_cast<S*>(y[i]) = h;
+    if (!saves) return;
+#pragma unroll
+    for (int k = 0; k < Lstm::kGates; ++k) *reinterpret_cast<S*>(gates[i] + gate[k]) = convert(z[k], S());
+    *reinterpret_cast<float*>(cells[i]) = c;
   }
 
   __device__ void store_states(const PersistentForward& p, const ForwardPlace<S, Row>& place, int64_t b0) const {
@@ -308,42 +292,45 @@ __device__ void load_h0(const PersistentForward& p, int d, int64_t b0, char* buf
   }
 }
 
-// Where a lane finds column g of the products within the first step of its split, and the two eights that take turns.
+// Where a lane finds, in a buffer of h, column g of the products of its split's first step: of two eights of sequences,
+// which take turns. Which one is first is known where there are no more than two splits.
 template <class S, class Row>
-__device__ int h_column(const ForwardPlan& plan, const ForwardPlace<S, Row>& place, int (&eight_at)[2]) {
-  constexpr int kSize = sizeof(S), kBlocks = blocks_of_step(kSize);
-  eight_at[0] = (place.split >> 1) * kEight * kBlock * kSize;
-  eight_at[1] = (place.split >> 1 ^ 1) * kEight * kBlock * kSize;
-  const int first = place.split * plan.steps * kBlocks;
-  const int byte = place.t * 8;
-  return h_offset(first + byte / (kBlock * kSize), place.g ^ (place.split & 1), Row::kSequences, kSize) +
-         byte % (kBlock * kSize);
+__device__ void h_columns(int (&at)[2], const ForwardPlan& plan, const ForwardPlace<S, Row>& place) {
+  constexpr int kSize = sizeof(S), kBlocks = blocks_of_step(kSize), kEightBytes = kEight * kBlock * kSize;
+  const int first = place.split * plan.steps * kBlocks, byte = place.t * 8;
+  const int column =
+      h_offset(first + byte / (kBlock * kSize), place.g ^ (place.split & 1), Row::kSequences, kSize) +
+      byte % (kBlock * kSize);
+  at[0] = kept(column + (place.split >> 1) * kEightBytes);
+  at[1] = Row::kSplits > 2 ? kept(column + (place.split >> 1 ^ 1) * kEightBytes) : at[0] + kEightBytes;
 }
 
 template <class S, class Row>
 __device__ void run_forward(const PersistentForward& p) {
   extern __shared__ __align__(128) char memory[];
   const ForwardPlace<S, Row> place(p);
+  const ForwardWeights<S, Row> weights(p, place, memory);
   const Parts<Row> parts(memory + p.plan.parts, place.block, place.split, place.lane);
   HExchange<S, Row, Row::kExchange> exchange(p, place, memory);
-  int eight_at[2];
-  const int column = h_column(p.plan, place, eight_at), T = int(p.T);
+  int columns[2];
+  h_columns(columns, p.plan, place);
+  const int T = int(p.T);
   int64_t b0 = int64_t(place.group / int(p.D)) * Row::kSequences;
   ForwardCells<S, Row> cells(p, place, b0);
   GatesRing<S, Row> ring(p, place, memory + p.plan.ring, b0);
-  const ForwardWeights<S, Row> weights(p, place, memory);
 
   for (;;) {
     __syncthreads();  // nobody uses the buffers any more
-    load_h0<S, Row>(p, place.d, b0, exchange.buffer());
+    load_h0<S, Row>(p, place.d, b0, exchange.memory + exchange.incoming);
     exchange.begin();
 
     for (int s = 0; s < T; ++s) {
       float z[Row::kCells][Lstm::kGates];
-      ring.take(z, s, T);
+      ring.take(z, s);
       Sums<S> sums[2][Row::kEights];
       if (s > 0) exchange.wait();
-      if (s > 0 || p.h0) weights.multiply(sums, exchange.buffer() + column, eight_at, p.full_float32);
+      const char* const h = exchange.memory + exchange.incoming;
+      weights.multiply(sums, {h + columns[0], h + columns[1]}, p.full_float32);
       parts.add(z, sums);
 #pragma unroll
       for (int i = 0; i < Row::kCells; ++i) {

@@ -21,7 +21,7 @@ struct PersistentForward : ForwardParams {
   int access;            // bytes by which gates_x may be read: 16, 8, 4, or those of an element
   bool weights_aligned;  // rows of w_hh may be read by 8 bytes
   bool full_float32;     // float32: three TF32 products for one of float32 accuracy; else one
-  GridExchange grid;     // buffers of h, h_bytes() each
+  GridExchange grid;     // buffers of h, h_stride() each
 };
 
 struct PersistentBackward : BackwardParams {

@@ -150,10 +150,9 @@ struct ForwardPlan {
   int steps;         // of the sum over h, of one split
   int memory_steps;  // of these, in shared memory
   int h_blocks;      // of units in a buffer of h, padding included
-  int h;             // two buffers of h, [block][sequence][8 units], see h_offset()
+  int h;             // two buffers of h, h_stride() apart: [block][sequence][8 units], see h_offset()
   int parts;  // of sums, on their way to the lane that has the cell: [block][column][other split][lane] x 16 bytes
   int ring;   // [warp][stage]
-  int mbarriers;
   int bytes;
   int warps;
 };
@@ -163,10 +162,10 @@ struct BackwardPlan {
   int row;
   int ctas;
   int tiles;     // of the whole layer
-  int received;  // parts of sums: [buffer][source][tile][eight][lane] x 16 bytes; not in grid
+  int received;  // parts of sums: one or two buffers, received_stride() apart: [source][tile][eight][lane] x 16 bytes;
+                 // not in grid
   int dz;        // [buffer][step][sequence][4 or 2 units x 4 gates]
   int ring;
-  int mbarriers;
   int bytes;
   int warps;
 };
@@ -184,6 +183,13 @@ BIRNN_INLINE constexpr int h_bytes(int h_blocks, int sequences, int size) {
 }
 BIRNN_INLINE constexpr int received_bytes(int sources, int tiles, int eights) {
   return sources * tiles * eights * kFragment;
+}
+// In shared memory each buffer that others fill is followed by the mbarrier that counts what has come.
+BIRNN_INLINE constexpr int h_stride(int h_blocks, int sequences, int size) {
+  return h_bytes(h_blocks, sequences, size) + kPiece;
+}
+BIRNN_INLINE constexpr int received_stride(int sources, int tiles, int eights) {
+  return received_bytes(sources, tiles, eights) + kPiece;
 }
 BIRNN_INLINE constexpr int dz_bytes(int steps, int sequences) { return steps * sequences * 32; }
 
@@ -214,19 +220,20 @@ inline ForwardPlan forward_plan(int size, int64_t H, int row, int blocks) {
   plan.blocks = blocks;
   plan.ctas = int(divide_up(all, blocks));
   plan.warps = blocks * r.splits;
-  plan.steps = int(divide_up(divide_up(all, blocks_of_step(size)), r.splits));
-  plan.memory_steps = plan.steps > r.resident ? plan.steps - r.resident : 0;
+  // A warp does all steps whose weights are in registers: those beyond the layer multiply zeros.
+  const int64_t steps = divide_up(divide_up(all, blocks_of_step(size)), r.splits);
+  plan.steps = int(steps > r.resident ? steps : r.resident);
+  plan.memory_steps = plan.steps - r.resident;
   const int summed = plan.steps * r.splits * blocks_of_step(size);
   plan.h_blocks = summed > plan.ctas * blocks ? summed : plan.ctas * blocks;
   int64_t at = int64_t(plan.warps) * plan.memory_steps * 2 * kFragment;
   plan.h = int(at);
-  at += 2ll * h_bytes(plan.h_blocks, r.sequences(), size);
+  at += 2ll * h_stride(plan.h_blocks, r.sequences(), size);
   plan.parts = int(at);
   at += int64_t(blocks) * 2 * r.eights * (r.splits - 1) * kFragment;
   plan.ring = int(at);
   at += int64_t(plan.warps) * r.stages * r.stage_bytes(size);
-  plan.mbarriers = int(at);
-  plan.bytes = int(at + 16 < kTooLarge ? at + 16 : kTooLarge);
+  plan.bytes = int(at < kTooLarge ? at : kTooLarge);
   return plan;
 }
 
@@ -241,13 +248,12 @@ inline BackwardPlan backward_plan(int size, int64_t H, int row) {
   int64_t at = int64_t(r.warps) * r.memory_fragments() * kFragment;
   plan.received = int(at);
   if (entry.exchange != Exchange::grid)
-    at += int64_t(buffers) * received_bytes(plan.ctas * r.splits, r.own_tiles(size), r.eights);
-  plan.dz = int(at);
+    at += int64_t(buffers) * received_stride(plan.ctas * r.splits, r.own_tiles(size), r.eights);
+  plan.dz = int(at = divide_up(at, 256) * 256);  // dz_swap() is of bits below
   at += int64_t(buffers) * dz_bytes(r.steps * r.splits, r.sequences());
   plan.ring = int(at);
   at += int64_t(r.warps) * r.stages * r.stage_bytes(size);
-  plan.mbarriers = int(at);
-  plan.bytes = int(at + 16 < kTooLarge ? at + 16 : kTooLarge);
+  plan.bytes = int(at < kTooLarge ? at : kTooLarge);
   return plan;
 }
 

@@ -48,6 +48,16 @@ __device__ int length_of(const Params& p, int64_t b, int unit) {
   return b < p.B && unit < p.H ? int(birnn::length_of(p.lengths, b, p.T)) : 0;
 }
 
+// Keeps the compiler from computing anew, in each step, what does not change from step to step.
+template <class V>
+__device__ V kept(V x) {
+  if constexpr (sizeof(V) == 8)
+    asm volatile("" : "+l"(x));
+  else
+    asm volatile("" : "+r"(x));
+  return x;
+}
+
 // --- values
 
 // The cell's functions. In 16 bits what they are off, 1e-7, is far below the rounding of a result; they take a third of
@@ -82,13 +92,13 @@ __device__ uint32_t pair_of(S a, S b) {
   return bits_of(a) | bits_of(b) << 16;
 }
 
-// --- a piece: 16 bytes of a row of which `valid` bytes exist, from global to shared memory
+// --- a ring of stages, filled some steps ahead of those that read them
 
+
+// 16 bytes of a row, of which `valid` exist, where the row can't be read by 16 bytes.
 template <class S>
-__device__ void copy_piece(char* to, const char* from, int valid, int access) {
-  if (access == 16) {
-    if (valid > 0) copy_async<16>(to, from);
-  } else if (access == 8) {
+__device__ void copy_parts(char* to, const char* from, int valid, int access) {
+  if (access == 8) {
 #pragma unroll
     for (int k = 0; k < 16; k += 8)
       if (k < valid) copy_async<8>(to + k, from + k);
@@ -102,6 +112,70 @@ __device__ void copy_piece(char* to, const char* from, int valid, int access) {
       *reinterpret_cast<S*>(to + k) = *reinterpret_cast<const S*>(from + k);
   }
 }
+
+// A warp's own ring in shared memory: a stage is what the warp's cells need of global memory for a step, in pieces of 16
+// bytes that its lanes copy. Rows of a piece that do not exist stay 0.
+template <class S, int kStages, int kStage>
+struct Ring {
+  static constexpr int kPieces = kStage / kPiece, kOfLane = int(divide_up(kPieces, kWarp));
+  char* memory;
+  int to;  // where the lane's first piece goes, in the first stage
+  const char* from[kOfLane];
+  int64_t stride[kOfLane];  // bytes from step to step
+  int valid[kOfLane];       // bytes of the piece that exist
+  int until[kOfLane];       // steps that have it
+  int access;
+
+  __device__ Ring(char* shared, const Place& place, int access)
+      : memory(shared + place.warp * kStages * kStage), to(kept(place.lane * kPiece)), access(access) {}
+
+  // The lane's j-th piece is piece id() of a stage.
+  static __device__ int id(int lane, int j) { return lane + j * kWarp; }
+  __device__ void set(int j, const void* first, int64_t bytes, int64_t exist, int steps) {
+    from[j] = kept(static_cast<const char*>(first));
+    stride[j] = bytes;
+    valid[j] = int(min(int64_t(kPiece), max(int64_t(0), exist)));
+    until[j] = kept(valid[j] > 0 ? steps : 0);
+  }
+
+  __device__ void begin() {
+#pragma unroll
+    for (int j = 0; j < kOfLane; ++j)
+      if (to / kPiece + j * kWarp < kPieces) {
+#pragma unroll 1
+        for (int s = 0; s < kStages; ++s)
+          *reinterpret_cast<uint4*>(memory + (to + s * kStage + j * kWarp * kPiece)) = {0, 0, 0, 0};
+      }
+    __syncwarp();
+#pragma unroll 1
+    for (int s = 0; s < kStages; ++s) fetch(s);
+  }
+  __device__ void fetch(int s) {
+    char* const stage = memory + (to + s % kStages * kStage);
+#pragma unroll
+    for (int j = 0; j < kOfLane; ++j) {
+      if (s < until[j]) {
+        if (access == kPiece)
+          copy_async<kPiece>(stage + j * kWarp * kPiece, from[j]);
+        else
+          copy_parts<S>(stage + j * kWarp * kPiece, from[j], valid[j], access);
+      }
+      from[j] += stride[j];
+    }
+    commit_copies();
+  }
+
+  // The stage of step s, when it is there; release() lets it be filled anew.
+  __device__ int acquire(int s) const {
+    wait_for_copies<kStages - 1>();
+    __syncwarp();
+    return s % kStages * kStage;
+  }
+  __device__ void release(int s) {
+    __syncwarp();
+    fetch(s + kStages);
+  }
+};
 
 // --- weights
 
