@@ -174,10 +174,10 @@ struct BackwardRing : Ring<S, Row::kStages, Row::template kStageBytes<S>> {
   int cell_at;
 
   __device__ BackwardRing(const PersistentBackward& p, const BackwardPlace<S, Row>& place, char* shared, int64_t b0)
-      : Base(shared, place, p.access) {
+      : Base(shared, p.plan.ring, place, p.access) {
     const int value = place.octet % 2 * kTile + place.octet / 2 * 8 + place.row;
-    at = kept(value * int(sizeof(S)));
-    cell_at = kept(kGates + kDy + value * int(sizeof(float)));
+    at = kept(this->first + value * int(sizeof(S)));
+    cell_at = kept(this->first + kGates + kDy + value * int(sizeof(float)));
     const StepOrder order{int64_t(place.d), p.T};
     const int64_t t0 = order.backward(0), dt = order.before(t0) - t0;
 #pragma unroll
@@ -224,7 +224,7 @@ struct BackwardRing : Ring<S, Row::kStages, Row::template kStageBytes<S>> {
               value(4),
               *reinterpret_cast<const float*>(this->memory + (cell_at + stage + i * kCell))};
     }
-    this->release(s);
+    this->release(s, stage);
   }
 };
 
@@ -250,15 +250,12 @@ struct BackwardCells {
     const int64_t t0 = order.backward(0);
     stride = kept((order.before(t0) - t0) * p.B * p.D * Lstm::kGates * p.H * int(sizeof(S)));
 #pragma unroll
-    for (int k = 0; k < Lstm::kGates; ++k) {
-      gate[k] = k * p.H * int(sizeof(S));
-      if (Row::kExchange == Exchange::cluster) gate[k] = kept(gate[k]);
-    }
+    for (int k = 0; k < Lstm::kGates; ++k) gate[k] = k == 0 ? 0 : kept(k * p.H * int(sizeof(S)));
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       const int64_t b = b0 + place.sequence(i);
       const int unit = place.rank * Row::template kUnits<S> + place.unit(i), length = length_of(p, b, unit);
-      activity[i] = {int(order.backward(order.last(length))), length};
+      activity[i] = {kept(int(order.backward(order.last(length)))), kept(length)};
       there[i] = kept(int(b < p.B && unit < p.H));
       dc[i] = there[i] ? state_of(p, place, b0, i, p.dc_n) : 0.f;
       const int64_t at = (t0 * p.B + b) * p.D + place.d;
@@ -294,7 +291,7 @@ struct BackwardCells {
 
   __device__ void store(int i, int s) {
     if (there[i]) {
-      if (activity[i].at(s))
+      if (__builtin_expect(activity[i].at(s), true))
         write(i, dz[i]);
       else
         write(i, Packed<S>{});
@@ -346,7 +343,7 @@ __device__ void run_backward(const PersistentBackward& p) {
   PartsExchange<S, Row, Row::kExchange> exchange(p, place, memory);
   int64_t b0 = int64_t(place.group / int(p.D)) * Row::kSequences;
   BackwardCells<S, Row> cells(p, place, b0);
-  BackwardRing<S, Row> ring(p, place, memory + p.plan.ring, b0);
+  BackwardRing<S, Row> ring(p, place, memory, b0);
   const int T = int(p.T);
   exchange.begin();
 
@@ -381,7 +378,7 @@ __device__ void run_backward(const PersistentBackward& p) {
     if (b0 >= p.B) break;
     __syncthreads();  // all are done with dz
     cells = BackwardCells<S, Row>(p, place, b0);
-    ring = BackwardRing<S, Row>(p, place, memory + p.plan.ring, b0);
+    ring = BackwardRing<S, Row>(p, place, memory, b0);
   }
   exchange.end();
 }

@@ -50,7 +50,7 @@ struct Turns {
   __device__ void turn() { incoming = outgoing(); }
   __device__ int phase() {
     const int now = phases & 1;
-    phases = __funnelshift_r(phases, phases, 1);
+    phases = phases >> 1 | phases << 31;
     return now;
   }
 };
@@ -137,7 +137,8 @@ template <class S, class Row>
 struct HExchange<S, Row, Exchange::cluster> : HBuffers<S, Row> {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   static constexpr int kCopies = kMaxCluster / kSharers<S>;  // that a lane sends, of a piece
-  uint32_t to, mbarrier;                                     // shared addresses, in the first buffer
+  // Shared addresses: of the first buffer, of its mbarrier, of the second one's. Pieces are at `at` of the second.
+  uint32_t to, mbarrier, other_mbarrier;
   int ranks, expected;  // CTAs from this lane's first on; bytes of a round
 
   template <class P>
@@ -145,10 +146,11 @@ struct HExchange<S, Row, Exchange::cluster> : HBuffers<S, Row> {
       : HBuffers<S, Row>(p, place, shared),
         to(shared_address(this->memory)),
         mbarrier(kept(to + this->bytes)),
+        other_mbarrier(kept(mbarrier + this->stride)),
         ranks(kept(p.plan.ctas - this->sharer)),
         expected(kept(h_bytes(p.plan.ctas * p.plan.blocks, Row::kSequences, sizeof(S)))) {
 #pragma unroll
-    for (int i = 0; i < Row::kCells; ++i) this->at[i] = kept(this->at[i] + to);
+    for (int i = 0; i < Row::kCells; ++i) this->at[i] = kept(this->at[i] + to + this->stride);
     mbarriers_init(mbarrier, this->stride);
     if (threadIdx.x == 0)
       for (int k = 0; k < 2; ++k) mbarrier_expect(mbarrier + k * this->stride, expected);
@@ -156,7 +158,7 @@ struct HExchange<S, Row, Exchange::cluster> : HBuffers<S, Row> {
   __device__ void begin() { cluster_barrier(); }
   __device__ void send(int i, S h) {
     const uint4 piece = gather(h, this->g);
-    const uint32_t address = this->at[i] + this->outgoing(), counter = mbarrier + this->outgoing();
+    const uint32_t address = this->at[i] - this->incoming, counter = other_mbarrier - this->incoming;  // outgoing()
 #pragma unroll
     for (int k = 0; k < kCopies; ++k) {
       const int rank = this->sharer + k * kSharers<S>;

@@ -135,9 +135,19 @@ struct Parts {
     return {sums[0][n].v[e], sums[0][n].v[2 + e], sums[1][n].v[e], sums[1][n].v[2 + e]};
   }
 
-  // z[i] += the whole sum of cell i. One barrier of the block's warps.
+  // Sums begin with the input parts z[i] of the lane's own cells; in the end z[i] has the whole sum of each. One barrier
+  // of the block's warps.
   template <class S>
-  __device__ void add(float (&z)[Row::kCells][Lstm::kGates], const Sums<S> (&sums)[2][Row::kEights]) const {
+  static __device__ void begin(Sums<S> (&sums)[2][Row::kEights], const float (&z)[Row::kCells][Lstm::kGates]) {
+    static_assert(Lstm::kAddsParts, "a cell that sees a gate's parts apart keeps z for itself");
+#pragma unroll
+    for (int i = 0; i < Row::kCells; ++i) {
+      const int n = i * Row::kSplits / 2, e = i * Row::kSplits % 2;
+      sums[0][n].v[e] = z[i][0], sums[0][n].v[2 + e] = z[i][1], sums[1][n].v[e] = z[i][2], sums[1][n].v[2 + e] = z[i][3];
+    }
+  }
+  template <class S>
+  __device__ void finish(float (&z)[Row::kCells][Lstm::kGates], const Sums<S> (&sums)[2][Row::kEights]) const {
     constexpr int kColumns = 2 * Row::kEights;
     if constexpr (Row::kSplits > 1) {
 #pragma unroll
@@ -149,7 +159,8 @@ struct Parts {
     }
 #pragma unroll
     for (int i = 0; i < Row::kCells; ++i) {
-      add(z[i], gates(sums, i * Row::kSplits));
+      const float4 own = gates(sums, i * Row::kSplits);
+      z[i][0] = own.x, z[i][1] = own.y, z[i][2] = own.z, z[i][3] = own.w;
 #pragma unroll
       for (int j = 0; j < Row::kSplits - 1; ++j) add(z[i], slot(i * Row::kSplits, j));
     }
@@ -174,7 +185,8 @@ struct GatesRing : Ring<S, Row::kStages, Row::template kStageBytes<S>> {
   int at;  // the lane's first value
 
   __device__ GatesRing(const PersistentForward& p, const ForwardPlace<S, Row>& place, char* shared, int64_t b0)
-      : Base(shared, place, p.access), at(kept((place.t * kBlock + place.g) * int(sizeof(S)))) {
+      : Base(shared, p.plan.ring, place, p.access),
+        at(kept(this->first + (place.t * kBlock + place.g) * int(sizeof(S)))) {
     const StepOrder order{int64_t(place.d), p.T};
     const int64_t t0 = order.forward(0);
     const int64_t stride = kept((order.after(t0) - t0) * p.B * p.D * Lstm::kGates * p.H * int(sizeof(S)));
@@ -192,13 +204,14 @@ struct GatesRing : Ring<S, Row::kStages, Row::template kStageBytes<S>> {
 
   // Into z, of step s; then the stage is filled anew.
   __device__ void take(float (&z)[Row::kCells][Lstm::kGates], int s) {
-    const S* const stage = reinterpret_cast<const S*>(this->memory + (at + this->acquire(s)));
+    const int stage = this->acquire(s);
+    const S* const values = reinterpret_cast<const S*>(this->memory + (at + stage));
 #pragma unroll
     for (int i = 0; i < Row::kCells; ++i)
 #pragma unroll
       for (int gate = 0; gate < Lstm::kGates; ++gate)
-        z[i][gate] = convert(stage[(i * Lstm::kGates + gate) * 4 * kBlock], 0.f);
-    this->release(s);
+        z[i][gate] = convert(values[(i * Lstm::kGates + gate) * 4 * kBlock], 0.f);
+    this->release(s, stage);
   }
 };
 
@@ -218,7 +231,7 @@ struct ForwardCells {
   __device__ ForwardCells(const PersistentForward& p, const ForwardPlace<S, Row>& place, int64_t b0)
       : saves(kept(int(p.gates != nullptr))) {
 #pragma unroll
-    for (int k = 0; k < Lstm::kGates; ++k) gate[k] = sizeof(S) == 4 ? k * p.H * 4 : kept(k * p.H * int(sizeof(S)));
+    for (int k = 0; k < Lstm::kGates; ++k) gate[k] = k == 0 ? 0 : kept(k * p.H * int(sizeof(S)));
     const StepOrder order{int64_t(place.d), p.T};
     const int64_t t0 = order.forward(0), row = (order.after(t0) - t0) * p.B * p.D * p.H;
     stride[0] = kept(row * int(sizeof(S)));
@@ -228,7 +241,7 @@ struct ForwardCells {
     for (int i = 0; i < N; ++i) {
       const int64_t b = b0 + place.sequence(i);
       const int length = length_of(p, b, place.unit);
-      activity[i] = {int(order.forward(order.first(length))), length};
+      activity[i] = {kept(int(order.forward(order.first(length)))), kept(length)};
       there[i] = kept(int(b < p.B && place.unit < p.H));
       const int64_t state = (place.d * p.B + b) * p.H + place.unit;
       h[i] = there[i] && p.h0 ? convert(factor<S>(load<S>(p.h0, state)), S()) : convert(0.f, S());
@@ -251,7 +264,7 @@ struct ForwardCells {
   // Results of step s, 0 where a sequence has no step; then on to the next.
   __device__ void store(int i, int s, const float (&z)[Lstm::kGates]) {
     if (there[i]) {
-      if (activity[i].at(s))
+      if (__builtin_expect(activity[i].at(s), true))
         write(i, h[i], z, c[i]);
       else
         write(i, S(), {}, 0.f);
@@ -317,7 +330,7 @@ __device__ void run_forward(const PersistentForward& p) {
   const int T = int(p.T);
   int64_t b0 = int64_t(place.group / int(p.D)) * Row::kSequences;
   ForwardCells<S, Row> cells(p, place, b0);
-  GatesRing<S, Row> ring(p, place, memory + p.plan.ring, b0);
+  GatesRing<S, Row> ring(p, place, memory, b0);
 
   for (;;) {
     __syncthreads();  // nobody uses the buffers any more
@@ -328,10 +341,11 @@ __device__ void run_forward(const PersistentForward& p) {
       float z[Row::kCells][Lstm::kGates];
       ring.take(z, s);
       Sums<S> sums[2][Row::kEights];
+      parts.begin(sums, z);
       if (s > 0) exchange.wait();
       const char* const h = exchange.memory + exchange.incoming;
       weights.multiply(sums, {h + columns[0], h + columns[1]}, p.full_float32);
-      parts.add(z, sums);
+      parts.finish(z, sums);
 #pragma unroll
       for (int i = 0; i < Row::kCells; ++i) {
         cells.step(i, s, z[i]);
@@ -346,7 +360,7 @@ __device__ void run_forward(const PersistentForward& p) {
     b0 += p.groups / p.D * Row::kSequences;
     if (b0 >= p.B) break;
     cells = ForwardCells<S, Row>(p, place, b0);
-    ring = GatesRing<S, Row>(p, place, memory + p.plan.ring, b0);
+    ring = GatesRing<S, Row>(p, place, memory, b0);
   }
   exchange.end();
 }

@@ -65,8 +65,21 @@ __device__ V kept(V x) {
 template <class S>
 struct CellMath {
   using Scalar = float;
-  static __device__ float sigmoid(float x) { return __fdividef(1.f, 1.f + __expf(-x)); }
-  static __device__ float tanh(float x) { return 1.f - __fdividef(2.f, 1.f + __expf(2.f * x)); }
+  static constexpr float kLog2E = 1.44269504f;
+  static __device__ float sigmoid(float x) { return reciprocal(1.f + exp2(-kLog2E * x)); }
+  static __device__ float tanh(float x) { return fmaf(-2.f, reciprocal(1.f + exp2(2.f * kLog2E * x)), 1.f); }
+
+ private:
+  static __device__ float exp2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+  }
+  static __device__ float reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+  }
 };
 template <>
 struct CellMath<float> : Math<float> {};
@@ -119,20 +132,23 @@ template <class S, int kStages, int kStage>
 struct Ring {
   static constexpr int kPieces = kStage / kPiece, kOfLane = int(divide_up(kPieces, kWarp));
   char* memory;
-  int to;  // where the lane's first piece goes, in the first stage
+  int first, to;  // offsets of the warp's first stage, and of where the lane's first piece goes there
   const char* from[kOfLane];
   int64_t stride[kOfLane];  // bytes from step to step
   int valid[kOfLane];       // bytes of the piece that exist
   int until[kOfLane];       // steps that have it
   int access;
 
-  __device__ Ring(char* shared, const Place& place, int access)
-      : memory(shared + place.warp * kStages * kStage), to(kept(place.lane * kPiece)), access(access) {}
+  __device__ Ring(char* shared, int ring, const Place& place, int access)
+      : memory(shared),
+        first(ring + place.warp * kStages * kStage),
+        to(kept(first + place.lane * kPiece)),
+        access(access) {}
 
   // The lane's j-th piece is piece id() of a stage.
   static __device__ int id(int lane, int j) { return lane + j * kWarp; }
-  __device__ void set(int j, const void* first, int64_t bytes, int64_t exist, int steps) {
-    from[j] = kept(static_cast<const char*>(first));
+  __device__ void set(int j, const void* piece, int64_t bytes, int64_t exist, int steps) {
+    from[j] = kept(static_cast<const char*>(piece));
     stride[j] = bytes;
     valid[j] = int(min(int64_t(kPiece), max(int64_t(0), exist)));
     until[j] = kept(valid[j] > 0 ? steps : 0);
@@ -141,39 +157,39 @@ struct Ring {
   __device__ void begin() {
 #pragma unroll
     for (int j = 0; j < kOfLane; ++j)
-      if (to / kPiece + j * kWarp < kPieces) {
+      if (id((to - first) / kPiece, j) < kPieces) {
 #pragma unroll 1
         for (int s = 0; s < kStages; ++s)
           *reinterpret_cast<uint4*>(memory + (to + s * kStage + j * kWarp * kPiece)) = {0, 0, 0, 0};
       }
     __syncwarp();
 #pragma unroll 1
-    for (int s = 0; s < kStages; ++s) fetch(s);
+    for (int s = 0; s < kStages; ++s) fetch(s, s * kStage);
   }
-  __device__ void fetch(int s) {
-    char* const stage = memory + (to + s % kStages * kStage);
+  __device__ void fetch(int s, int stage) {
+    char* const stage_memory = memory + (to + stage);
 #pragma unroll
     for (int j = 0; j < kOfLane; ++j) {
       if (s < until[j]) {
         if (access == kPiece)
-          copy_async<kPiece>(stage + j * kWarp * kPiece, from[j]);
+          copy_async<kPiece>(stage_memory + j * kWarp * kPiece, from[j]);
         else
-          copy_parts<S>(stage + j * kWarp * kPiece, from[j], valid[j], access);
+          copy_parts<S>(stage_memory + j * kWarp * kPiece, from[j], valid[j], access);
       }
       from[j] += stride[j];
     }
     commit_copies();
   }
 
-  // The stage of step s, when it is there; release() lets it be filled anew.
+  // The offset of step s's stage, when it is there; release() lets it be filled anew.
   __device__ int acquire(int s) const {
     wait_for_copies<kStages - 1>();
     __syncwarp();
     return s % kStages * kStage;
   }
-  __device__ void release(int s) {
+  __device__ void release(int s, int stage) {
     __syncwarp();
-    fetch(s + kStages);
+    fetch(s + kStages, stage);
   }
 };
 
