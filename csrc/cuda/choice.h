@@ -67,6 +67,7 @@ constexpr double kFloat32 = 400;
 constexpr double kCta = 60;                                             // the exchange: a barrier
 constexpr double kCluster = 640, kClusterCta = 6, kClusterByte = 0.06;  // of each CTA, of each byte to each CTA
 constexpr double kGrid = 3500, kGridBytes = 40;                         // bytes a tick that a CTA fetches
+constexpr double kClear = 1.1;                                          // a difference that is more than its error
 constexpr double kStepwise = 20 * 1980.;                                // a GEMM and a cell kernel: their launches
 constexpr double kGemm[2] = {300e6 / 1980, 25e6 / 1980};                // multiply-adds a tick: 16 bits, float32
 inline double ticks_of_us(const Gpu& gpu) { return gpu.capability >= 90 ? 1980 : 1500; }
@@ -85,13 +86,18 @@ inline double products_ticks(int size, double mma, int warps, double shared_byte
   return size == 4 ? model::kOverlapFloat32 * ticks + model::kFloat32 : model::kOverlap * ticks;
 }
 
+// A step of each of a CTA's groups: with two, one is computed while what the other has sent is under way.
+inline double in_turns(int turns, double exchange, double computing) {
+  return std::max(turns * computing, computing + exchange);
+}
+
 inline double step_ticks(int size, const ForwardPlan& plan) {
   const ForwardRow& row = row_of(size, plan);
   const double mma = 2. * plan.steps * row.eights * (size == 4 ? 3 : 1);
   const double shared = plan.warps * (plan.memory_steps * 2. * kFragment + plan.steps * row.eights * 256.);
   const double own = h_bytes(plan.blocks, row.sequences(), size);
-  return model::kForward + exchange_ticks(plan.exchange, plan.ctas, own, own * plan.ctas) +
-         products_ticks(size, mma, plan.warps, shared);
+  return in_turns(row.turns, exchange_ticks(plan.exchange, plan.ctas, own, own * plan.ctas),
+                  model::kForward + products_ticks(size, mma, plan.warps, shared));
 }
 
 inline double step_ticks(int size, const BackwardPlan& plan) {
@@ -100,8 +106,8 @@ inline double step_ticks(int size, const BackwardPlan& plan) {
   const double received = received_bytes(plan.ctas * row.splits, row.own_tiles(size), row.eights);
   const double shared =
       plan.warps * (row.memory_fragments() * double(kFragment) + row.steps * row.eights * 256.) + received;
-  return model::kBackward + exchange_ticks(plan.exchange, plan.ctas, received / plan.ctas, received) +
-         products_ticks(size, mma, plan.warps, shared);
+  return in_turns(row.turns, exchange_ticks(plan.exchange, plan.ctas, received / plan.ctas, received),
+                  model::kBackward + products_ticks(size, mma, plan.warps, shared));
 }
 
 // Groups of CTAs that run at once, by shared memory and threads alone; clusters leave some multiprocessors idle.
@@ -117,7 +123,7 @@ int64_t groups_at_once(const Layer& layer, const Gpu& gpu, int ctas_of_multiproc
 template <class Plan>
 double all_ticks(const Layer& layer, const Gpu& gpu, int ctas_of_multiprocessor, const Plan& plan) {
   const int size = size_of(layer.dtype);
-  const int64_t groups = layer.D * divide_up(layer.B, row_of(size, plan).sequences());
+  const int64_t groups = layer.D * divide_up(layer.B, row_of(size, plan).batch());
   return double(divide_up(groups, groups_at_once(layer, gpu, ctas_of_multiprocessor, plan))) * step_ticks(size, plan);
 }
 
@@ -162,7 +168,11 @@ Choice best_of(Algorithm algorithm, const Layer& layer, const Gpu& gpu, Fits fit
   const auto take = [&](auto& best_plan, double& best_ticks, const auto& plan, int ctas_of_multiprocessor) {
     if (!fits_gpu(layer, gpu, plan)) return;
     const double ticks = all_ticks(layer, gpu, ctas_of_multiprocessor, plan);
-    if ((best_ticks == 0 || ticks < best_ticks) && fits(plan)) best_plan = plan, best_ticks = ticks;
+    // Where the model sees no clear difference, fewer CTAs leave multiprocessors to others.
+    const double handicap = plan.ctas < best_plan.ctas   ? model::kClear
+                            : plan.ctas > best_plan.ctas ? 1 / model::kClear
+                                                         : 1;
+    if ((best_ticks == 0 || ticks < best_ticks * handicap) && fits(plan)) best_plan = plan, best_ticks = ticks;
   };
   for_each_row(size == 2 ? kForwardRows16 : kForwardRows32, size, [&](int k, const ForwardEntry& entry) {
     if (entry.exchange != exchange) return;

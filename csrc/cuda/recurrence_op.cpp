@@ -122,30 +122,31 @@ bool full_float32(DType dtype) {
 
 // What goes from CTA to CTA through global memory, with the groups' counters before it.
 template <class Params>
-Tensor grid_exchange(Params& p, int64_t bytes, const at::TensorOptions& options, cudaStream_t stream) {
+Tensor grid_exchange(Params& p, int turns, int64_t bytes, const at::TensorOptions& options, cudaStream_t stream) {
   if (p.plan.exchange != Exchange::grid) return {};
-  const int64_t counters = p.groups * int64_t(kCounter);
-  Tensor memory = at::empty({counters + p.groups * 2 * bytes}, options.dtype(at::kByte));
+  const int64_t groups = int64_t(p.groups) * turns, counters = groups * kCounter;
+  Tensor memory = at::empty({counters + groups * 2 * bytes}, options.dtype(at::kByte));
   auto* base = static_cast<char*>(memory.mutable_data_ptr());
   C10_CUDA_CHECK(cudaMemsetAsync(base, 0, size_t(counters), stream));
   p.grid = {base + counters, reinterpret_cast<unsigned*>(base), int(bytes)};
   return memory;
 }
 
-int groups_of(const RecurrenceSizes& sizes, Exchange exchange, int sequences, int64_t resident) {
-  const int64_t wanted = sizes.D * divide_up(sizes.B, sequences);
+int groups_of(const RecurrenceSizes& sizes, Exchange exchange, int batch, int64_t resident) {
+  const int64_t wanted = sizes.D * divide_up(sizes.B, batch);
   return int(exchange == Exchange::grid ? std::min(wanted, resident) : wanted);
 }
 
 void run_forward(birnn::Forward& call, const Run& run, cudaStream_t stream) {
   const int size = int(call.y.element_size());
   PersistentForward p{call.params, run.choice.forward};
-  const int sequences = row_of(size, p.plan).sequences();
-  p.groups = groups_of(p, p.plan.exchange, sequences, run.forward_groups);
+  const ForwardRow& row = row_of(size, p.plan);
+  p.groups = groups_of(p, p.plan.exchange, row.batch(), run.forward_groups);
   p.access = access_of({p.gates_x}, {p.H * size});
   p.weights_aligned = access_of({p.w_hh[0], p.w_hh[1]}, {p.H * size}) >= 8;
   p.full_float32 = full_float32(call.dtype);
-  const Tensor memory = grid_exchange(p, h_stride(p.plan.h_blocks, sequences, size), call.y.options(), stream);
+  const Tensor memory =
+      grid_exchange(p, row.turns, h_stride(p.plan.h_blocks, row.sequences(), size), call.y.options(), stream);
   C10_CUDA_CHECK(persistent_forward(call.dtype, p, stream));
 }
 
@@ -153,11 +154,11 @@ void run_backward(birnn::Backward& call, const Run& run, cudaStream_t stream) {
   const int size = int(call.d_gates_x.element_size());
   PersistentBackward p{call.params, run.choice.backward};
   const BackwardRow& row = row_of(size, p.plan);
-  p.groups = groups_of(p, p.plan.exchange, row.sequences(), run.backward_groups);
+  p.groups = groups_of(p, p.plan.exchange, row.batch(), run.backward_groups);
   p.access = access_of({p.gates, p.cells, p.dy}, {p.H * size, p.dy_stride_t * size, p.dy_stride_b * size});
   p.full_float32 = full_float32(call.dtype);
   const int64_t bytes = p.plan.ctas * received_bytes(p.plan.ctas * row.splits, row.own_tiles(size), row.eights);
-  const Tensor memory = grid_exchange(p, bytes, call.d_gates_x.options(), stream);
+  const Tensor memory = grid_exchange(p, row.turns, bytes, call.d_gates_x.options(), stream);
   C10_CUDA_CHECK(persistent_backward(call.dtype, p, stream));
 }
 

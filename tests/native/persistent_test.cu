@@ -2,7 +2,7 @@
 //   rows      every kernel of the tables once, against the cell's equations in double precision
 //   steps     one pass each way; built with -DBIRNN_WITHOUT_BARRIER, which drops the barriers between steps, a race
 //             detector must report it
-//   turns     grid with fewer groups than there are: the same results, bit by bit, as with all at once
+//   passes    grid with fewer groups than there are: the same results, bit by bit, as with all at once
 //   resident  how many CTAs of a multiprocessor, and clusters, the device can run of what was compiled
 // tests/test_cuda_persistent.py runs them.
 #include <cuda_bf16.h>
@@ -101,8 +101,8 @@ struct Layer {
 
   // The groups of CTAs that a plan has: all, or `most`.
   template <class Params>
-  void place(Params& p, int sequences, int most, int64_t bytes) const {
-    p.groups = int(n.D * divide_up(n.B, sequences));
+  void place(Params& p, int turns, int sequences, int most, int64_t bytes) const {
+    p.groups = int(n.D * divide_up(n.B, turns * sequences));
     if (most && p.groups > most) p.groups = most;
     p.access = kPiece;
     while (n.H * kSize % p.access) p.access /= 2;
@@ -110,9 +110,10 @@ struct Layer {
     p.lengths = device_lengths;
     for (int d = 0; d < n.D; ++d) p.w_hh[d] = w_hh.device + d * kGates * n.H * n.H;
     if (p.plan.exchange != Exchange::grid) return;
-    check(cudaMalloc(&p.grid.buffers, p.groups * 2 * bytes), "cudaMalloc");
-    check(cudaMalloc(&p.grid.arrivals, p.groups * kCounter), "cudaMalloc");
-    check(cudaMemset(p.grid.arrivals, 0, p.groups * kCounter), "cudaMemset");
+    const int64_t groups = int64_t(p.groups) * turns;
+    check(cudaMalloc(&p.grid.buffers, groups * 2 * bytes), "cudaMalloc");
+    check(cudaMalloc(&p.grid.arrivals, groups * kCounter), "cudaMalloc");
+    check(cudaMemset(p.grid.arrivals, 0, groups * kCounter), "cudaMemset");
     p.grid.bytes = int(bytes);
   }
 
@@ -126,8 +127,9 @@ struct Layer {
     f.y = y.device, f.h_n = h_n.device, f.c_n = c_n.device, f.gates = gates.device, f.cells = cells.device;
     f.plan = forward;
     f.weights_aligned = n.H * kSize % 8 == 0;
-    const int sequences = row_of(kSize, forward).sequences();
-    place(f, sequences, most_groups, h_stride(forward.h_blocks, sequences, kSize));
+    const ForwardRow& forward_row = row_of(kSize, forward);
+    const int sequences = forward_row.sequences();
+    place(f, forward_row.turns, sequences, most_groups, h_stride(forward.h_blocks, sequences, kSize));
     check(persistent_forward(dtype, f, nullptr), "forward");
     check(cudaDeviceSynchronize(), "forward");
 
@@ -139,7 +141,7 @@ struct Layer {
     b.dh_n = dh_n.device, b.dc_n = dc_n.device, b.d_gates_x = d_gates_x.device, b.dh0 = dh0.device, b.dc0 = dc0.device;
     b.plan = backward;
     const BackwardRow& row = row_of(kSize, backward);
-    place(b, row.sequences(), most_groups,
+    place(b, row.turns, row.sequences(), most_groups,
           int64_t(backward.ctas) * received_bytes(backward.ctas * row.splits, row.own_tiles(kSize), row.eights));
     check(persistent_backward(dtype, b, nullptr), "backward");
     check(cudaDeviceSynchronize(), "backward");
@@ -273,7 +275,8 @@ bool rows(DType dtype, const Device& device, int pick) {
       const ForwardPlan f = some_forward(device, kSize, H, fx, has_f ? k : -1, H % 2 == 0);
       const BackwardPlan b = some_backward(device, kSize, H, bx, has_b ? k : -1);
       if (f.row < 0 || b.row < 0) continue;
-      Layer<S> layer(dtype, 4, 11, 2, H, H % 3 == 0);
+      const int64_t B = row_of(kSize, f).batch() > 16 || row_of(kSize, b).batch() > 16 ? 19 : 11;
+      Layer<S> layer(dtype, 4, B, 2, H, H % 3 == 0);
       layer.run(f, b);
       double largest[2];
       layer.errors(largest);
@@ -287,21 +290,26 @@ bool rows(DType dtype, const Device& device, int pick) {
 }
 
 template <class S>
-bool turns(DType dtype, const Device& device) {
+bool passes(DType dtype, const Device& device) {
+  constexpr int kSize = sizeof(S);
   bool good = true;
-  for (int64_t T = 1; T <= 4; ++T) {
-    Layer<S> layer(dtype, T, 40, 2, 48, false);
-    const ForwardPlan f = some_forward(device, sizeof(S), 48, Exchange::grid);
-    const BackwardPlan b = some_backward(device, sizeof(S), 48, Exchange::grid);
-    layer.run(f, b);
-    const auto expected = layer.results;
-    for (const int groups : {2, 4}) {
-      layer.run(f, b, groups);
-      const bool same = layer.results == expected;
-      std::printf("%d bytes, T %d, %d groups: %s\n", int(sizeof(S)), int(T), groups, same ? "the same" : "DIFFERENT");
-      good = good && same;
+  for (int k = 0; k < kForwardCounts[kSize == 4]; ++k)
+    for (int64_t T = 1; T <= 4; ++T) {
+      const ForwardPlan f = some_forward(device, kSize, 48, Exchange::grid, k);
+      BackwardPlan b = some_backward(device, kSize, 48, Exchange::grid, k % kBackwardCounts[kSize == 4]);
+      if (f.row < 0) break;
+      if (b.row < 0) b = some_backward(device, kSize, 48, Exchange::grid);
+      Layer<S> layer(dtype, T, 70, 2, 48, false);
+      layer.run(f, b);
+      const auto expected = layer.results;
+      for (const int groups : {2, 4}) {
+        layer.run(f, b, groups);
+        const bool same = layer.results == expected;
+        std::printf("%d bytes, forward row %d, backward row %d, T %d, %d groups: %s\n", kSize, f.row, b.row, int(T),
+                    groups, same ? "the same" : "DIFFERENT");
+        good = good && same;
+      }
     }
-  }
   return good;
 }
 
@@ -321,9 +329,9 @@ int main(int argc, char** argv) {
     layer.run(some_forward(device, 4, 64, Exchange::cta), some_backward(device, 4, 64, Exchange::cta));
     return 0;
   }
-  if (what == "turns") {
-    const bool good[] = {turns<float>(DType::f32, device), turns<__half>(DType::f16, device),
-                         turns<__nv_bfloat16>(DType::bf16, device)};
+  if (what == "passes") {
+    const bool good[] = {passes<float>(DType::f32, device), passes<__half>(DType::f16, device),
+                         passes<__nv_bfloat16>(DType::bf16, device)};
     return good[0] && good[1] && good[2] ? 0 : 1;
   }
   if (what == "resident") {
@@ -331,6 +339,6 @@ int main(int argc, char** argv) {
       std::printf("%s %d\n", name, resident(DType::f32, some_forward(Device(), 4, 64, exchange)));
     return 0;
   }
-  std::printf("usage: %s rows [ROW]|steps|turns|resident\n", argv[0]);
+  std::printf("usage: %s rows [ROW]|steps|passes|resident\n", argv[0]);
   return 2;
 }

@@ -11,12 +11,13 @@
 
 namespace birnn::cuda {
 
-template <Exchange exchange, int eights, int cells, int splits, int steps, int tiles, int resident, int warps,
-          int stages, int ctas, bool ahead>
+template <Exchange exchange, int eights, int turns, int cells, int splits, int steps, int tiles, int resident,
+          int warps, int stages, int ctas, bool ahead>
 struct BackwardTraits {  // BackwardRow, as a type
-  static constexpr BackwardRow kRow{eights, cells, splits, steps, tiles, resident, warps, stages, ctas, ahead};
+  static constexpr BackwardRow kRow{eights, turns, cells, splits, steps, tiles, resident, warps, stages, ctas, ahead};
   static constexpr Exchange kExchange = exchange;
-  static constexpr int kEights = eights, kCells = cells, kSplits = splits, kSteps = steps, kTilesOfWarp = tiles;
+  static constexpr int kEights = eights, kTurns = turns, kCells = cells, kSplits = splits, kSteps = steps,
+                       kTilesOfWarp = tiles;
   static constexpr int kResident = resident, kInMemory = kRow.memory_fragments();
   static constexpr int kWarps = warps, kStages = stages, kCtas = ctas, kSequences = kRow.sequences();
   static constexpr bool kAhead = ahead;
@@ -54,8 +55,7 @@ struct BackwardWeights {
   static constexpr int kFragments = Row::kTilesOfWarp * Row::kSteps;
   static constexpr int kStride = Row::kWarps / Row::kSplits;  // from a warp's tile to its next
   // Tiles whose sums are made at once, with one read of a step's columns; a single one has two sums, for mma's latency.
-  // There are fewer registers where there are more warps.
-  static constexpr int kMost = (sizeof(S) == 4 || Row::kWarps > 8 ? 2 : 4) / (Row::kEights > 1 ? 2 : 1);
+  static constexpr int kMost = (sizeof(S) == 4 ? 2 : 4) / (Row::kEights > 1 ? 2 : 1);
   static constexpr int kAtOnce = Row::kTilesOfWarp < kMost ? Row::kTilesOfWarp : kMost;
   static constexpr int kChains = sizeof(S) == 2 && kAtOnce == 1 && Row::kEights == 1 ? 2 : 1;
   static_assert(Row::kTilesOfWarp % kAtOnce == 0 || Row::kTilesOfWarp < kMost, "tiles");
@@ -166,15 +166,16 @@ struct BackwardWeights {
 // What comes from memory for a step of a warp's cells: a stage is [cell]{gates [4], dy, cells}, each [two sequences][16
 // units]. The cells are those before the step, in the direction's order.
 template <class S, class Row>
-struct BackwardRing : Ring<S, Row::kStages, Row::template kStageBytes<S>> {
-  using Base = Ring<S, Row::kStages, Row::template kStageBytes<S>>;
-  static constexpr int kCell = Row::template kStageBytes<S> / Row::kCells;                            // bytes
+struct BackwardRing : Ring<S, Row> {
+  using Base = Ring<S, Row>;
+  static constexpr int kCell = Row::template kStageBytes<S> / Row::kCells;  // bytes
   static constexpr int kGates = Lstm::kGates * 2 * kTile * int(sizeof(S)), kDy = kGates / Lstm::kGates;
   int at;  // the lane's first value, and its cell before the step
   int cell_at;
 
-  __device__ BackwardRing(const PersistentBackward& p, const BackwardPlace<S, Row>& place, char* shared, int64_t b0)
-      : Base(shared, p.plan.ring, place, p.access) {
+  __device__ BackwardRing(const PersistentBackward& p, const BackwardPlace<S, Row>& place, char* shared, int turn,
+                          int64_t b0)
+      : Base(shared, p.plan.ring, p.plan.warps, turn, place, p.access) {
     const int value = place.octet % 2 * kTile + place.octet / 2 * 8 + place.row;
     at = kept(this->first + value * int(sizeof(S)));
     cell_at = kept(this->first + kGates + kDy + value * int(sizeof(float)));
@@ -207,7 +208,7 @@ struct BackwardRing : Ring<S, Row::kStages, Row::template kStageBytes<S>> {
       this->set(j, rows + (first + unit) * size, kept(dt * step * size), exists ? (p.H - unit) * size : 0,
                 int(p.T) - is_cell);
     }
-    this->begin();
+    this->clear();
   }
 
   struct Input {
@@ -333,63 +334,99 @@ __device__ float whole_sum(const Exchange& exchange, const BackwardPlace<S, Row>
   return (odd ? odd_sequence : even_sequence) + __shfl_xor_sync(~0u, odd ? even_sequence : odd_sequence, 8);
 }
 
+// What a group of sequences has for itself, and its step.
 template <class S, class Row>
-__device__ void run_backward(const PersistentBackward& p) {
+struct BackwardGroup {
+  static constexpr int kDz = dz_bytes(Row::kSteps * Row::kSplits, Row::kSequences);
+  PartsExchange<S, Row, Row::kExchange>& exchange;
+  int64_t b0;  // its first sequence
+  BackwardCells<S, Row> cells;
+  BackwardRing<S, Row> ring;
+
+  __device__ BackwardGroup(const PersistentBackward& p, const BackwardPlace<S, Row>& place, char* memory, int turn,
+                           int64_t b0, PartsExchange<S, Row, Row::kExchange>& exchange)
+      : exchange(exchange),
+        b0(b0 + turn * Row::kSequences),
+        cells(p, place, this->b0),
+        ring(p, place, memory, turn, this->b0) {}
+
+  // Two buffers of dz are enough: who writes one has passed the barrier after the other was written, before which
+  // everybody was done with this one.
+  __device__ void step(const PersistentBackward& p, const BackwardPlace<S, Row>& place,
+                       const BackwardWeights<S, Row>& weights, char* memory, int turn, int s, int T) {
+    const int dz = exchange.kBuffers == 1 ? 0 : (Row::kTurns == 1 ? s & 1 : turn) * kDz;  // the buffer
+    typename BackwardRing<S, Row>::Input x[Row::kCells];
+    ring.take(x, s);
+    if (s > 0) exchange.wait();
+#pragma unroll
+    for (int i = 0; i < Row::kCells; ++i) {
+      cells.step(p, place, b0, i, s, x[i], s > 0 ? whole_sum<S, Row>(exchange, place, i) : 0.f);
+      *reinterpret_cast<Packed<S>*>(memory + (cells.dz_at[i] + dz)) = cells.dz[i];
+    }
+#if !defined(BIRNN_WITHOUT_BARRIER)  // to see that a test would notice
+    __syncthreads();
+#endif
+    if (s + 1 < T || p.dh0) {
+      weights.multiply(memory + dz, exchange, p.full_float32);
+      exchange.sent();
+    }
+#pragma unroll
+    for (int i = 0; i < Row::kCells; ++i) cells.store(i, s);
+  }
+
+  __device__ void store_states(const PersistentBackward& p, const BackwardPlace<S, Row>& place) {
+    exchange.wait();
+#pragma unroll
+    for (int i = 0; i < Row::kCells; ++i) cells.store_states(p, place, b0, i, whole_sum<S, Row>(exchange, place, i));
+  }
+};
+
+template <class S, class Row, int... kTurn>
+__device__ void run_backward(const PersistentBackward& p, std::integer_sequence<int, kTurn...>) {
   extern __shared__ __align__(128) char memory[];
-  constexpr int kCells = Row::kCells;
-  constexpr int kDz = dz_bytes(Row::kSteps * Row::kSplits, Row::kSequences);
   const BackwardPlace<S, Row> place(p);
   const BackwardWeights<S, Row> weights(p, place, memory);
-  PartsExchange<S, Row, Row::kExchange> exchange(p, place, memory);
-  int64_t b0 = int64_t(place.group / int(p.D)) * Row::kSequences;
-  BackwardCells<S, Row> cells(p, place, b0);
-  BackwardRing<S, Row> ring(p, place, memory, b0);
+  PartsExchange<S, Row, Row::kExchange> exchanges[] = {
+      PartsExchange<S, Row, Row::kExchange>(p, place, memory, kTurn)...};
   const int T = int(p.T);
-  exchange.begin();
+  Passes<Row> passes(p, place);
+#pragma unroll
+  for (int turn = 0; turn < Row::kTurns; ++turn) exchanges[turn].begin();
 
-  for (;;) {
+  do {
+    BackwardGroup<S, Row> groups[] = {BackwardGroup<S, Row>(p, place, memory, kTurn, passes.b0, exchanges[kTurn])...};
+    fill_rings(groups);
     for (int s = 0; s < T; ++s) {
-      const int dz = exchange.kBuffers == 1 ? 0 : (s & 1) * kDz;  // the buffer
-      typename BackwardRing<S, Row>::Input x[kCells];
-      ring.take(x, s);
-      if (s > 0) exchange.wait();
 #pragma unroll
-      for (int i = 0; i < kCells; ++i) {
-        cells.step(p, place, b0, i, s, x[i], s > 0 ? whole_sum<S, Row>(exchange, place, i) : 0.f);
-        *reinterpret_cast<Packed<S>*>(memory + (cells.dz_at[i] + dz)) = cells.dz[i];
-      }
-#if !defined(BIRNN_WITHOUT_BARRIER)  // to see that a test would notice
-      __syncthreads();
-#endif
-      if (s + 1 < T || p.dh0) {
-        weights.multiply(memory + dz, exchange, p.full_float32);
-        exchange.sent();
-      }
-#pragma unroll
-      for (int i = 0; i < kCells; ++i) cells.store(i, s);
+      for (int turn = 0; turn < Row::kTurns; ++turn) groups[turn].step(p, place, weights, memory, turn, s, T);
     }
-    if (p.dh0) {
-      exchange.wait();
+    if (p.dh0)
 #pragma unroll
-      for (int i = 0; i < kCells; ++i) cells.store_states(p, place, b0, i, whole_sum<S, Row>(exchange, place, i));
-    }
-    if (Row::kExchange != Exchange::grid) break;  // there are CTAs for all groups
-    b0 += p.groups / p.D * Row::kSequences;
-    if (b0 >= p.B) break;
+      for (int turn = 0; turn < Row::kTurns; ++turn) groups[turn].store_states(p, place);
     __syncthreads();  // all are done with dz
-    cells = BackwardCells<S, Row>(p, place, b0);
-    ring = BackwardRing<S, Row>(p, place, memory, b0);
-  }
-  exchange.end();
+  } while (passes.next());
+  exchanges[0].end();
 }
 
 template <class S, class Row>
 __global__ void __launch_bounds__(Row::kWarps* kWarp, Row::kCtas)
     backward_kernel(const __grid_constant__ PersistentBackward p) {
   if constexpr (kCanRun<Row::kExchange>)
-    run_backward<S, Row>(p);
+    run_backward<S, Row>(p, std::make_integer_sequence<int, Row::kTurns>());
   else
     __trap();  // not launched: persistent_resident() finds none
 }
 
 }  // namespace birnn::cuda
+
+// The kernels of a table's rows, in the order of the rows. Each type has a file, as they take long to compile.
+#define BIRNN_BACKWARD_KERNEL(exchange, ...) \
+  reinterpret_cast<const void*>(             \
+      birnn::cuda::backward_kernel<Scalar, birnn::cuda::BackwardTraits<Exchange::exchange, __VA_ARGS__>>),
+#define BIRNN_BACKWARD_KERNELS(S, ROWS)                                 \
+  template <>                                                           \
+  const void* birnn::cuda::backward_kernel_of<S>(int row) {             \
+    using Scalar = S;                                                   \
+    static const void* const kernels[] = {ROWS(BIRNN_BACKWARD_KERNEL)}; \
+    return kernels[row];                                                \
+  }

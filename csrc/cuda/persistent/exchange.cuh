@@ -41,8 +41,8 @@ struct Arrivals {
 
 // Two buffers take turns: one is read while the other is filled, in the next round.
 struct Turns {
-  int stride;                     // bytes from the first to the second
-  int incoming = 0;               // offset of the one that is read
+  int stride;                    // bytes from the first to the second
+  int incoming = 0;              // offset of the one that is read
   uint32_t phases = 0xcccccccc;  // of mbarriers, in the rounds to come: each buffer's alternates, as it is filled
 
   __device__ explicit Turns(int stride) : stride(kept(stride)) {}
@@ -95,9 +95,9 @@ struct HBuffers : Turns {
   int g, sharer;  // which of its piece's lanes this one is
 
   template <class P>
-  __device__ HBuffers(const PersistentForward& p, const P& place, char* shared)
+  __device__ HBuffers(const PersistentForward& p, const P& place, char* shared, int turn)
       : Turns(h_stride(p.plan.h_blocks, Row::kSequences, sizeof(S))),
-        memory(shared + p.plan.h),
+        memory(shared + p.plan.h + turn * 2 * stride),
         bytes(stride - kPiece),
         g(place.g),
         sharer(kept(place.g % kSharers<S>)) {
@@ -142,8 +142,8 @@ struct HExchange<S, Row, Exchange::cluster> : HBuffers<S, Row> {
   int ranks, expected;  // CTAs from this lane's first on; bytes of a round
 
   template <class P>
-  __device__ HExchange(const PersistentForward& p, const P& place, char* shared)
-      : HBuffers<S, Row>(p, place, shared),
+  __device__ HExchange(const PersistentForward& p, const P& place, char* shared, int turn)
+      : HBuffers<S, Row>(p, place, shared, turn),
         to(shared_address(this->memory)),
         mbarrier(kept(to + this->bytes)),
         other_mbarrier(kept(mbarrier + this->stride)),
@@ -185,10 +185,10 @@ struct HExchange<S, Row, Exchange::grid> : HBuffers<S, Row> {
   int round = 0;
 
   template <class P>
-  __device__ HExchange(const PersistentForward& p, const P& place, char* shared)
-      : HBuffers<S, Row>(p, place, shared),
-        arrivals(p.grid, place.group, p.plan.ctas),
-        grid(p.grid.buffers + int64_t(place.group) * 2 * this->stride),
+  __device__ HExchange(const PersistentForward& p, const P& place, char* shared, int turn)
+      : HBuffers<S, Row>(p, place, shared, turn),
+        arrivals(p.grid, place.group * Row::kTurns + turn, p.plan.ctas),
+        grid(p.grid.buffers + (int64_t(place.group) * Row::kTurns + turn) * 2 * this->stride),
         filled(kept(h_bytes(p.plan.ctas * p.plan.blocks, Row::kSequences, sizeof(S)))),
         to(kept(shared_address(this->memory))),
         mbarrier(kept(to + this->bytes)) {
@@ -270,7 +270,8 @@ struct PartSlots {
   }
 };
 
-// All functions send() take a tile by the distance of its owner from that of the warp's first, and an eight of sequences.
+// All functions send() take a tile by the distance of its owner from that of the warp's first, and an eight of
+// sequences.
 template <class S, class Row, Exchange kExchange>
 struct PartsExchange;
 
@@ -280,8 +281,9 @@ struct PartsExchange<S, Row, Exchange::cta> : PartSlots<S, Row> {
   char* memory;
 
   template <class P>
-  __device__ PartsExchange(const PersistentBackward& p, const P& place, char* shared)
+  __device__ PartsExchange(const PersistentBackward& p, const P& place, char* shared, int turn)
       : PartSlots<S, Row>(p, place), memory(shared + p.plan.received) {
+    static_assert(Row::kTurns == 1, "nothing is under way from CTA to CTA");
     const int bytes = received_bytes(this->sources, this->kTiles, Row::kEights);
     for (int k = threadIdx.x; k < bytes / kPiece; k += blockDim.x)  // no part comes of padding
       reinterpret_cast<uint4*>(memory)[k] = {0, 0, 0, 0};
@@ -307,10 +309,10 @@ struct PartsExchange<S, Row, Exchange::cluster> : PartSlots<S, Row>, Turns {
   int expected;
 
   template <class P>
-  __device__ PartsExchange(const PersistentBackward& p, const P& place, char* shared)
+  __device__ PartsExchange(const PersistentBackward& p, const P& place, char* shared, int turn)
       : PartSlots<S, Row>(p, place),
         Turns(received_stride(this->sources, this->kTiles, Row::kEights)),
-        memory(shared + p.plan.received),
+        memory(shared + p.plan.received + turn * 2 * stride),
         mbarrier(kept(shared_address(memory) + stride - kPiece)),
         expected(kept(this->sources * Row::kEights * kFragment *
                       min(this->kTiles, p.plan.tiles - place.rank * this->kTiles))) {
@@ -351,11 +353,11 @@ struct PartsExchange<S, Row, Exchange::grid> : PartSlots<S, Row>, Turns {
   int round = 0;
 
   template <class P>
-  __device__ PartsExchange(const PersistentBackward& p, const P& place, char*)
+  __device__ PartsExchange(const PersistentBackward& p, const P& place, char*, int turn)
       : PartSlots<S, Row>(p, place),
         Turns(p.grid.bytes),
-        arrivals(p.grid, place.group, p.plan.ctas),
-        grid(p.grid.buffers + int64_t(place.group) * 2 * p.grid.bytes),
+        arrivals(p.grid, place.group * Row::kTurns + turn, p.plan.ctas),
+        grid(p.grid.buffers + (int64_t(place.group) * Row::kTurns + turn) * 2 * p.grid.bytes),
         owned(kept(this->sources * this->kSource)) {
     this->slot = kept(this->slot + this->owner * owned);
 #pragma unroll

@@ -13,11 +13,13 @@ namespace birnn::cuda {
 // Where a warp's work lies: block of units, split of the sum, and the cells of its lanes. Columns of the products are
 // in an order in which a warp's own come first, whichever its split: column c of them is sequence c ^ split of the
 // group, as far as their last bits go. So no register is chosen at run time.
-template <Exchange exchange, int eights, int splits, int resident, int warps, int stages, int ctas, bool ahead>
+template <Exchange exchange, int eights, int turns, int splits, int resident, int warps, int stages, int ctas,
+          bool ahead>
 struct ForwardTraits {  // ForwardRow, as a type
-  static constexpr ForwardRow kRow{eights, splits, resident, warps, stages, ctas, ahead};
+  static constexpr ForwardRow kRow{eights, turns, splits, resident, warps, stages, ctas, ahead};
   static constexpr Exchange kExchange = exchange;
-  static constexpr int kEights = eights, kSplits = splits, kResident = resident, kWarps = warps, kStages = stages;
+  static constexpr int kEights = eights, kTurns = turns, kSplits = splits, kResident = resident, kWarps = warps,
+                       kStages = stages;
   static constexpr int kCtas = ctas, kCells = kRow.cells(), kSequences = kRow.sequences();
   static constexpr bool kAhead = ahead;
   template <class S>
@@ -50,8 +52,7 @@ struct ForwardWeights {
 
   __device__ ForwardWeights(const PersistentForward& p, const ForwardPlace<S, Row>& place, char* shared)
       : memory_steps(kept(p.plan.memory_steps)) {
-    uint4* const to =
-        reinterpret_cast<uint4*>(shared) + kept(place.warp * memory_steps * 2 * kWarp + place.lane);
+    uint4* const to = reinterpret_cast<uint4*>(shared) + kept(place.warp * memory_steps * 2 * kWarp + place.lane);
     memory = to;
 #pragma unroll
     for (int k = 0; k < Row::kResident; ++k)
@@ -135,15 +136,16 @@ struct Parts {
     return {sums[0][n].v[e], sums[0][n].v[2 + e], sums[1][n].v[e], sums[1][n].v[2 + e]};
   }
 
-  // Sums begin with the input parts z[i] of the lane's own cells; in the end z[i] has the whole sum of each. One barrier
-  // of the block's warps.
+  // Sums begin with the input parts z[i] of the lane's own cells; in the end z[i] has the whole sum of each. One
+  // barrier of the block's warps.
   template <class S>
   static __device__ void begin(Sums<S> (&sums)[2][Row::kEights], const float (&z)[Row::kCells][Lstm::kGates]) {
     static_assert(Lstm::kAddsParts, "a cell that sees a gate's parts apart keeps z for itself");
 #pragma unroll
     for (int i = 0; i < Row::kCells; ++i) {
       const int n = i * Row::kSplits / 2, e = i * Row::kSplits % 2;
-      sums[0][n].v[e] = z[i][0], sums[0][n].v[2 + e] = z[i][1], sums[1][n].v[e] = z[i][2], sums[1][n].v[2 + e] = z[i][3];
+      sums[0][n].v[e] = z[i][0], sums[0][n].v[2 + e] = z[i][1], sums[1][n].v[e] = z[i][2],
+      sums[1][n].v[2 + e] = z[i][3];
     }
   }
   template <class S>
@@ -179,13 +181,14 @@ struct Parts {
 
 // gates_x of a warp's cells: a stage is [cell][gate][t][8 units].
 template <class S, class Row>
-struct GatesRing : Ring<S, Row::kStages, Row::template kStageBytes<S>> {
-  using Base = Ring<S, Row::kStages, Row::template kStageBytes<S>>;
+struct GatesRing : Ring<S, Row> {
+  using Base = Ring<S, Row>;
   static constexpr int kHalves = kBlock * int(sizeof(S)) / kPiece;  // pieces of a block's units
-  int at;  // the lane's first value
+  int at;                                                           // the lane's first value
 
-  __device__ GatesRing(const PersistentForward& p, const ForwardPlace<S, Row>& place, char* shared, int64_t b0)
-      : Base(shared, p.plan.ring, place, p.access),
+  __device__ GatesRing(const PersistentForward& p, const ForwardPlace<S, Row>& place, char* shared, int turn,
+                       int64_t b0)
+      : Base(shared, p.plan.ring, p.plan.warps, turn, place, p.access),
         at(kept(this->first + (place.t * kBlock + place.g) * int(sizeof(S)))) {
     const StepOrder order{int64_t(place.d), p.T};
     const int64_t t0 = order.forward(0);
@@ -199,7 +202,7 @@ struct GatesRing : Ring<S, Row::kStages, Row::template kStageBytes<S>> {
           static_cast<const S*>(p.gates_x) + (((t0 * p.B + b) * p.D + place.d) * Lstm::kGates + gate) * p.H + unit;
       this->set(j, first, stride, id < Base::kPieces && b < p.B ? (p.H - unit) * int(sizeof(S)) : 0, int(p.T));
     }
-    this->begin();
+    this->clear();
   }
 
   // Into z, of step s; then the stage is filled anew.
@@ -224,9 +227,9 @@ struct ForwardCells {
   Activity activity[N];
   int there[N];
   char *y[N], *gates[N], *cells[N];
-  int64_t stride[3];  // bytes of y, `gates` and `cells` from step to step
+  int64_t stride[3];           // bytes of y, `gates` and `cells` from step to step
   int64_t gate[Lstm::kGates];  // where in a row of `gates` each begins
-  int saves;        // gates and cells
+  int saves;                   // gates and cells
 
   __device__ ForwardCells(const PersistentForward& p, const ForwardPlace<S, Row>& place, int64_t b0)
       : saves(kept(int(p.gates != nullptr))) {
@@ -311,67 +314,99 @@ template <class S, class Row>
 __device__ void h_columns(int (&at)[2], const ForwardPlan& plan, const ForwardPlace<S, Row>& place) {
   constexpr int kSize = sizeof(S), kBlocks = blocks_of_step(kSize), kEightBytes = kEight * kBlock * kSize;
   const int first = place.split * plan.steps * kBlocks, byte = place.t * 8;
-  const int column =
-      h_offset(first + byte / (kBlock * kSize), place.g ^ (place.split & 1), Row::kSequences, kSize) +
-      byte % (kBlock * kSize);
+  const int column = h_offset(first + byte / (kBlock * kSize), place.g ^ (place.split & 1), Row::kSequences, kSize) +
+                     byte % (kBlock * kSize);
   at[0] = kept(column + (place.split >> 1) * kEightBytes);
   at[1] = Row::kSplits > 2 ? kept(column + (place.split >> 1 ^ 1) * kEightBytes) : at[0] + kEightBytes;
 }
 
+// What a group of sequences has for itself, and its step.
 template <class S, class Row>
-__device__ void run_forward(const PersistentForward& p) {
+struct ForwardGroup {
+  HExchange<S, Row, Row::kExchange>& exchange;
+  Parts<Row> parts;
+  int64_t b0;  // its first sequence
+  ForwardCells<S, Row> cells;
+  GatesRing<S, Row> ring;
+
+  __device__ ForwardGroup(const PersistentForward& p, const ForwardPlace<S, Row>& place, char* memory, int turn,
+                          int64_t b0, HExchange<S, Row, Row::kExchange>& exchange)
+      : exchange(exchange),
+        parts(memory + p.plan.parts + turn * parts_bytes(p.plan.blocks, Row::kEights, Row::kSplits), place.block,
+              place.split, place.lane),
+        b0(b0 + turn * Row::kSequences),
+        cells(p, place, this->b0),
+        ring(p, place, memory, turn, this->b0) {}
+
+  __device__ void step(const PersistentForward& p, const ForwardWeights<S, Row>& weights, const int (&columns)[2],
+                       int s, int T) {
+    float z[Row::kCells][Lstm::kGates];
+    ring.take(z, s);
+    Sums<S> sums[2][Row::kEights];
+    parts.begin(sums, z);
+    if (s > 0) exchange.wait();
+    const char* const h = exchange.memory + exchange.incoming;
+    weights.multiply(sums, {h + columns[0], h + columns[1]}, p.full_float32);
+    parts.finish(z, sums);
+#pragma unroll
+    for (int i = 0; i < Row::kCells; ++i) {
+      cells.step(i, s, z[i]);
+      if (s + 1 < T) exchange.send(i, cells.h[i]);
+    }
+    if (s + 1 < T) exchange.sent();
+#pragma unroll
+    for (int i = 0; i < Row::kCells; ++i) cells.store(i, s, z[i]);
+  }
+};
+
+template <class S, class Row, int... kTurn>
+__device__ void run_forward(const PersistentForward& p, std::integer_sequence<int, kTurn...>) {
   extern __shared__ __align__(128) char memory[];
   const ForwardPlace<S, Row> place(p);
   const ForwardWeights<S, Row> weights(p, place, memory);
-  const Parts<Row> parts(memory + p.plan.parts, place.block, place.split, place.lane);
-  HExchange<S, Row, Row::kExchange> exchange(p, place, memory);
+  HExchange<S, Row, Row::kExchange> exchanges[] = {HExchange<S, Row, Row::kExchange>(p, place, memory, kTurn)...};
   int columns[2];
   h_columns(columns, p.plan, place);
   const int T = int(p.T);
-  int64_t b0 = int64_t(place.group / int(p.D)) * Row::kSequences;
-  ForwardCells<S, Row> cells(p, place, b0);
-  GatesRing<S, Row> ring(p, place, memory, b0);
+  Passes<Row> passes(p, place);
 
-  for (;;) {
+  do {
+    ForwardGroup<S, Row> groups[] = {ForwardGroup<S, Row>(p, place, memory, kTurn, passes.b0, exchanges[kTurn])...};
+    fill_rings(groups);
     __syncthreads();  // nobody uses the buffers any more
-    load_h0<S, Row>(p, place.d, b0, exchange.memory + exchange.incoming);
-    exchange.begin();
-
-    for (int s = 0; s < T; ++s) {
-      float z[Row::kCells][Lstm::kGates];
-      ring.take(z, s);
-      Sums<S> sums[2][Row::kEights];
-      parts.begin(sums, z);
-      if (s > 0) exchange.wait();
-      const char* const h = exchange.memory + exchange.incoming;
-      weights.multiply(sums, {h + columns[0], h + columns[1]}, p.full_float32);
-      parts.finish(z, sums);
 #pragma unroll
-      for (int i = 0; i < Row::kCells; ++i) {
-        cells.step(i, s, z[i]);
-        if (s + 1 < T) exchange.send(i, cells.h[i]);
-      }
-      if (s + 1 < T) exchange.sent();
+    for (int turn = 0; turn < Row::kTurns; ++turn)
+      load_h0<S, Row>(p, place.d, groups[turn].b0, groups[turn].exchange.memory + groups[turn].exchange.incoming);
 #pragma unroll
-      for (int i = 0; i < Row::kCells; ++i) cells.store(i, s, z[i]);
-    }
-    cells.store_states(p, place, b0);
-    if (Row::kExchange != Exchange::grid) break;  // there are CTAs for all groups
-    b0 += p.groups / p.D * Row::kSequences;
-    if (b0 >= p.B) break;
-    cells = ForwardCells<S, Row>(p, place, b0);
-    ring = GatesRing<S, Row>(p, place, memory, b0);
-  }
-  exchange.end();
+    for (int turn = 0; turn < Row::kTurns; ++turn) groups[turn].exchange.begin();
+    for (int s = 0; s < T; ++s)
+#pragma unroll
+      for (int turn = 0; turn < Row::kTurns; ++turn) groups[turn].step(p, weights, columns, s, T);
+#pragma unroll
+    for (int turn = 0; turn < Row::kTurns; ++turn) groups[turn].cells.store_states(p, place, groups[turn].b0);
+  } while (passes.next());
+  exchanges[0].end();
 }
 
 template <class S, class Row>
 __global__ void __launch_bounds__(Row::kWarps* kWarp, Row::kCtas)
     forward_kernel(const __grid_constant__ PersistentForward p) {
   if constexpr (kCanRun<Row::kExchange>)
-    run_forward<S, Row>(p);
+    run_forward<S, Row>(p, std::make_integer_sequence<int, Row::kTurns>());
   else
     __trap();  // not launched: persistent_resident() finds none
 }
 
 }  // namespace birnn::cuda
+
+// The kernels of a table's rows, in the order of the rows. Each type has a file, as they take long to compile.
+#define BIRNN_FORWARD_KERNEL(exchange, ...) \
+  reinterpret_cast<const void*>(            \
+      birnn::cuda::forward_kernel<Scalar, birnn::cuda::ForwardTraits<Exchange::exchange, __VA_ARGS__>>),
+#define BIRNN_FORWARD_KERNELS(S, ROWS)                                 \
+  template <>                                                          \
+  const void* birnn::cuda::forward_kernel_of<S>(int row) {             \
+    using Scalar = S;                                                  \
+    static const void* const kernels[] = {ROWS(BIRNN_FORWARD_KERNEL)}; \
+    return kernels[row];                                               \
+  }

@@ -1,14 +1,3 @@
 #include "forward.cuh"
 
-namespace birnn::cuda {
-
-template <>
-const void* forward_kernel_of<__nv_bfloat16>(int row) {
-#define BIRNN_ROW(exchange, ...) \
-  reinterpret_cast<const void*>(forward_kernel<__nv_bfloat16, ForwardTraits<Exchange::exchange, __VA_ARGS__>>),
-  static const void* const kernels[] = {BIRNN_FORWARD_ROWS_16(BIRNN_ROW)};
-#undef BIRNN_ROW
-  return kernels[row];
-}
-
-}  // namespace birnn::cuda
+BIRNN_FORWARD_KERNELS(__nv_bfloat16, BIRNN_FORWARD_ROWS_16)

@@ -1,14 +1,3 @@
 #include "forward.cuh"
 
-namespace birnn::cuda {
-
-template <>
-const void* forward_kernel_of<__half>(int row) {
-#define BIRNN_ROW(exchange, ...) \
-  reinterpret_cast<const void*>(forward_kernel<__half, ForwardTraits<Exchange::exchange, __VA_ARGS__>>),
-  static const void* const kernels[] = {BIRNN_FORWARD_ROWS_16(BIRNN_ROW)};
-#undef BIRNN_ROW
-  return kernels[row];
-}
-
-}  // namespace birnn::cuda
+BIRNN_FORWARD_KERNELS(__half, BIRNN_FORWARD_ROWS_16)

@@ -10,14 +10,14 @@ namespace birnn::cuda {
 
 // Where the CTAs of a grid's group hand things to each other: global memory, one region a group.
 struct GridExchange {
-  char* buffers;       // [groups][2][bytes]
-  unsigned* arrivals;  // [groups], zeros, kCounter bytes apart
+  char* buffers;       // [groups][turns][2][bytes]
+  unsigned* arrivals;  // [groups][turns], zeros, kCounter bytes apart
   int bytes;           // of a buffer
 };
 
 struct PersistentForward : ForwardParams {
   ForwardPlan plan;
-  int groups;            // a multiple of D; in grid, where all are resident at once, they take the batch in turns
+  int groups;            // of CTAs, a multiple of D; in grid, where all are resident at once, they go through the batch
   int access;            // bytes by which gates_x may be read: 16, 8, 4, or those of an element
   bool weights_aligned;  // rows of w_hh may be read by 8 bytes
   bool full_float32;     // float32: three TF32 products for one of float32 accuracy; else one

@@ -44,23 +44,27 @@ BIRNN_INLINE constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b -
 // ---- The kernels that are compiled: rows of small tables. What a warp keeps of its weights in registers is
 // `resident`; the rest is in shared memory.
 
-// eights: of sequences in a group. splits: of the sum over h. resident: steps of the sum, an mma deep and two tiles
-// high. warps: at most. stages: steps of gates_x that are under way. ctas: that share a multiprocessor, if they fit.
-// ahead: float32 is split into TF32 when it is loaded, which takes two registers for one, not each time it is used.
+// eights: of sequences in a group. turns: groups that the same CTAs serve, a step of each in turn: while one is
+// computed, what the other has sent is under way. splits: of the sum over h. resident: steps of the sum, an mma deep
+// and two tiles high. warps: at most. stages: steps of gates_x that are under way. ctas: that share a multiprocessor,
+// if they fit. ahead: float32 is split into TF32 when it is loaded, which takes two registers for one, not each time it
+// is used.
 struct ForwardRow {
-  int eights, splits, resident, warps, stages, ctas;
+  int eights, turns, splits, resident, warps, stages, ctas;
   bool ahead = false;
-  constexpr int cells() const { return 2 * eights / splits; }  // of a lane
-  constexpr int sequences() const { return kEight * eights; }
+  constexpr int cells() const { return 2 * eights / splits; }                            // of a lane, in a group
+  constexpr int sequences() const { return kEight * eights; }                            // of a group
+  constexpr int batch() const { return turns * sequences(); }                            // of its CTAs
   constexpr int stage_bytes(int size) const { return cells() * 4 * 4 * kBlock * size; }  // of a warp
 };
 
 // cells: of a lane. splits: of the sum over a CTA's dz. steps: of one split. tiles: of the layer's units, of a warp.
 // resident: of its tiles * steps fragments.
 struct BackwardRow {
-  int eights, cells, splits, steps, tiles, resident, warps, stages, ctas;
+  int eights, turns, cells, splits, steps, tiles, resident, warps, stages, ctas;
   bool ahead = false;
   constexpr int sequences() const { return kEight * eights; }
+  constexpr int batch() const { return turns * sequences(); }
   constexpr int units(int size) const { return steps * splits * (size == 2 ? 4 : 2); }  // of a CTA: all gates of each
   constexpr int own_tiles(int size) const { return units(size) / kTile; }
   constexpr int most_tiles() const { return warps / splits * tiles; }  // of a layer
@@ -68,50 +72,60 @@ struct BackwardRow {
   constexpr int stage_bytes(int size) const { return cells * 2 * kTile * (5 * size + 4); }  // gates, dy, cells
 };
 
-// X(exchange, eights, splits, resident, warps, stages, ctas, ahead)
-#define BIRNN_FORWARD_ROWS_16(X)        \
-  X(cta, 1, 1, 4, 8, 4, 2, false)       \
-  X(cta, 1, 1, 6, 16, 4, 1, false)      \
-  X(cluster, 1, 2, 4, 8, 4, 2, false)   \
-  X(cluster, 1, 2, 8, 8, 4, 1, false)   \
-  X(cluster, 1, 2, 16, 8, 4, 1, false)  \
-  X(cluster, 1, 2, 12, 12, 4, 1, false) \
-  X(cluster, 2, 2, 4, 8, 4, 1, false)   \
-  X(cluster, 2, 2, 16, 8, 4, 1, false)  \
-  X(cluster, 2, 2, 8, 12, 2, 1, false)  \
-  X(cluster, 4, 2, 8, 8, 2, 1, false)   \
-  X(grid, 2, 4, 16, 8, 4, 1, false)     \
-  X(grid, 4, 4, 12, 8, 2, 1, false)
-#define BIRNN_FORWARD_ROWS_32(X)       \
-  X(cta, 1, 1, 6, 8, 2, 1, true)       \
-  X(cluster, 1, 2, 8, 8, 4, 1, true)   \
-  X(cluster, 1, 2, 16, 8, 4, 1, false) \
-  X(cluster, 2, 2, 12, 8, 2, 1, false) \
-  X(grid, 1, 2, 16, 8, 4, 1, false)    \
-  X(grid, 2, 2, 10, 8, 2, 1, false)
+// X(exchange, eights, turns, splits, resident, warps, stages, ctas, ahead)
+#define BIRNN_FORWARD_ROWS_16(X)           \
+  X(cta, 1, 1, 1, 4, 8, 4, 2, false)       \
+  X(cta, 1, 1, 1, 6, 16, 4, 1, false)      \
+  X(cluster, 1, 1, 2, 4, 8, 4, 2, false)   \
+  X(cluster, 1, 1, 2, 8, 8, 4, 1, false)   \
+  X(cluster, 1, 1, 2, 16, 8, 4, 1, false)  \
+  X(cluster, 1, 1, 2, 12, 12, 4, 1, false) \
+  X(cluster, 2, 1, 2, 4, 8, 4, 1, false)   \
+  X(cluster, 2, 1, 2, 16, 8, 4, 1, false)  \
+  X(cluster, 2, 1, 2, 8, 12, 2, 1, false)  \
+  X(cluster, 4, 1, 2, 8, 8, 2, 1, false)   \
+  X(cluster, 1, 2, 2, 12, 8, 4, 1, false)  \
+  X(cluster, 2, 2, 2, 8, 8, 2, 1, false)   \
+  X(grid, 2, 1, 4, 16, 8, 4, 1, false)     \
+  X(grid, 4, 1, 4, 12, 8, 2, 1, false)     \
+  X(grid, 2, 2, 4, 12, 8, 2, 1, false)
+#define BIRNN_FORWARD_ROWS_32(X)          \
+  X(cta, 1, 1, 1, 6, 8, 2, 1, true)       \
+  X(cluster, 1, 1, 2, 8, 8, 4, 1, true)   \
+  X(cluster, 1, 1, 2, 16, 8, 4, 1, false) \
+  X(cluster, 2, 1, 2, 12, 8, 2, 1, false) \
+  X(cluster, 1, 2, 2, 12, 8, 2, 1, false) \
+  X(grid, 1, 1, 2, 16, 8, 4, 1, false)    \
+  X(grid, 2, 1, 2, 10, 8, 2, 1, false)    \
+  X(grid, 1, 2, 2, 12, 8, 2, 1, false)
 
-// X(exchange, eights, cells, splits, steps, tiles, resident, warps, stages, ctas, ahead)
-#define BIRNN_BACKWARD_ROWS_16(X)                 \
-  X(cta, 1, 2, 2, 8, 1, 8, 8, 2, 1, false)        \
-  X(cta, 1, 2, 2, 16, 1, 8, 16, 1, 1, false)      \
-  X(cluster, 1, 1, 1, 8, 1, 8, 8, 4, 2, false)    \
-  X(cluster, 1, 1, 1, 8, 2, 16, 8, 4, 1, false)   \
-  X(cluster, 1, 1, 1, 8, 3, 24, 8, 4, 1, false)   \
-  X(cluster, 1, 1, 1, 8, 4, 32, 8, 4, 1, false)   \
-  X(cluster, 1, 1, 1, 12, 4, 22, 12, 2, 1, false) \
-  X(cluster, 2, 2, 1, 8, 1, 8, 8, 4, 1, false)    \
-  X(cluster, 2, 2, 1, 8, 2, 16, 8, 4, 1, false)   \
-  X(cluster, 2, 2, 1, 8, 4, 24, 8, 2, 1, false)   \
-  X(grid, 2, 1, 1, 4, 8, 32, 8, 4, 1, false)
-#define BIRNN_BACKWARD_ROWS_32(X)                \
-  X(cta, 1, 2, 2, 16, 1, 16, 8, 1, 1, false)     \
-  X(cluster, 1, 1, 1, 16, 1, 16, 8, 4, 1, true)  \
-  X(cluster, 1, 1, 1, 16, 2, 24, 8, 4, 1, false) \
-  X(cluster, 1, 1, 1, 16, 4, 24, 8, 2, 1, false) \
-  X(cluster, 2, 2, 1, 16, 2, 15, 8, 2, 1, false) \
-  X(grid, 2, 1, 1, 8, 4, 16, 8, 4, 1, false)     \
-  X(grid, 2, 1, 1, 8, 6, 16, 8, 2, 1, false)     \
-  X(grid, 2, 1, 1, 8, 8, 16, 8, 2, 1, false)
+// X(exchange, eights, turns, cells, splits, steps, tiles, resident, warps, stages, ctas, ahead)
+#define BIRNN_BACKWARD_ROWS_16(X)                    \
+  X(cta, 1, 1, 2, 2, 8, 1, 8, 8, 2, 1, false)        \
+  X(cta, 1, 1, 2, 2, 16, 1, 8, 16, 1, 1, false)      \
+  X(cluster, 1, 1, 1, 1, 8, 1, 8, 8, 4, 2, false)    \
+  X(cluster, 1, 1, 1, 1, 8, 2, 16, 8, 4, 1, false)   \
+  X(cluster, 1, 1, 1, 1, 8, 3, 24, 8, 4, 1, false)   \
+  X(cluster, 1, 1, 1, 1, 8, 4, 32, 8, 4, 1, false)   \
+  X(cluster, 1, 1, 1, 1, 12, 4, 20, 12, 2, 1, false) \
+  X(cluster, 2, 1, 2, 1, 8, 1, 8, 8, 4, 1, false)    \
+  X(cluster, 2, 1, 2, 1, 8, 2, 16, 8, 4, 1, false)   \
+  X(cluster, 2, 1, 2, 1, 8, 4, 24, 8, 2, 1, false)   \
+  X(cluster, 1, 2, 1, 1, 8, 2, 16, 8, 4, 1, false)   \
+  X(cluster, 1, 2, 1, 1, 8, 4, 28, 8, 2, 1, false)   \
+  X(cluster, 2, 2, 2, 1, 8, 2, 16, 8, 2, 1, false)   \
+  X(grid, 2, 1, 1, 1, 4, 8, 31, 8, 4, 1, false)      \
+  X(grid, 2, 2, 1, 1, 4, 8, 20, 8, 2, 1, false)
+#define BIRNN_BACKWARD_ROWS_32(X)                   \
+  X(cta, 1, 1, 2, 2, 16, 1, 16, 8, 1, 1, false)     \
+  X(cluster, 1, 1, 1, 1, 16, 1, 16, 8, 4, 1, true)  \
+  X(cluster, 1, 1, 1, 1, 16, 2, 24, 8, 4, 1, false) \
+  X(cluster, 1, 1, 1, 1, 16, 4, 24, 8, 2, 1, false) \
+  X(cluster, 2, 1, 2, 1, 16, 2, 15, 8, 2, 1, false) \
+  X(cluster, 1, 2, 1, 1, 16, 2, 20, 8, 2, 1, false) \
+  X(grid, 2, 1, 1, 1, 8, 4, 16, 8, 4, 1, false)     \
+  X(grid, 2, 1, 1, 1, 8, 6, 16, 8, 2, 1, false)     \
+  X(grid, 2, 1, 1, 1, 8, 8, 16, 8, 2, 1, false)
 
 #define BIRNN_ROW(exchange, ...) {Exchange::exchange, {__VA_ARGS__}},
 struct ForwardEntry {
@@ -150,9 +164,9 @@ struct ForwardPlan {
   int steps;         // of the sum over h, of one split
   int memory_steps;  // of these, in shared memory
   int h_blocks;      // of units in a buffer of h, padding included
-  int h;             // two buffers of h, h_stride() apart: [block][sequence][8 units], see h_offset()
-  int parts;  // of sums, on their way to the lane that has the cell: [block][column][other split][lane] x 16 bytes
-  int ring;   // [warp][stage]
+  int h;             // [turn][two buffers], h_stride() apart, of h: [block][sequence][8 units], see h_offset()
+  int parts;         // of sums, to the lane that has the cell: [turn][block][column][other split][lane] x 16 bytes
+  int ring;          // [turn][warp][stage]
   int bytes;
   int warps;
 };
@@ -162,9 +176,9 @@ struct BackwardPlan {
   int row;
   int ctas;
   int tiles;     // of the whole layer
-  int received;  // parts of sums: one or two buffers, received_stride() apart: [source][tile][eight][lane] x 16 bytes;
-                 // not in grid
-  int dz;        // [buffer][step][sequence][4 or 2 units x 4 gates]
+  int received;  // parts of sums: [turn][two buffers, one in cta], received_stride() apart, of
+                 // [source][tile][eight][lane] x 16 bytes; not in grid
+  int dz;        // [two buffers, one in cta][step][sequence][4 or 2 units x 4 gates]
   int ring;
   int bytes;
   int warps;
@@ -190,6 +204,9 @@ BIRNN_INLINE constexpr int h_stride(int h_blocks, int sequences, int size) {
 }
 BIRNN_INLINE constexpr int received_stride(int sources, int tiles, int eights) {
   return received_bytes(sources, tiles, eights) + kPiece;
+}
+BIRNN_INLINE constexpr int parts_bytes(int blocks, int eights, int splits) {
+  return blocks * 2 * eights * (splits - 1) * kFragment;
 }
 BIRNN_INLINE constexpr int dz_bytes(int steps, int sequences) { return steps * sequences * 32; }
 
@@ -228,11 +245,11 @@ inline ForwardPlan forward_plan(int size, int64_t H, int row, int blocks) {
   plan.h_blocks = summed > plan.ctas * blocks ? summed : plan.ctas * blocks;
   int64_t at = int64_t(plan.warps) * plan.memory_steps * 2 * kFragment;
   plan.h = int(at);
-  at += 2ll * h_stride(plan.h_blocks, r.sequences(), size);
+  at += 2ll * r.turns * h_stride(plan.h_blocks, r.sequences(), size);
   plan.parts = int(at);
-  at += int64_t(blocks) * 2 * r.eights * (r.splits - 1) * kFragment;
+  at += int64_t(r.turns) * parts_bytes(blocks, r.eights, r.splits);
   plan.ring = int(at);
-  at += int64_t(plan.warps) * r.stages * r.stage_bytes(size);
+  at += int64_t(r.turns) * plan.warps * r.stages * r.stage_bytes(size);
   plan.bytes = int(at < kTooLarge ? at : kTooLarge);
   return plan;
 }
@@ -248,11 +265,11 @@ inline BackwardPlan backward_plan(int size, int64_t H, int row) {
   int64_t at = int64_t(r.warps) * r.memory_fragments() * kFragment;
   plan.received = int(at);
   if (entry.exchange != Exchange::grid)
-    at += int64_t(buffers) * received_stride(plan.ctas * r.splits, r.own_tiles(size), r.eights);
+    at += int64_t(r.turns) * buffers * received_stride(plan.ctas * r.splits, r.own_tiles(size), r.eights);
   plan.dz = int(at = divide_up(at, 256) * 256);  // dz_swap() is of bits below
   at += int64_t(buffers) * dz_bytes(r.steps * r.splits, r.sequences());
   plan.ring = int(at);
-  at += int64_t(r.warps) * r.stages * r.stage_bytes(size);
+  at += int64_t(r.turns) * r.warps * r.stages * r.stage_bytes(size);
   plan.bytes = int(at < kTooLarge ? at : kTooLarge);
   return plan;
 }

@@ -1,6 +1,8 @@
 // What the forward and the backward kernel share: who a thread is, accesses to rows of any alignment, weights.
 #pragma once
 
+#include <utility>
+
 #include "../../core/cells/lstm.h"
 #include "../../core/step_order.h"
 #include "../cell_math.cuh"
@@ -107,7 +109,6 @@ __device__ uint32_t pair_of(S a, S b) {
 
 // --- a ring of stages, filled some steps ahead of those that read them
 
-
 // 16 bytes of a row, of which `valid` exist, where the row can't be read by 16 bytes.
 template <class S>
 __device__ void copy_parts(char* to, const char* from, int valid, int access) {
@@ -126,10 +127,11 @@ __device__ void copy_parts(char* to, const char* from, int valid, int access) {
   }
 }
 
-// A warp's own ring in shared memory: a stage is what the warp's cells need of global memory for a step, in pieces of 16
-// bytes that its lanes copy. Rows of a piece that do not exist stay 0.
-template <class S, int kStages, int kStage>
+// A warp's own ring in shared memory: a stage is what the warp's cells need of global memory for a step, in pieces of
+// 16 bytes that its lanes copy. Rows of a piece that do not exist stay 0.
+template <class S, class Row>
 struct Ring {
+  static constexpr int kStages = Row::kStages, kStage = Row::template kStageBytes<S>;
   static constexpr int kPieces = kStage / kPiece, kOfLane = int(divide_up(kPieces, kWarp));
   char* memory;
   int first, to;  // offsets of the warp's first stage, and of where the lane's first piece goes there
@@ -139,9 +141,9 @@ struct Ring {
   int until[kOfLane];       // steps that have it
   int access;
 
-  __device__ Ring(char* shared, int ring, const Place& place, int access)
+  __device__ Ring(char* shared, int rings, int warps, int turn, const Place& place, int access)
       : memory(shared),
-        first(ring + place.warp * kStages * kStage),
+        first(rings + (turn * warps + place.warp) * kStages * kStage),
         to(kept(first + place.lane * kPiece)),
         access(access) {}
 
@@ -154,7 +156,7 @@ struct Ring {
     until[j] = kept(valid[j] > 0 ? steps : 0);
   }
 
-  __device__ void begin() {
+  __device__ void clear() {
 #pragma unroll
     for (int j = 0; j < kOfLane; ++j)
       if (id((to - first) / kPiece, j) < kPieces) {
@@ -163,8 +165,6 @@ struct Ring {
           *reinterpret_cast<uint4*>(memory + (to + s * kStage + j * kWarp * kPiece)) = {0, 0, 0, 0};
       }
     __syncwarp();
-#pragma unroll 1
-    for (int s = 0; s < kStages; ++s) fetch(s, s * kStage);
   }
   __device__ void fetch(int s, int stage) {
     char* const stage_memory = memory + (to + stage);
@@ -181,9 +181,10 @@ struct Ring {
     commit_copies();
   }
 
-  // The offset of step s's stage, when it is there; release() lets it be filled anew.
+  // The offset of step s's stage, when it is there; release() lets it be filled anew. Rings of two groups are filled in
+  // turn: a thread's copies are waited for in their order.
   __device__ int acquire(int s) const {
-    wait_for_copies<kStages - 1>();
+    wait_for_copies<Row::kTurns * kStages - 1>();
     __syncwarp();
     return s % kStages * kStage;
   }
@@ -192,6 +193,31 @@ struct Ring {
     fetch(s + kStages, stage);
   }
 };
+
+// The batch, as the CTAs of a group go through it: once, but in grid, where all CTAs are resident at once.
+template <class Row>
+struct Passes {
+  int64_t b0, batch, B;  // the first sequence; how many all CTAs have at once, of a direction; all there are
+
+  template <class Params>
+  __device__ Passes(const Params& p, const Place& place)
+      : b0(int64_t(place.group / int(p.D)) * (Row::kTurns * Row::kSequences)),
+        batch(p.groups / p.D * (Row::kTurns * Row::kSequences)),
+        B(p.B) {}
+  __device__ bool next() {
+    b0 += batch;
+    return Row::kExchange == Exchange::grid && b0 < B;
+  }
+};
+
+// The first stages of all groups.
+template <class Group, size_t kTurns>
+__device__ void fill_rings(Group (&groups)[kTurns]) {
+#pragma unroll 1
+  for (int s = 0; s < groups[0].ring.kStages; ++s)
+#pragma unroll
+    for (int turn = 0; turn < int(kTurns); ++turn) groups[turn].ring.fetch(s, s * groups[turn].ring.kStage);
+}
 
 // --- weights
 
