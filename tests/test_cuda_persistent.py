@@ -642,13 +642,13 @@ def test_every_kernel_of_the_tables(native, capability):
 @pytest.mark.slow
 @emulated_only
 @built_for_cuda
-def test_turns_give_the_same_as_all_groups_at_once(native):
-    """Where not all of grid's groups are resident, they take the batch in turns, with the same slots to hand h over."""
+def test_passes_give_the_same_as_all_groups_at_once(native):
+    """Where not all of grid's groups are resident, they go through the batch in passes, with the same buffers for h."""
     program = native(80)
     for seed in range(1, 4):
-        done = emulated(80, seed, program, "turns")
+        done = emulated(80, seed, program, "passes")
         assert done.returncode == 0, done.stdout + done.stderr
-        assert done.stdout.count("the same") == 24  # T 1 to 4, three dtypes, two ways to make turns
+        assert done.stdout.count("the same") == 72  # T 1 to 4, three rows of three dtypes, two ways to make passes
 
 
 @pytest.mark.slow

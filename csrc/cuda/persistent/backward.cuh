@@ -38,7 +38,7 @@ struct BackwardPlace : Place {
   int odd, high;   // bits of the octet
 
   __device__ explicit BackwardPlace(const PersistentBackward& p)
-      : Place(p), octet(lane / 8), row(lane % 8), odd(kept(octet & 1)), high(kept(octet & 2)) {}
+      : Place(p), octet(lane / 8), row(lane % 8), odd(octet & 1), high(octet & 2) {}
   __device__ int part(int i) const { return warp + i * Row::kWarps; }
   __device__ int pair(int i) const { return part(i) % 4; }
   __device__ int eight(int i) const { return part(i) / 4 % Row::kEights; }
@@ -251,7 +251,8 @@ struct BackwardCells {
     const int64_t t0 = order.backward(0);
     stride = kept((order.before(t0) - t0) * p.B * p.D * Lstm::kGates * p.H * int(sizeof(S)));
 #pragma unroll
-    for (int k = 0; k < Lstm::kGates; ++k) gate[k] = k == 0 ? 0 : kept(k * p.H * int(sizeof(S)));
+    for (int k = 0; k < Lstm::kGates; ++k)
+      gate[k] = k == 0 || Row::kWarps > 8 ? k * p.H * int(sizeof(S)) : kept(k * p.H * int(sizeof(S)));
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       const int64_t b = b0 + place.sequence(i);

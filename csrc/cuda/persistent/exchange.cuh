@@ -314,8 +314,8 @@ struct PartsExchange<S, Row, Exchange::cluster> : PartSlots<S, Row>, Turns {
         Turns(received_stride(this->sources, this->kTiles, Row::kEights)),
         memory(shared + p.plan.received + turn * 2 * stride),
         mbarrier(kept(shared_address(memory) + stride - kPiece)),
-        expected(kept(this->sources * Row::kEights * kFragment *
-                      min(this->kTiles, p.plan.tiles - place.rank * this->kTiles))) {
+        expected(this->sources * Row::kEights * kFragment *
+                 min(this->kTiles, p.plan.tiles - place.rank * this->kTiles)) {
     for (int buffer = 0; buffer < 2; ++buffer)
       for (int k = threadIdx.x; k < (stride - kPiece) / kPiece; k += blockDim.x)
         reinterpret_cast<uint4*>(memory + buffer * stride)[k] = {0, 0, 0, 0};

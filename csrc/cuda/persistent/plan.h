@@ -107,7 +107,7 @@ struct BackwardRow {
   X(cluster, 1, 1, 1, 1, 8, 2, 16, 8, 4, 1, false)   \
   X(cluster, 1, 1, 1, 1, 8, 3, 24, 8, 4, 1, false)   \
   X(cluster, 1, 1, 1, 1, 8, 4, 32, 8, 4, 1, false)   \
-  X(cluster, 1, 1, 1, 1, 12, 4, 20, 12, 2, 1, false) \
+  X(cluster, 1, 1, 1, 1, 12, 4, 21, 12, 2, 1, false) \
   X(cluster, 2, 1, 2, 1, 8, 1, 8, 8, 4, 1, false)    \
   X(cluster, 2, 1, 2, 1, 8, 2, 16, 8, 4, 1, false)   \
   X(cluster, 2, 1, 2, 1, 8, 4, 24, 8, 2, 1, false)   \
