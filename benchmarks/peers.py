@@ -496,7 +496,7 @@ class Comparison:
 
     @classmethod
     def load(cls) -> Comparison:
-        """What save has saved."""
+        """Returns the comparison that save() wrote."""
         saved = json.loads(RESULTS.read_text())
         rows = [Row(**{**row, "shape": tuple(row["shape"])}) for row in saved.pop("rows")]
         rates = {name: saved.pop(name) for name in ("recurrence_gflops", "sgemm_gflops")}

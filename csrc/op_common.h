@@ -56,7 +56,7 @@ inline void check(const OptionalTensor& t, const char* name, at::IntArrayRef sha
   if (t) check(*t, name, shape, type, device);
 }
 
-// For lengths in host memory.
+// Checks lengths in host memory.
 inline void check_lengths(const int64_t* lengths, const RecurrenceSizes& sizes) {
   for (int64_t b = 0; lengths && b < sizes.B; ++b)
     TORCH_CHECK_VALUE(0 <= lengths[b] && lengths[b] <= sizes.T,
@@ -64,7 +64,7 @@ inline void check_lengths(const int64_t* lengths, const RecurrenceSizes& sizes) 
                       "] = ", lengths[b]);
 }
 
-// For lengths on a GPU. The device checks them, so that the host need not wait for it.
+// Checks lengths on a GPU. The device does so, and the host need not wait for it.
 inline void check_lengths_on_device(const OptionalTensor& lengths, const RecurrenceSizes& sizes) {
   if (lengths)
     at::_assert_async(((*lengths >= 0) & (*lengths <= sizes.T)).all(), "birnn_ext: lengths must be between 0 and T");
@@ -95,7 +95,7 @@ struct Forward {
   Tensor y, h_n, c_n, gates, cells;
   std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> results() const { return {y, h_n, c_n, gates, cells}; }
 
-  // For the recurrence alone.
+  // The recurrence alone uses this constructor.
   Forward(const Tensor& gates_x, const Tensor& w_hh, const OptionalTensor& h0, const OptionalTensor& c0,
           const OptionalTensor& lengths, bool save)
       : Forward(dtype_of(gates_x, "gates_x"), sizes_of(gates_x), gates_x.options(), h0, c0, lengths, save, save) {
@@ -104,7 +104,7 @@ struct Forward {
     inputs.directions(w_hh, params.w_hh);
   }
 
-  // For every operator; the caller sets where the pre-activations come from.
+  // Every operator uses this constructor. The caller sets where the pre-activations come from.
   Forward(DType type, const RecurrenceSizes& sizes, const at::TensorOptions& options, const OptionalTensor& h0,
           const OptionalTensor& c0, const OptionalTensor& lengths, bool save_gates, bool save_cells)
       : dtype(type) {
@@ -152,7 +152,7 @@ struct Backward {
   Tensor d_gates_x, dh0, dc0;
   std::tuple<Tensor, Tensor, Tensor> results() const { return {d_gates_x, dh0, dc0}; }
 
-  // For the recurrence alone.
+  // The recurrence alone uses this constructor.
   Backward(const Tensor& w_hh, const OptionalTensor& c0, const OptionalTensor& lengths, const Tensor& gates,
            const Tensor& cells, const OptionalTensor& dy, const OptionalTensor& dh_n, const OptionalTensor& dc_n,
            bool state_grads)
@@ -164,8 +164,8 @@ struct Backward {
     params.d_gates_x = d_gates_x.mutable_data_ptr();
   }
 
-  // For every operator; the caller sets which gradients it wants. gates may be empty, and dy strided over time and
-  // batch.
+  // Every operator uses this constructor. The caller sets which gradients it wants. gates may be empty, and dy may be
+  // strided over time and batch.
   Backward(DType type, const RecurrenceSizes& sizes, const at::TensorOptions& options, const OptionalTensor& c0,
            const OptionalTensor& lengths, const Tensor& gates, const Tensor& cells, const OptionalTensor& dy,
            const OptionalTensor& dh_n, const OptionalTensor& dc_n, bool state_grads)

@@ -227,7 +227,7 @@ def test_subclasses_are_copied_and_saved_as_the_users_class(where, monkeypatch):
         assert type(twin[0]) is Scaled
 
 
-def test_a_subclass_is_given_initial_values_anew_by_its_own_code():
+def test_a_subclass_is_initialised_by_its_own_code():
     """This includes parameters whose names are ours, which our own code would set to 0."""
     module = Scaled(4, 6)
     accelerate(module)
@@ -243,7 +243,7 @@ def test_a_data_parallel_model_of_a_subclass():
     all_near([model(x)[0]], [y])
 
 
-def test_a_subclasss_class_goes_when_nobody_has_it():
+def test_the_class_of_a_subclass_is_freed_after_use():
     class Local(nn.LSTM):
         pass
 

@@ -35,7 +35,7 @@ def test_shares_make_up_the_batch():
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-def test_two_processes_come_to_the_model_of_one(tmp_path):
+def test_two_processes_reach_the_model_of_one(tmp_path):
     """Steps have 4,999 digits and 1 digit, so shares are 2,500 and 2,499, then 1 and none."""
     hp = Hyperparameters(hidden_size=8, batch_size=4999, num_epochs=2, learning_rate=0.01)
     arguments = ["--batch-size", "4999", "--num-epochs", "2", "--learning-rate", "0.01", "--out", tmp_path]

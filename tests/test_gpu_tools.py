@@ -29,7 +29,7 @@ def test_gpu_check_lists_its_parts():
 
 
 @pytest.mark.parametrize("arguments", [["--part"], ["--part", "nothing"], ["--part", "tests sanitizer"], ["--no"]])
-def test_gpu_check_refuses_what_it_does_not_know(arguments):
+def test_gpu_check_refuses_unknown_arguments(arguments):
     done = gpu_check(*arguments)
     assert done.returncode == 2
     assert re.match(r"usage: .* parts are build tests ", done.stderr)

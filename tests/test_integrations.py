@@ -154,7 +154,7 @@ def test_flop_counter_mode(trainable_input, state, options, dtype):
     assert count(ours) == (forward, backward)
 
 
-def test_flop_counter_mode_counts_what_is_computed_anew():
+def test_flop_counter_mode_counts_recomputed_products():
     x = torch.randn(STEPS, BATCH, FEATURES)
     forward, backward = flops(LSTM(FEATURES, HIDDEN, bidirectional=True), x, None)
     assert flops(LSTM(FEATURES, HIDDEN, bidirectional=True, recompute=True), x, None) == (forward, forward + backward)

@@ -324,7 +324,7 @@ def saved_floats(lstm: LSTM, x: torch.Tensor) -> int:
     return sum(kept.values())
 
 
-def test_what_is_kept_for_the_backward_pass():
+def test_saved_state_for_the_backward_pass():
     steps, batch, hidden = 7, 5, 16
     x, values = torch.randn(steps, batch, 4), steps * batch * 2 * hidden
     assert saved_floats(LSTM(4, hidden, bidirectional=True), x) == 6 * values  # y, cells, 4 gates
@@ -369,7 +369,7 @@ def test_vanished_gradients_are_zero_and_cheap():
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="denormals are flushed on x86 only")
-def test_denormals_are_flushed_by_the_kernels_and_by_nobody_else():
+def test_only_the_kernels_flush_denormals():
     lstm = LSTM(3, 16, bidirectional=True)
     x = torch.randn(5, 4, 3, requires_grad=True)
     y = lstm(x)[0]

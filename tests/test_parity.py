@@ -68,7 +68,7 @@ def test_dropout_warning_with_one_layer():
 
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("enforce_sorted", [True, False])
-def test_packed_sequence_comes_back_as_it_went(enforce_sorted, batch_first, device):
+def test_packed_sequence_keeps_its_order(enforce_sorted, batch_first, device):
     """The sequences may have any order, and batch_first does not matter (pytorch #47637, #108246)."""
     ours, theirs = twins(3, 5, 2, bidirectional=True, batch_first=batch_first, device=device)
     lengths = [6, 5, 5, 1] if enforce_sorted else [1, 5, 6, 5]
@@ -463,7 +463,7 @@ def test_copies_hold_their_own_weights(device):
         assert all(a is b for a, b in zip(twin._flat_weights, twin.parameters(), strict=True))
 
 
-def test_accelerate_keeps_no_reference_to_weights_that_are_gone():
+def test_accelerate_keeps_no_reference_to_replaced_weights():
     model = nn.LSTM(3, 5)
     accelerate(model)
     model.weight_hh_l0 = nn.Parameter(torch.zeros(20, 5))

@@ -178,7 +178,7 @@ for file in sys.argv[2:]:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.slow  # starts PyTorch anew
+@pytest.mark.slow  # it starts another process with PyTorch
 def test_files_run_in_a_process_without_birnn_ext(tmp_path):
     model = Tagger(nn.LSTM).eval()
     accelerate(model)
@@ -224,7 +224,7 @@ def test_recurrent_dropout_does_nothing_in_evaluation_and_can_be_recorded():
     all_near([torch.jit.trace(lstm, x)(x)[0]], [lstm(x)[0]])
 
 
-@pytest.mark.slow  # starts PyTorch anew
+@pytest.mark.slow  # it starts another process with PyTorch
 def test_our_own_checks_of_sizes_do_not_warn_in_a_trace():
     code = """
 import torch, birnn_ext

@@ -1,4 +1,4 @@
-"""For the extended LSTM and proj_size, operators agree with the reference, modules with nn.LSTM or with the papers."""
+"""The extended LSTM and proj_size agree with the reference, with nn.LSTM, and with the papers' equations."""
 
 from __future__ import annotations
 
@@ -615,7 +615,7 @@ def test_zoneout_of_everything_keeps_the_state(device):
 
 
 @each_feature
-def test_reset_makes_sequences_of_the_parts(options, device):
+def test_reset_equals_separate_sequences(options, device):
     """In both directions and all layers, outputs, cells and gradients equal those of each part as its own sequence."""
     options = {name: value for name, value in options.items() if name not in ("learned_state", "recurrent_dropout")}
     lstm = randomized(LSTM(4, 6, 2, bidirectional=True, dtype=torch.float64, device=device, **options)).eval()

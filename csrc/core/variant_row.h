@@ -245,14 +245,14 @@ BIRNN_INLINE typename X::V cell_before(const VariantBackward& p, const X& x, con
   return x.template load<typename X::A>(p.cells, at.row_before * p.H + u, count);
 }
 
-// What the gradient of c' needs from the whole row if layer norm reads c'.
+// If layer norm reads c', the gradient of c' needs these values of the whole row.
 template <class A>
 struct CellNorm {
   Moments<A> cell;          // of c'
   A mean_d, mean_d_normed;  // of the gradient d of LN(c'), and of d LN(c')
 };
 
-// Also adds this step's part to the gradients of ln_c.
+// Computes them, and adds this step's part to the gradients of ln_c.
 template <class S, class X>
 BIRNN_INLINE CellNorm<typename X::A> variant_backward_cell_norm(const VariantBackward& p, const X& x,
                                                                 const RowPlace& at) {

@@ -71,7 +71,7 @@ bool request_amx() {
 }
 #endif
 
-// From the oldest to the newest.
+// The order is from the oldest to the newest.
 const std::vector<Isa>& all_isas() {
   static const std::vector<Isa> all = [] {
     std::vector<Isa> isas = {{"generic", true, &generic::kernels, &generic::kernels}};

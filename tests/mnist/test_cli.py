@@ -314,7 +314,7 @@ def sizes(tmp_path_factory) -> dict[str, int]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="tmpfs is Linux's")
 @pytest.mark.parametrize("name", cli.RESULTS)
-def test_full_disk_leaves_files_of_one_time(disk, sizes, capsys, name):
+def test_full_disk_leaves_files_of_one_training(disk, sizes, capsys, name):
     for one in cli.RESULTS:
         (disk / one).write_text("old")
     # checkpoint, state and metrics are replaced together, then the pictures
