@@ -1,4 +1,4 @@
-# make train: trains the MNIST classifier. make test: runs the tests. Both first install what is missing into .venv.
+# `make train` trains the MNIST classifier, and `make test` runs the tests. Both first install what .venv lacks.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -14,7 +14,7 @@ train: install
 test: install
 	$(BIN)/python -m pytest $(ARGS)
 
-# N random configurations against nn.LSTM and the reference.
+# Compares N random configurations with nn.LSTM and the reference.
 N ?= 10000
 fuzz: install
 	$(BIN)/python tests/fuzz $(N)
@@ -25,19 +25,19 @@ bench: install
 bench-peers: $(VENV)/peers
 	$(BIN)/python benchmarks/peers.py $(ARGS)
 
-# Measures all that the README claims, and writes docs/report.md: half an hour or more on a machine with nothing else to do.
+# Measures all that the README claims, and writes docs/report.md. It takes half an hour or more on an idle machine.
 report: $(VENV)/peers
 	$(BIN)/python benchmarks/report.py $(ARGS)
 
-# The documentation, into build/site; a warning is an error. birnn_ext is installed: pip gets what its extra names.
+# Builds the documentation in build/site; a warning is an error. pip installs only the extra's packages.
 docs: install
 	$(BIN)/python -m pip install --quiet 'birnn_ext[docs]'
 	PATH=$(CURDIR)/$(BIN):$$PATH mkdocs build
 
 install: $(VENV)/installed
 
-# The first run takes minutes, so each step says beforehand what it does. torch comes first and is built against: no build
-# isolation.
+# The first run takes minutes, so each step first prints what it does. torch is installed first, because the extension is
+# built against it, without build isolation.
 $(VENV)/ready: pyproject.toml
 	@echo "== Step 1 of 2: installs PyTorch into $(VENV): 2.8 GB to download, then 1 to 4 minutes to unpack"
 	@$(PYTHON) -m venv $(VENV)
@@ -45,8 +45,8 @@ $(VENV)/ready: pyproject.toml
 	@$(BIN)/python -m pip install torch==2.14.1 torchvision==0.29.1 'setuptools>=77' wheel ninja pybind11
 	@touch $@
 
-# Editable: the Python files in use are those of this folder; the extension is built anew when its sources change. Of pip's
-# verbose output this shows downloads, what is built for, and a line for each compiled file; if it fails, all of it.
+# The install is editable, so Python uses the files of this folder. The extension is rebuilt when its sources change.
+# This shows downloads, the target of the build, and a line for each compiled file; if it fails, all of pip's output.
 $(VENV)/installed: $(VENV)/ready setup.py $(shell find csrc -type f)
 	@echo "== Step 2 of 2: compiles birnn_ext: 2 minutes on two cores, 3 with CUDA kernels; the whole output: $(VENV)/build.log"
 	@NINJA_STATUS='[%f of %t, %e s] ' $(BIN)/python -m pip install --no-build-isolation -v -e '.[mnist,test]' 2>&1 \
@@ -60,7 +60,7 @@ $(VENV)/peers: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --no-build-isolation -e '.[peers]'
 	touch $@
 
-# The CPU kernels, in a program without PyTorch, under the compiler's sanitizers.
+# Runs the CPU kernels in a program without PyTorch, under the compiler's sanitizers.
 sanitize:
 	tools/native_test $(CXX) -fsanitize=address,undefined -DBIRNN_EMULATE_AMX=1
 	ROUNDS=10 tools/native_test $(CXX) -fsanitize=thread -DBIRNN_EMULATE_AMX=1

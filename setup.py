@@ -26,19 +26,19 @@ except ModuleNotFoundError as error:
 if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 8):
     raise SystemExit(f"birnn_ext: PyTorch 2.8 or newer is needed, and {torch.__version__} is installed")
 
-# Turing to Hopper in machine code (8.0's runs on 8.6 and 8.9, too). PTX of 9.0 is for what comes after: a driver makes
-# machine code of it when a kernel is first used. That of 7.5 and 8.0 is for emulators.
+# Machine code covers Turing to Hopper (8.0's runs on 8.6 and 8.9, too). PTX of 9.0 is for newer GPUs, whose driver
+# compiles a kernel when it is first used. PTX of 7.5 and 8.0 is for emulators.
 DEFAULT_ARCHITECTURES = "7.5+PTX;8.0+PTX;9.0+PTX"
 
 
 def site_packages_cuda():
-    """The folder in which pip's nvidia packages for torch's CUDA version keep bin, include and lib."""
+    """Returns the folder in which pip's nvidia packages for torch's CUDA version keep bin, include and lib."""
     major = (torch.version.cuda or "").split(".")[0]
     return os.path.join(sysconfig.get_paths()["purelib"], "nvidia", f"cu{major}")
 
 
 def toolkit_candidates():
-    """Folders that may hold a CUDA toolkit, the most explicit first."""
+    """Yields folders that may hold a CUDA toolkit, the most explicit first."""
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         if os.environ.get(variable):
             yield os.environ[variable]
@@ -53,7 +53,7 @@ def toolkit_candidates():
 
 
 def release_of(home):
-    """The version of the nvcc in folder home, such as "13.0"; None if that is no toolkit."""
+    """Returns the version of the nvcc in folder home, such as "13.0"; None if that is no toolkit."""
     nvcc = os.path.join(home, "bin", "nvcc")
     header = os.path.join(home, "include", "cuda_runtime.h")
     if not (os.access(nvcc, os.X_OK) and os.path.exists(header)):
@@ -64,7 +64,7 @@ def release_of(home):
 
 
 def find_toolkit():
-    """(folder, version) of a toolkit that fits torch, or (None, why there is none)."""
+    """Returns (folder, version) of a toolkit that fits torch, or (None, why there is none)."""
     if torch.version.cuda is None:
         return None, f"the installed torch {torch.__version__} is built without CUDA"
     wanted = torch.version.cuda.split(".")[0]
@@ -86,7 +86,7 @@ def find_toolkit():
 
 
 def choose_cuda():
-    """(folder, version) of the toolkit to build with, or (None, why the build is for the CPU only)."""
+    """Returns (folder, version) of the toolkit to build with, or (None, why the build is for the CPU only)."""
     wish = os.environ.get("BIRNN_CUDA", "")
     if wish not in ("", "0", "1"):
         raise SystemExit(f"birnn_ext: BIRNN_CUDA must be 0, 1 or unset, got {wish!r}")
@@ -100,7 +100,7 @@ def choose_cuda():
 
 cuda_home, cuda_detail = choose_cuda()
 if cuda_home:
-    os.environ["CUDA_HOME"] = cuda_home  # read by torch.utils.cpp_extension when it is imported
+    os.environ["CUDA_HOME"] = cuda_home  # torch.utils.cpp_extension reads it when it is imported
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCHITECTURES)
     architectures = " ".join(os.environ["TORCH_CUDA_ARCH_LIST"].replace(";", " ").split())
     target = f"for the CPU and CUDA {cuda_detail} ({cuda_home}), architectures {architectures}"
@@ -109,7 +109,7 @@ else:
 
 from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension  # noqa: E402
 
-# Python's own flags have -g, which makes the library nine times as large and its build longer, by a fifth or more.
+# Python's own flags have -g, which makes the library nine times as large, and its build a fifth longer or more.
 flags = shlex.split(f"{os.environ.get('CFLAGS', '')} {os.environ.get('CXXFLAGS', '')}")
 debug_flags = [flag for flag in flags if flag.startswith("-g")] or ["-g0"]
 
@@ -118,8 +118,8 @@ options = {
     "depends": sorted(glob.glob("csrc/**/*.h", recursive=True) + glob.glob("csrc/**/*.cuh", recursive=True)),
     "include_dirs": [os.path.abspath("csrc")],
     "extra_compile_args": {
-        # strict ISO C++ mode would turn off the contraction to fused multiply-add; at::parallel_for is OpenMP in a
-        # header, and without the flag it is a plain loop
+        # Strict ISO C++ mode would turn off contraction to fused multiply-add. at::parallel_for is OpenMP in a header,
+        # and without -fopenmp it would be a plain loop.
         "cxx": ["-O3", "-ffp-contract=fast", "-fopenmp", "-fvisibility=hidden", "-Wall", "-Wno-psabi", *debug_flags],
     },
     "extra_link_args": ["-fopenmp"],
@@ -132,17 +132,17 @@ if cuda_home:
         ("BIRNN_CUDA_VERSION", f'"{cuda_detail}"'),
         ("BIRNN_CUDA_ARCHITECTURES", f'"{architectures}"'),
     ]
-    # A warning of ptxas (a spill, local memory) fails the build: kernels must fit the registers.
+    # A warning of ptxas (a spill, local memory) fails the build, because kernels must fit the registers.
     options["extra_compile_args"]["nvcc"] = ["-O3", "--threads", "2", "-Xptxas", "-warn-spills,-Werror"]
     options["extra_compile_args"]["nvcc"] += [f"-Xcompiler={flag}" for flag in debug_flags]
-    # cuSPARSE and cuBLAS headers, which ATen's CUDA headers include, may be in pip's packages only.
+    # ATen's CUDA headers include those of cuSPARSE and cuBLAS, which may be in pip's packages only.
     options["include_dirs"].append(os.path.join(site_packages_cuda(), "include"))
 else:
-    options["define_macros"] = [("BIRNN_CUDA_MISSING", json.dumps(cuda_detail))]  # a string of C
+    options["define_macros"] = [("BIRNN_CUDA_MISSING", json.dumps(cuda_detail))]  # quoted as a C string
 
 extension = (CUDAExtension if cuda_home else CppExtension)("birnn_ext._C", **options)
 if cuda_home and not glob.glob(os.path.join(cuda_home, "lib*", "libcudart.so")):
-    # pip's toolkit has the library under its full name only, where -lcudart does not look.
+    # -lcudart does not find the library in pip's toolkit, which has only its full name.
     libcudart = glob.glob(os.path.join(cuda_home, "lib*", "libcudart.so.*"))[0]
     extension.libraries.remove("cudart")
     extension.extra_link_args += [f"-L{os.path.dirname(libcudart)}", f"-l:{os.path.basename(libcudart)}"]
@@ -150,19 +150,19 @@ if cuda_home and not glob.glob(os.path.join(cuda_home, "lib*", "libcudart.so")):
 
 class Build(BuildExtension):
     def build_extensions(self):
-        compiler = (shlex.split(os.environ.get("CXX", "")) or ["c++"])[0]  # as BuildExtension chooses it
+        compiler = (shlex.split(os.environ.get("CXX", "")) or ["c++"])[0]  # BuildExtension chooses the same one
         if not shutil.which(compiler):
             raise SystemExit(
                 f"birnn_ext: the build needs a C++ compiler, and there is no {compiler!r} on the PATH: "
                 "install g++ (Debian and Ubuntu: `apt-get install g++`), or name a compiler in the variable CXX"
             )
-        print(f"birnn_ext: building {target}", flush=True)  # before the compilers say anything
+        print(f"birnn_ext: building {target}", flush=True)  # flushed, so that it comes before the compilers' output
         super().build_extensions()
 
 
 setup(
     ext_modules=[extension],
     cmdclass={"build_ext": Build},
-    # torch's C++ interface changes with its minor version: what is built for one can't be loaded by another.
+    # torch's C++ interface changes with its minor version, so a build for one can't be loaded by another.
     install_requires=[f"torch=={'.'.join(torch.__version__.split('.')[:2])}.*"],
 )

@@ -7,7 +7,7 @@ import birnn_ext
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
-    """Says in saved results what was measured, and on what."""
+    """Adds to saved results what was measured, and on which machine."""
     machine_info["birnn_ext"] = birnn_ext.build_info()
     machine_info["threads"] = torch.get_num_threads()
     if torch.cuda.is_available():

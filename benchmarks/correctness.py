@@ -1,8 +1,8 @@
-"""How far outputs and gradients are from float64: ours beside nn.LSTM's of the same type, on random configurations.
+"""Measures how far outputs and gradients are from float64, ours beside nn.LSTM's of the same type, on random cases.
 
-The truth is nn.LSTM in float64, from weights and inputs that the type can hold. An error is the largest of a tensor,
-relative to its largest value or, if that is more, to a tenth of the largest of all outputs (of all gradients):
-tests/fuzz/fuzz_case.py, whose cases these are.
+The truth is nn.LSTM in float64, from weights and inputs that the type can hold. An error is the largest in a tensor,
+relative to its largest value or, if that is more, to a tenth of the largest among all outputs (all gradients). The
+cases and the errors are those of tests/fuzz/fuzz_case.py.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ import torch
 from measuring import markdown
 from tqdm import tqdm
 
-from fuzz_case import Case, by_ours, by_torch, errors  # isort: skip, measuring says where it is
+from fuzz_case import Case, by_ours, by_torch, errors  # isort: skip, measuring adds its folder to the path
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 KINDS = ("outputs", "states", "gradients")
-Errors = dict[tuple[str, str], list[tuple[float, float]]]  # by dtype and kind: ours, nn.LSTM's for each tensor
+Errors = dict[tuple[str, str], list[tuple[float, float]]]  # by dtype and kind: a pair (ours, nn.LSTM's) for each tensor
 
 
 def random_case(chance: random.Random, dtype: str, device: str) -> Case:
@@ -45,7 +45,7 @@ def kind_of(name: str) -> str:
 
 
 def measure(count: int, device: str) -> Errors:
-    """Errors of count configurations for each type."""
+    """Returns the errors of count configurations for each type."""
     found: Errors = {(dtype, kind): [] for dtype in DTYPES for kind in KINDS}
     for dtype in DTYPES:
         chance = random.Random(0)
@@ -65,14 +65,14 @@ def table(found: Errors) -> str:
     for (dtype, kind), pairs in found.items():
         sides = list(zip(*pairs, strict=True))
         figures = [f"{of(side):.1e}" for of in (max, median) for side in sides]
-        if dtype == "float64":  # the truth itself
+        if dtype == "float64":  # nn.LSTM in float64 is the truth
             figures[1] = figures[3] = ""
         rows.append([f"{dtype}, {kind}", *figures])
     return markdown(rows)
 
 
 def draw(found: Errors, path: Path) -> None:
-    """A dot for each tensor: nn.LSTM's error and ours, where neither is 0. A row for each kind: none hides another."""
+    """Draws a dot for each tensor, at nn.LSTM's error and ours, if neither is 0. Each kind has a row of panels."""
     from matplotlib.figure import Figure
 
     dtypes = [dtype for dtype in DTYPES if dtype != "float64"]

@@ -1,19 +1,19 @@
-"""birnn_ext beside cuDNN on a GPU: forward, and forward + backward, by each algorithm that can run the layer.
+"""Times birnn_ext beside cuDNN on a GPU: forward, and forward + backward, with each algorithm that can run the layer.
 
     python benchmarks/cuda_speed.py --json benchmarks/results/cuda_h100.json
     python benchmarks/cuda_speed.py --table benchmarks/results/cuda_h100.json  # prints it again; needs no GPU
 
-Before a row is timed, every contestant's output is compared with nn.LSTM's. Then the contestants take turns, round by
-round, so that a drift of clocks and temperature hits all alike; a figure is the median of the rounds, in milliseconds
-of a call by CUDA events, with all that a user pays for: Python, launches, allocation. The figure of the algorithm that
-birnn_ext chooses by itself is bold. "us a step" is what the recurrence alone takes of the GPU, by that algorithm and
-without the host's time (it is replayed from a CUDA graph): forward without saving anything, or forward with saving +
-backward. FlashRNN takes part where it is installed, in one direction and bfloat16, together with the projection that it
-leaves to PyTorch. An empty cell: the choice says that this algorithm can't run the layer here. Rows are printed as they
-come; what fails says so in its cell, and the exit status is 1.
+Every contestant's output is compared with nn.LSTM's before a row is timed. Then the contestants take turns, round by
+round, so that a drift of clocks and temperature affects all alike. A figure is the median of the rounds, in
+milliseconds per call by CUDA events. It includes all that a user pays for: Python, launches, allocation. The algorithm
+that birnn_ext chooses by itself is bold. "us a step" is the GPU's time for the recurrence alone with that algorithm,
+without the host's time, as a CUDA graph replays it: forward without saving, or forward with saving + backward. FlashRNN
+takes part if it is installed, in one direction and bfloat16, together with the projection that it leaves to PyTorch. A
+cell is empty if the algorithm can't run the layer on this GPU. Rows are printed as they are ready. A failure is named
+in its cell, and makes the exit status 1.
 
-All rows together take about four minutes (--minutes): a row takes its share of what is left, in as many and as long
-turns as fit.
+All rows together take about four minutes (--minutes). A row takes its share of the time that is left, in as many and as
+long turns as fit.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ from birnn_ext import _C, op_calls
 
 ALGORITHMS = ["stepwise", "persistent-cta", "persistent-grid", "persistent-cluster"]
 CUDNN, FLASH = "nn.LSTM", "FlashRNN"
-VARIABLE = "BIRNN_CUDA_ALGO"  # names the algorithm to take
-WARM_UP = 3  # calls: libraries set themselves up, clocks rise
+VARIABLE = "BIRNN_CUDA_ALGO"  # it names the algorithm to use
+WARM_UP = 3  # calls, in which libraries initialise and clocks rise
 ROUNDS = 9  # at most
-TURN = 50.0  # ms at most: short work is repeated for so long
-FOR_STEPS = 0.25  # of a row's time, for the recurrence alone
-# how far outputs may be from nn.LSTM's, relative to the largest: nothing is wrong, no more
+TURN = 50.0  # ms at most, for which short work is repeated
+FOR_STEPS = 0.25  # the recurrence's share of a row's time
+# Outputs may differ from nn.LSTM's by this much, relative to the largest. It only shows that nothing is wrong.
 TOLERANCE = {"float32": 1e-4, "float32, TF32": 1e-2, "float16": 2e-2, "bfloat16": 1e-1}
 
-Work = Callable[[], Tensor]  # returns its output, for the comparison
+Work = Callable[[], Tensor]  # it returns its output, for the comparison
 
 
 class Shape(NamedTuple):
@@ -71,12 +71,12 @@ SHAPES = [
     Shape(1, 28, 28, 128, 2),
     Shape(32, 100, 128, 256, 2),
     Shape(16, 256, 1024, 1024, 1),
-    # hidden sizes off the tiles, and large batches
+    # hidden sizes that are no multiples of tiles, and large batches
     *(Shape(32, 100, hidden, hidden, 1) for hidden in (100, 200, 400, 650)),
     *(Shape(batch, 100, 512, 512, 1) for batch in (16, 128, 256)),
     Shape(256, 100, 128, 128, 1),
     Shape(256, 100, 1024, 1024, 1),
-    # one direction: cuDNN has a persistent kernel for float16
+    # in one direction cuDNN has a persistent kernel for float16
     *(Shape(16, 100, hidden, hidden, 1, 1) for hidden in (256, 512, 1024)),
     Shape(64, 100, 512, 512, 1, 1),
 ]
@@ -91,8 +91,8 @@ class Row:
     name: str
     mode: str
     shape: Shape
-    chosen: str = ""  # the algorithm that birnn_ext takes by itself
-    ms: dict[str, float] = field(default_factory=dict)  # of a call, by contestant
+    chosen: str = ""  # the algorithm that birnn_ext chooses by itself
+    ms: dict[str, float] = field(default_factory=dict)  # per call, by contestant
     us_a_step: dict[str, list[float]] = field(default_factory=dict)  # by algorithm
     failures: dict[str, str] = field(default_factory=dict)  # by contestant, in a few words
 
@@ -104,7 +104,7 @@ class Row:
         return f"**{self.ms[contestant]:.4g}**" if contestant == self.chosen else f"{self.ms[contestant]:.4g}"
 
     def ratio(self) -> str:
-        """nn.LSTM's time over ours."""
+        """Returns nn.LSTM's time over ours."""
         ours, theirs = self.ms.get(self.chosen, 0), self.ms.get(CUDNN, 0)
         return f"{theirs / ours:.2f}" if ours > 0 and theirs > 0 else ""
 
@@ -123,7 +123,7 @@ class Row:
 
 @contextmanager
 def precision(mode: str) -> Iterator[torch.dtype]:
-    """The dtype of a mode; TF32 is allowed to all, or to nobody."""
+    """Yields the dtype of a mode. The mode allows TF32 to all contestants, or to none."""
     allow = mode.endswith("TF32")
     before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allow
@@ -135,7 +135,7 @@ def precision(mode: str) -> Iterator[torch.dtype]:
 
 @contextmanager
 def algorithm(name: str | None) -> Iterator[None]:
-    """What birnn_ext takes: the one named, or the one that it chooses."""
+    """Makes birnn_ext use the algorithm that is named, or the one that it chooses."""
     before = os.environ.pop(VARIABLE, None)
     try:
         if name:
@@ -169,7 +169,7 @@ def forced(name: str | None, work: Work) -> Tensor:
 
 
 def flashrnn_run(lstm: nn.LSTM, x: Tensor) -> tuple[Work, list[Tensor]]:
-    """The same layer by FlashRNN: its gates are in nn.LSTM's order, all units are one head."""
+    """Returns the same layer in FlashRNN, whose gates are in nn.LSTM's order, with all units as one head."""
     from flashrnn import flashrnn
 
     batch, steps, _ = x.shape
@@ -187,7 +187,7 @@ def flashrnn_run(lstm: nn.LSTM, x: Tensor) -> tuple[Work, list[Tensor]]:
 
 
 def facts_of_the_gpu() -> dict[str, int]:
-    """What the choice asks of it, in the order of `_C.cuda_choice`."""
+    """Returns the properties that the choice needs, in the order of `_C.cuda_choice`."""
     gpu = torch.cuda.get_device_properties(0)
     return {
         "multiprocessors": gpu.multi_processor_count,
@@ -197,7 +197,7 @@ def facts_of_the_gpu() -> dict[str, int]:
 
 
 def choice(shape: Shape, mode: str, gpu: dict[str, int], name: str = "") -> str | None:
-    """The algorithm that runs a layer there; the one named, or None if it can't."""
+    """Returns the algorithm that runs a layer on that GPU; with a name, that one, or None if it can't."""
     found = _C.cuda_choice(mode.split(",")[0], shape.H, shape.B, shape.D, *gpu.values(), name)
     return found and found["algorithm"]
 
@@ -223,8 +223,8 @@ def contestants(shape: Shape, dtype: torch.dtype, mode: str, work: Callable[...,
 
 
 def replayed(work: Callable[[], object], seconds: float) -> float:
-    """Milliseconds of the GPU, without the host's, in about so many seconds."""
-    work()  # what is planned and loaded at the first call can't be captured
+    """Returns the GPU's milliseconds, without the host's. Takes about so many seconds."""
+    work()  # a capture must not contain the first call's planning and loading
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         work()
@@ -234,7 +234,7 @@ def replayed(work: Callable[[], object], seconds: float) -> float:
 
 
 def us_a_step(name: str, shape: Shape, dtype: torch.dtype, backward: bool, seconds: float) -> list[float]:
-    """Microseconds: forward; or forward with results saved, and backward."""
+    """Returns microseconds: of forward; or of forward with results saved, and of backward."""
     forward_op, backward_op = torch.ops.birnn_ext.lstm_recurrence, torch.ops.birnn_ext.lstm_recurrence_backward
     gates_x, w_hh = (
         torch.randn(size, device="cuda").div(shape.H**0.5).to(dtype)
@@ -253,7 +253,7 @@ def us_a_step(name: str, shape: Shape, dtype: torch.dtype, backward: bool, secon
 
 
 def algorithms_taken(work: Work) -> str:
-    """The names of the algorithms that ran, as the extension counted them."""
+    """Returns the names of the algorithms that ran, from the extension's counts."""
     before = op_calls()
     work()
     after = op_calls()
@@ -266,7 +266,7 @@ def in_a_few_words(failure: Exception) -> str:
 
 
 def check(works: dict[str, Work], mode: str, chosen: str) -> dict[str, str]:
-    """Compares outputs with nn.LSTM's, and what ran with what was to run. Takes out who fails, and returns why."""
+    """Compares outputs with nn.LSTM's, and the algorithm that ran with `chosen`. Removes and returns failures."""
     failures = {}
     expected = works[CUDNN]()
     for name, work in list(works.items()):
@@ -295,7 +295,7 @@ def milliseconds(work: Work, number: int) -> float:
 
 
 def measure(works: dict[str, Work], seconds: float, failures: dict[str, str]) -> dict[str, float]:
-    """Medians of milliseconds, in about so many seconds. Who fails takes no further part, and goes to `failures`."""
+    """Returns medians in milliseconds, after about so many seconds. Moves contestants that fail to `failures`."""
     end = time.monotonic() + seconds
     figures: dict[str, list[float]] = {name: [] for name in works}
     once: dict[str, float] = {}
@@ -311,12 +311,12 @@ def measure(works: dict[str, Work], seconds: float, failures: dict[str, str]) ->
                     milliseconds(work, WARM_UP)
                     once[name] = milliseconds(work, 1)
                 else:
-                    number = max(1, int(turn / once[name])) if once[name] > 0 else 1  # 0: a device without a clock
-                    milliseconds(work, 1)  # the caches are this contestant's
+                    number = max(1, int(turn / once[name])) if once[name] > 0 else 1  # 0 on a device without a clock
+                    milliseconds(work, 1)  # fills the caches with this contestant's data
                     figures[name].append(milliseconds(work, number))
             except Exception as failure:
                 failures[name] = in_a_few_words(failure)
-        if k == 0:  # a turn is its work, and a call before
+        if k == 0:  # a turn is the timed work and one call before it
             left, calls = max(0.0, 1000 * (end - time.monotonic())), 2 * sum(once.values())
             rounds = min(ROUNDS, max(3, int(left / calls))) if seconds and calls else 1
             turn = min(TURN, max(0.0, left / rounds - calls / 2) / max(1, len(once)))
@@ -324,7 +324,7 @@ def measure(works: dict[str, Work], seconds: float, failures: dict[str, str]) ->
 
 
 def timed_row(name: str, work: Callable[..., Tensor], mode: str, shape: Shape, seconds: float) -> Row:
-    """In about so many seconds; in as few as will do if that is 0."""
+    """Checks and times a row in about so many seconds, or as few as possible if that is 0."""
     torch.manual_seed(0)
     begin = time.monotonic()
     row = Row(name, mode, shape, choice(shape, mode, facts_of_the_gpu()) or "")
@@ -362,7 +362,7 @@ def contestants_of(rows: Sequence[Row]) -> list[str]:
 
 
 def table(measured: dict[str, Any], shapes: set[Shape] | None = None) -> str:
-    """What a JSON file of this script says, in Markdown; only some shapes of it, if they are given."""
+    """Returns a JSON file of this script as Markdown, only with the given shapes if there are some."""
     rows = [row for row in map(Row.of, measured["rows"]) if shapes is None or row.shape in shapes]
     names = contestants_of(rows)
     head = f"{measured['card']}, {measured['date']}, {measured['commit']}; {measured['software']}"
@@ -384,7 +384,7 @@ def facts() -> dict[str, Any]:
 
 
 def write(path: Path, measured: dict[str, Any], rows: Sequence[Row]) -> None:
-    """A line a row, so that a change can be read."""
+    """Writes one line for each row, so that diffs are readable."""
     path.parent.mkdir(parents=True, exist_ok=True)
     head = json.dumps(measured, indent=1)[:-2]
     path.write_text(f'{head},\n "rows": [\n  ' + ",\n  ".join(json.dumps(r.entry()) for r in rows) + "\n ]\n}\n")
@@ -422,7 +422,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         seconds = 0.0 if args.quick else max(0.1, (end - time.monotonic()) / (len(wanted) - k))
         try:
             row = timed_row(name, work, mode, shape, seconds)
-        except Exception as failure:  # such as too little memory: the rows after it may do
+        except Exception as failure:  # such as too little memory, which later rows may not need
             row = Row(name, mode, shape, failures={CUDNN: in_a_few_words(failure)})
         rows.append(row)
         print(f"| {' | '.join(line(row, names))} |", flush=True)

@@ -1,4 +1,4 @@
-"""What the benchmark scripts share: work in a process of its own, its peak memory, Markdown."""
+"""Helpers of the benchmark scripts: run work in its own process, read its peak memory, write Markdown."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ T = TypeVar("T")
 
 
 def alone(work: Callable[..., T], *arguments: object) -> T:
-    """Calls work in a fresh process: peak memory, warm caches and threads are then its own."""
+    """Calls work in a new process, so that peak memory, warm caches and threads are its own."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(work, *arguments).result()
 
 
 def memory(field: str = "VmHWM") -> float:
-    """MiB of this process: VmHWM, its peak, or VmRSS, now. (getrusage's ru_maxrss starts at the parent's.)"""
+    """Returns MiB of this process: VmHWM is its peak, VmRSS is now. (getrusage's ru_maxrss starts at the parent's.)"""
     return int(re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)[1]) / 1024
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A table; the first row is its head, the first column is of words, the others are of figures."""
+    """Returns a table. The first row is its head, the first column has words, and the others have figures."""
     head, *body = rows
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *body]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,8 +1,8 @@
-"""The tutorial's training of MNIST as it is written, beside birnn_ext's trainer: the same weights, the same batches.
+"""Trains MNIST with the tutorial's own code and with birnn_ext's trainer, from the same weights, on the same batches.
 
-The tutorial reads its digits one by one as PIL images through a DataLoader and runs nn.LSTM and the default Adam. The
-trainer keeps them as one tensor on the device and runs BiRNN and the fused Adam. Both train in a process of their own;
-reading the files, starting Python and evaluation, every 100 steps, do not count. Linux only, for the peak memory.
+The tutorial reads its digits one by one as PIL images through a DataLoader, and runs nn.LSTM and the default Adam. The
+trainer keeps them as one tensor on the device, and runs BiRNN and the fused Adam. Each trains in its own process. The
+time leaves out reading files, starting Python, and the evaluation every 100 steps. The peak memory needs Linux.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from birnn_ext.mnist.data import Digits, Mnist, UserError
 from birnn_ext.mnist.training import Hyperparameters, Training, device_name
 
 Trained = tuple[float, list[float]]  # seconds, and the loss of every step
-GOAL = 0.97  # an accuracy, to which the time is taken
+GOAL = 0.97  # the time to this accuracy is measured
 
-# Steps over which the losses of two correct trainings agree. Later rounding has grown: after 100 steps those of nn.LSTM
-# with the plain and with the fused Adam are 0.1 apart.
+# Losses of two correct trainings agree over so many steps. Then rounding grows: after 100 steps, nn.LSTM's losses with
+# the plain and with the fused Adam differ by 0.1.
 FOLLOWED = 20
 
 
@@ -47,21 +47,21 @@ class Result:
 
     @property
     def seconds_to_goal(self) -> float:
-        """Infinity, if it is not reached."""
+        """Returns infinity if it is not reached."""
         return next((seconds for seconds, accuracy in self.curve if accuracy >= GOAL), math.inf)
 
 
 @dataclass
 class Watch:
-    """Takes the accuracy on the test set in the course of a training, and leaves out the time which that takes."""
+    """Measures the accuracy on the test set during a training, and how much time that takes."""
 
     hp: Hyperparameters
     test: Digits
     curve: list[tuple[float, float]] = field(default_factory=list)
-    seconds: float = 0.0  # taken here
+    seconds: float = 0.0  # spent here
 
     def __call__(self, model: nn.Module, seconds: float) -> None:
-        """Seconds since the training began, with those taken here."""
+        """Takes the seconds since the training began, which include those spent here."""
         begin = time.perf_counter()
         found = training.accuracy(training.predictions(model, self.hp, self.test), self.test)
         self.curve.append((seconds - self.seconds, found))
@@ -69,7 +69,7 @@ class Watch:
 
 
 class Images(Dataset):
-    """torchvision.datasets.MNIST, but for where its files come from."""
+    """Does what torchvision.datasets.MNIST does, with files that are already read."""
 
     def __init__(self, digits: Digits) -> None:
         self.digits, self.transform = digits, ToTensor()
@@ -83,13 +83,13 @@ class Images(Dataset):
 
 
 def train_tutorial(hp: Hyperparameters, mnist: Mnist, device: torch.device, max_steps: int, watch: Watch) -> Trained:
-    """The tutorial's code, watched."""
-    torch.manual_seed(hp.seed)  # the weights of BiRNN
+    """Runs the tutorial's code, with a watch."""
+    torch.manual_seed(hp.seed)  # gives the same weights as BiRNN
     model = TutorialBiRNN(hp.input_size, hp.hidden_size, hp.num_layers, hp.num_classes).to(device)
     criterion = nn.CrossEntropyLoss()
     optimizer = torch.optim.Adam(model.parameters(), lr=hp.learning_rate)
     dataset = Images(mnist.train)
-    generator = torch.Generator().manual_seed(hp.seed)  # the order of Training.run
+    generator = torch.Generator().manual_seed(hp.seed)  # the same order as Training.run
     losses: list[Tensor] = []
     begin = time.perf_counter()
     for epoch in range(hp.num_epochs):
@@ -103,18 +103,18 @@ def train_tutorial(hp: Hyperparameters, mnist: Mnist, device: torch.device, max_
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            losses.append(loss.detach())  # for the comparison, not read before the end
+            losses.append(loss.detach())  # read only at the end, as reading waits for the device
             if (i + 1) % 100 == 0:
                 print(f"Epoch [{epoch + 1}/{hp.num_epochs}], Step [{i + 1}/{len(loader)}], Loss: {loss.item():.4f}")
                 watch(model, time.perf_counter() - begin)
-    values = torch.stack(losses).tolist()  # waits for the device
+    values = torch.stack(losses).tolist()  # this waits for the device
     seconds = time.perf_counter() - begin - watch.seconds
     watch(model, seconds + watch.seconds)
     return seconds, values
 
 
 def train_ours(hp: Hyperparameters, mnist: Mnist, device: torch.device, max_steps: int, watch: Watch) -> Trained:
-    """What birnn-mnist does."""
+    """Trains as birnn-mnist does."""
     run = Training(hp, mnist, device)
 
     def seconds() -> float:
@@ -136,7 +136,7 @@ LOOKS = {"tutorial": ("#D55E00", "s-"), "birnn_ext": ("#0072B2", "o-")}  # Okabe
 
 
 def compete(name: str, hp: Hyperparameters, folder: Path, source: str, device: torch.device, max_steps: int) -> Result:
-    training.EVALUATION_BATCH = hp.batch_size  # evaluation shall not set the peak of memory
+    training.EVALUATION_BATCH = hp.batch_size  # evaluation must not determine the peak memory
     mnist = data.load_mnist(folder, source, log=lambda line: None)
     train = mnist.train.to(device) if name == "birnn_ext" else mnist.train  # the tutorial moves batch by batch
     mnist = Mnist(train, mnist.test.to(device), mnist.source)
@@ -161,7 +161,7 @@ def race(seeds: int, folder: Path, source: str, device: torch.device, steps: int
 
 
 def report(results: Results) -> str:
-    """The table, from the results of all seeds, and how far the losses are apart."""
+    """Returns the table of the results of all seeds, and the difference of the losses."""
     rows = [["", *results, "tutorial / birnn_ext"]]
 
     def add(title: str, values: list[float], digits: int) -> None:
@@ -203,7 +203,7 @@ def curves(results: Results) -> Curves:
 
 
 def draw(found: Curves, path: Path) -> None:
-    """Accuracy over the time of training, a line for each training."""
+    """Draws accuracy over time, with a line for each training."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5), layout="constrained")

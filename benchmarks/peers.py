@@ -1,8 +1,8 @@
-"""birnn_ext beside its peers on the CPU: nn.LSTM, ONNX Runtime, OpenVINO and JAX, all in one run.
+"""Times birnn_ext beside its peers on the CPU (nn.LSTM, ONNX Runtime, OpenVINO, JAX), all in one run.
 
-`make bench-peers`. Before a row is timed, every contestant's results are compared with nn.LSTM's. Then the contestants
-take turns, round by round, so that a drift of the machine hits all alike; a figure is the median of the rounds. Peers
-that are not installed leave their columns empty. Linux only, for the peak memory.
+`make bench-peers` runs it. Every contestant's results are compared with nn.LSTM's before a row is timed. Then the
+contestants take turns, round by round, so that a drift of the machine affects all alike. A figure is the median of the
+rounds. Peers that are not installed leave their columns empty. The peak memory needs Linux.
 """
 
 from __future__ import annotations
@@ -36,34 +36,34 @@ from birnn_ext import LSTM, BiRNN
 from birnn_ext.mnist.training import device_name
 
 Shape = tuple[int, int, int, int, int]  # B, T, I, H, layers; all are bidirectional
-Work = Callable[[], list[Any]]  # returns its results, for the comparison
+Work = Callable[[], list[Any]]  # it returns its results, for the comparison
 Works = dict[str, Work]  # by contestant
 
 ROOT = Path(__file__).parents[1]
 RESULTS, CHART = ROOT / "benchmarks" / "results" / "peers.json", ROOT / "docs" / "peers.png"
 OURS, TORCH = "birnn_ext", "nn.LSTM"
-PEERS = {"ONNX Runtime": ("onnxruntime", "onnx"), "OpenVINO": ("openvino", "onnx"), "JAX": ("jax",)}  # what they need
-# Okabe and Ito's, which the colour-blind tell apart
+PEERS = {"ONNX Runtime": ("onnxruntime", "onnx"), "OpenVINO": ("openvino", "onnx"), "JAX": ("jax",)}  # and packages
+# These are Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLOURS = {OURS: "#0072B2", "ONNX Runtime": "#E69F00", "OpenVINO": "#009E73", "JAX": "#999999"}
-# Relative to the largest value: nothing is wrong, no more.
+# Results may differ by this much, relative to the largest value. It only shows that nothing is wrong.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 MNIST: Shape = (100, 28, 28, 128, 2)
 BATCH: Shape = (32, 100, 128, 256, 2)
 SINGLE: Shape = (1, 28, 28, 128, 2)
 WIDE: Shape = (64, 200, 256, 512, 1)
 RAGGED: Shape = (32, 400, 64, 128, 1)
-TURN = 0.1  # seconds: short work is repeated for so long
-PATIENCE = 60  # seconds: after so long three rounds are enough, as products of 16 bits may be slow a hundredfold
-REST = 0.05  # seconds: after so long, threads that spin for more work, as ONNX Runtime's, sleep
+TURN = 0.1  # seconds, for which short work is repeated
+PATIENCE = 60  # seconds, after which three rounds are enough, as products of 16 bits may be a hundred times slower
+REST = 0.05  # seconds, after which threads that spin for more work, such as ONNX Runtime's, sleep
 
 
 class NotHereError(Exception):
-    """Why a row can't be measured here; the table says it."""
+    """A row can't be measured here, for a reason that the table shows."""
 
 
 @dataclass
 class Row:
-    """A row of the table: by contestant, a figure of every round. Less is better."""
+    """A row of the table: every round's figure, by contestant. Less is better."""
 
     name: str
     shape: Shape
@@ -79,7 +79,7 @@ class Row:
         return median(self.figures[contestant])
 
     def advantage(self, *others: str) -> float | None:
-        """How many times less birnn_ext takes than the best of the others."""
+        """Returns the best of the others' figures over birnn_ext's."""
         found = [self.median(name) for name in others if name in self.figures]
         return min(found) / self.median(OURS) if found and OURS in self.figures else None
 
@@ -97,7 +97,7 @@ def installed() -> list[str]:
 
 
 def onnx_model(lstm: nn.LSTM) -> bytes:
-    """A bidirectional, batch-first nn.LSTM as a graph of ONNX's LSTM operators: x (B, T, I) -> y (B, T, 2H)."""
+    """Returns a bidirectional, batch-first nn.LSTM as a graph of ONNX's LSTM operators: x (B, T, I) -> y (B, T, 2H)."""
     from onnx import TensorProto, helper, numpy_helper
 
     nodes, constants = [], []
@@ -107,7 +107,7 @@ def onnx_model(lstm: nn.LSTM) -> bytes:
         return name
 
     def stacked(name: str, layer: int) -> np.ndarray:
-        """(2, 4H, ...): both directions, gates reordered from torch's i, f, g, o to ONNX's i, o, f, g."""
+        """Returns (2, 4H, ...): both directions, with gates reordered from torch's i, f, g, o to ONNX's i, o, f, g."""
         both = [getattr(lstm, f"{name}_l{layer}{suffix}").detach() for suffix in ("", "_reverse")]
         return torch.stack(both).unflatten(1, (4, -1))[:, [0, 3, 1, 2]].flatten(1, 2).numpy()
 
@@ -141,7 +141,7 @@ def onnxruntime_inference(lstm: nn.LSTM, x: Tensor) -> Work:
 
 
 def openvino_inference(lstm: nn.LSTM, x: Tensor, precision: str = "f32") -> Work:
-    sys.modules["openvino_telemetry"] = None  # else importing openvino forks and reports to its makers
+    sys.modules["openvino_telemetry"] = None  # otherwise importing openvino forks, and sends telemetry
     import openvino
 
     core = openvino.Core()
@@ -150,7 +150,7 @@ def openvino_inference(lstm: nn.LSTM, x: Tensor, precision: str = "f32") -> Work
     config = {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "INFERENCE_PRECISION_HINT": precision,  # else it may choose bfloat16; it does not use that on every CPU
+        "INFERENCE_PRECISION_HINT": precision,  # by default it may choose bfloat16, but not on every CPU
     }
     request = core.compile_model(model, "CPU", config).create_infer_request()
     values = x.numpy()
@@ -158,8 +158,8 @@ def openvino_inference(lstm: nn.LSTM, x: Tensor, precision: str = "f32") -> Work
 
 
 def jax_lstm(lstm: nn.LSTM, unroll: int) -> tuple[dict[str, Any], Callable]:
-    """A bidirectional, batch-first nn.LSTM's parameters and, as a function of them and of x, its scans."""
-    os.environ["NPROC"] = str(torch.get_num_threads())  # XLA's number of threads, read when it is first used
+    """Returns a bidirectional, batch-first nn.LSTM's parameters, and a function of them and x that runs its scans."""
+    os.environ["NPROC"] = str(torch.get_num_threads())  # XLA reads its number of threads here at its first use
     import jax.numpy as jnp
     from jax import lax, nn
 
@@ -190,7 +190,7 @@ def jax_lstm(lstm: nn.LSTM, unroll: int) -> tuple[dict[str, Any], Callable]:
 def jax_inference(lstm: nn.LSTM, x: Tensor) -> Work:
     import jax
 
-    parameters, forward = jax_lstm(lstm, unroll=4)  # 1 was slower here, and faster with gradients
+    parameters, forward = jax_lstm(lstm, unroll=4)  # unroll=1 was slower here, but faster with gradients
     compiled, values = jax.jit(forward), jax.numpy.asarray(x.numpy())
     return lambda: [compiled(parameters, values).block_until_ready()]
 
@@ -235,7 +235,7 @@ def inference(shape: Shape, peers: Sequence[str], dtype: torch.dtype = torch.flo
         OURS: torch.inference_mode()(lambda: [ours(x)[0]]),
         TORCH: torch.inference_mode()(lambda: [theirs(x)[0]]),
     }
-    rounded = copy.deepcopy(theirs).float()  # in 16 bits there is no NumPy array, and no file of ONNX
+    rounded = copy.deepcopy(theirs).float()  # NumPy and the ONNX file have no bfloat16
     return works | {peer: makers[peer](rounded, x.float()) for peer in peers if peer in makers}
 
 
@@ -250,7 +250,7 @@ def backward_of(lstm: nn.LSTM, run: Callable[[], Tensor], dy: Tensor) -> Work:
 
 
 def forward_backward(shape: Shape, peers: Sequence[str], last: bool = False) -> Works:
-    """Of all outputs or, many-to-one, of the last one."""
+    """Runs forward + backward of all outputs or, many-to-one, of the last one."""
     ours, theirs = lstm_twins(shape)
     batch, steps, features, hidden, _ = shape
     x = torch.randn(batch, steps, features)
@@ -283,7 +283,7 @@ def ragged(shape: Shape, peers: Sequence[str]) -> Works:
 def training_step(
     shape: Shape, peers: Sequence[str], dtype: torch.dtype = torch.float32, precision: str = "highest"
 ) -> Works:
-    """The tutorial's many-to-one classifier with cross entropy and fused Adam; precision is for ours only."""
+    """Trains the tutorial's many-to-one classifier with cross entropy and fused Adam. precision is for ours only."""
     if precision != "highest" and "amx_tile" not in Path("/proc/cpuinfo").read_text():
         raise NotHereError("no AMX here")
     batch, steps, features, hidden, layers = shape
@@ -330,7 +330,7 @@ ROWS: list[tuple[str, Callable[..., Works], Shape, dict[str, Any]]] = [
 
 
 def check(works: Works, dtype: torch.dtype) -> None:
-    """Compares everyone's results with nn.LSTM's: three times, as training steps go on from each other."""
+    """Compares all results with nn.LSTM's, three times, as each training step starts from the one before."""
     for _ in range(3):
         expected = works[TORCH]()
         for name, work in works.items():
@@ -343,7 +343,7 @@ def check(works: Works, dtype: torch.dtype) -> None:
 
 
 def measure(works: Works, rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of a call, by contestant, for each round. Of slow work the first call of a round is its figure."""
+    """Returns milliseconds per call, by contestant, for each round. Slow work is timed by a round's first call."""
     figures: dict[str, list[float]] = {name: [] for name in works}
     begin = time.monotonic()
     for k in range(rounds):
@@ -351,7 +351,7 @@ def measure(works: Works, rounds: int) -> dict[str, list[float]]:
             break
         for name, work in works.items():
             time.sleep(REST)
-            once = timeit.timeit(work, number=1)  # fills the caches, and tells how often to repeat
+            once = timeit.timeit(work, number=1)  # this fills the caches, and tells how often to repeat
             number = max(1, round(TURN / once))
             seconds = timeit.timeit(work, number=number) / number if once < PATIENCE / 20 else once
             figures[name].append(1000 * seconds)
@@ -373,11 +373,11 @@ def timed_row(
     return row
 
 
-# --- what is not time -------------------------------------------------------------------------------------------------
+# --- memory and rates -------------------------------------------------------------------------------------------------
 
 
 def training_memory(cls: type[nn.LSTM], shape: Shape, threads: int, options: dict[str, Any]) -> float:
-    """MiB that forward and backward of all outputs add, at their peak, to the process."""
+    """Returns the MiB that forward and backward of all outputs add to the process at their peak."""
     torch.set_num_threads(threads)
     batch, steps, features, hidden, layers = shape
     lstm = cls(features, hidden, layers, batch_first=True, bidirectional=True, **options)
@@ -496,7 +496,7 @@ class Comparison:
 
     @classmethod
     def load(cls) -> Comparison:
-        """What save has saved."""
+        """Returns the comparison that save() wrote."""
         saved = json.loads(RESULTS.read_text())
         rows = [Row(**{**row, "shape": tuple(row["shape"])}) for row in saved.pop("rows")]
         rates = {name: saved.pop(name) for name in ("recurrence_gflops", "sgemm_gflops")}

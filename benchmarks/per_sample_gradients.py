@@ -1,10 +1,10 @@
-"""Gradients of the tutorial's BiRNN for each of a batch's digits, as differential privacy needs them.
+"""Times gradients of the tutorial's BiRNN for each digit of a batch, as differential privacy needs them.
 
     python benchmarks/per_sample_gradients.py
 
-vmap(grad(loss)) with the kernels beside a loop over the samples, the same vmap on the reference in plain PyTorch, and,
-as a lower bound, the gradient of the whole batch at once. First all are compared with each other. The contestants take
-turns; a figure is the median of the rounds, in milliseconds.
+vmap(grad(loss)) on the kernels runs beside a loop over the samples, the same vmap on the reference in plain PyTorch,
+and, as a lower bound, the gradient of the whole batch at once. Their results are compared first. The contestants take
+turns, and a figure is the median of the rounds, in milliseconds.
 """
 
 from __future__ import annotations

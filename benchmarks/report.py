@@ -1,8 +1,8 @@
-"""Measures again what the README claims, and writes docs/report.md with its pictures, and the README's main table.
+"""Measures again what the README claims; writes docs/report.md with its pictures, and the README's main table.
 
-`make report`: errors against float64, training on MNIST from several seeds beside the tutorial's code,
-pytest-benchmark's runs, and the comparison with other libraries; half an hour or more, on a machine that should have
-nothing else to do. Linux only, for the peak memory.
+`make report` runs it. It measures errors against float64, training on MNIST from several seeds beside the tutorial's
+code, pytest-benchmark's runs, and the comparison with other libraries. This takes half an hour or more, on a machine
+that should be idle otherwise. The peak memory needs Linux.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def stage(title: str) -> Iterator[None]:
 
 
 def machine() -> str:
-    """What everything was measured on."""
+    """Returns a description of the machine."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     facts = {
         "date": time.strftime("%Y-%m-%d"),
@@ -60,7 +60,7 @@ def machine() -> str:
 
 
 def method(script: ModuleType) -> str:
-    """What a script says of how it measures: the second paragraph of its docstring."""
+    """Returns a script's account of how it measures: the second paragraph of its docstring."""
     return (script.__doc__ or "").split("\n\n")[1].strip()
 
 
@@ -70,7 +70,7 @@ def commit() -> str:
 
 
 def pytest_benchmarks(select: str) -> str:
-    """A table of what `make bench` measures: medians in milliseconds, and their ratio."""
+    """Returns a table of what `make bench` measures: medians in milliseconds, and their ratio."""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder, "result.json")
         command = [sys.executable, "-m", "pytest", "-q", "benchmarks", f"--benchmark-json={result}", "-k", select]
@@ -94,7 +94,7 @@ def put_into_readme(text: str) -> None:
 
 
 def redraw() -> None:
-    """The pictures whose figures the last report has left; those of the errors it has not, as they are thousands."""
+    """Draws the pictures again whose figures the last report saved. It does not save the thousands of errors."""
     comparison = peers.Comparison.load()
     peers.draw(comparison.rows, comparison.title, peers.CHART)
     trainings = peers.RESULTS.parent / "mnist.json"
@@ -106,8 +106,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", type=int, default=100, help="configurations of each type, for the errors")
     parser.add_argument("--seeds", type=int, default=5, help="trainings on MNIST of each contestant")
-    parser.add_argument("--rounds", type=int, default=5, help="of the comparison with other libraries")
-    parser.add_argument("--steps", type=int, help="of a training (default: the tutorial's 2 epochs)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of the comparison with other libraries")
+    parser.add_argument("--steps", type=int, help="steps of a training (default: the tutorial's 2 epochs)")
     parser.add_argument("--select", default="float32 or mnist", help="pytest's -k, for the benchmarks")
     parser.add_argument("--data", type=Path, default=Path("data"), help="folder of MNIST (default: data)")
     parser.add_argument("--data-source", choices=("auto", *SOURCES), default="auto", help="see birnn-mnist train")
@@ -118,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     load = os.getloadavg()[0]
-    description = machine()  # before a file of the repository is written
+    description = machine()  # before the report changes files of the repository
 
     with stage("errors"):
         errors = correctness.measure(args.cases, device.type)
@@ -135,15 +135,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     (peers.RESULTS.parent / "mnist.json").write_text(json.dumps(mnist_end_to_end.curves(trainings)) + "\n")
     (DOCS / "report.md").write_text(f"""# Report
 
-`make report` writes this page; {args.seeds} seeds, {args.rounds} rounds. Other machines give other figures, of speed
-and, by rounding, of accuracy.
+`make report` writes this page, here from {args.seeds} seeds and {args.rounds} rounds. Other machines give other speeds
+and, because they round differently, other accuracies.
 
 {description}
 
 ## Errors against float64
 
-{args.cases} random configurations for each type, on {device.type}: of outputs, of final states, and of the gradients of
-inputs, states and weights. {method(correctness)}
+The table shows errors of outputs, of final states, and of the gradients of inputs, states and weights, over
+{args.cases} random configurations for each type, on {device.type}. {method(correctness)}
 
 {correctness.table(errors)}
 
@@ -159,13 +159,14 @@ inputs, states and weights. {method(correctness)}
 
 ## Beside nn.LSTM
 
-pytest-benchmark's runs (`make bench`), medians.
+These are medians of pytest-benchmark's runs (`make bench`).
 
 {benchmarks}
 
 ## Beside other libraries
 
-`make bench-peers`: contestants take turns; medians; milliseconds or MiB, less is better.
+`make bench-peers` measures this table. Contestants take turns, and figures are medians: milliseconds or MiB, less is
+better.
 
 {comparison.text()}
 

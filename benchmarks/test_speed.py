@@ -1,7 +1,7 @@
-"""birnn_ext beside torch.nn.LSTM: forward, forward + backward, and a training step of the MNIST model.
+"""Times birnn_ext beside torch.nn.LSTM: forward, forward + backward, and a training step of the MNIST model.
 
-`make bench`, or `python -m pytest benchmarks`. A group holds both contestants on the same work. All that a user pays
-for counts: packing of weights, allocation, Python.
+`make bench` or `python -m pytest benchmarks` runs it. A group has both contestants on the same work. Times include all
+that a user pays for: packing of weights, allocation, Python.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-// Autograd of birnn_ext::lstm_layer, in C++: with a single sequence, a Python formula would cost more than the kernels.
+// Autograd of birnn_ext::lstm_layer. It is in C++ because, for a single sequence, Python would take longer than the
+// kernels.
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/alias.h>
 #include <ATen/ops/arange.h>
@@ -45,7 +46,8 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor, Tensor> call_backward(
 
 OptionalTensor defined(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
 
-// The layer as an input projection and birnn_ext::lstm_recurrence, which can be differentiated any number of times.
+// Computes the layer as an input projection and birnn_ext::lstm_recurrence, which autograd can differentiate
+// repeatedly.
 variable_list composite(const Tensor& x, at::TensorList weights, bool bias, const OptionalTensor& h0,
                         const OptionalTensor& c0, const OptionalTensor& lengths) {
   static const auto recurrence = c10::Dispatcher::singleton()
@@ -60,7 +62,7 @@ variable_list composite(const Tensor& x, at::TensorList weights, bool bias, cons
   }
   const auto directions = static_cast<int64_t>(w_ih.size());
   Tensor used = x;
-  if (lengths)  // whatever lies beyond a sequence's end must not reach the weights' gradients
+  if (lengths)  // values beyond a sequence's end must not reach the weights' gradients
     used = x.masked_fill((at::arange(x.size(0), lengths->options()).unsqueeze(1) >= *lengths).unsqueeze(-1), 0);
   const Tensor gates_x = at::linear(used, at::cat(w_ih), bias ? OptionalTensor(at::cat(biases)) : std::nullopt);
   auto [y, h_n, c_n, gates, cells] =
@@ -89,7 +91,7 @@ struct LayerFunction : torch::autograd::Function<LayerFunction> {
     const bool bias = ctx->saved_data["bias"].toBool();
     const OptionalTensor h0 = defined(saved[1]), c0 = defined(saved[2]), lengths = defined(saved[3]);
     const std::vector<Tensor> weights(saved.begin() + 7, saved.end());
-    // One entry per argument of forward: x, h0, c0, lengths, bias, recompute, then the weights.
+    // There is one entry for each argument of forward: x, h0, c0, lengths, bias, recompute, then the weights.
     variable_list result(6 + weights.size());
     if (!grads[0].defined() && !grads[1].defined() && !grads[2].defined()) return result;
     if (transformed(grads) || at::GradMode::is_enabled()) {
@@ -111,8 +113,8 @@ struct LayerFunction : torch::autograd::Function<LayerFunction> {
     return result;
   }
 
-  // Whether gradients are more than their values, which kernels would not see: a batch of them, as with
-  // autograd.grad(..., is_grads_batched=True) or torch.func.vmap, or values with tangents.
+  // Kernels see plain values only. This finds gradients that are a batch, as with
+  // autograd.grad(..., is_grads_batched=True) or torch.func.vmap, or that carry tangents.
   static bool transformed(const variable_list& grads) {
     constexpr c10::DispatchKeySet batched({c10::DispatchKey::Batched, c10::DispatchKey::FuncTorchBatched});
     bool found = false;
@@ -126,12 +128,12 @@ struct LayerFunction : torch::autograd::Function<LayerFunction> {
     return found;
   }
 
-  // With create_graph, or gradients as above: by autograd, from the composite. Aliases keep the paths apart where one
-  // input depends on another.
+  // With create_graph, or gradients as above, autograd differentiates the composite. Aliases keep the paths apart if
+  // one input depends on another.
   static void differentiable_backward(const Tensor& x, const std::vector<Tensor>& weights, bool bias,
                                       const OptionalTensor& h0, const OptionalTensor& c0, const OptionalTensor& lengths,
                                       const variable_list& grads, variable_list& result) {
-    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);  // types are settled
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);  // forward has cast already
     const bool create_graph = at::GradMode::is_enabled();
     const at::AutoGradMode enable(true);
     variable_list inputs;

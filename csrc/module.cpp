@@ -1,5 +1,5 @@
-// The Python module birnn_ext._C: what was built, which kernels were chosen, how often they ran. Importing it registers
-// the operators. The macros BIRNN_* come from setup.py.
+// The Python module birnn_ext._C tells what was built, which kernels were chosen and how often they ran. Importing it
+// registers the operators. setup.py defines the macros BIRNN_*.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/version.h>
@@ -44,17 +44,17 @@ py::dict op_calls() {
   return calls;
 }
 
-// exp, sigmoid or tanh of n floats at address x, to address y, by the chosen kernels' own function.
+// Applies the chosen kernels' exp, sigmoid or tanh to n floats at address x; writes to address y.
 void cell_math(const std::string& name, uintptr_t x, uintptr_t y, int64_t n) {
   const auto& kernels = birnn::cpu::chosen_kernels(birnn::DType::f32);
   const auto function = name == "exp" ? kernels.exp : name == "sigmoid" ? kernels.sigmoid : kernels.tanh;
   function(reinterpret_cast<const float*>(x), reinterpret_cast<float*>(y), n);
 }
 
-// What would run a layer on a GPU, as a dictionary; of one algorithm if it is named, and None if that can't run it. The
-// device is taken to refuse clusters of more than largest_cluster CTAs. forward and backward are bytes of shared
-// memory; reads, bytes that a block reads from it in a step; us and exchange microseconds by the model, of a step
-// forward and one back, and of an exchange.
+// Describes as a dictionary how a GPU would run a layer; returns None if the algorithm that is named can't run it. It
+// assumes that the device refuses clusters of more than largest_cluster CTAs. "forward" and "backward" are bytes of
+// shared memory, and "reads" counts the bytes that a block reads from it in a step. "us" and "exchange" are the model's
+// microseconds, for a step (forward, backward) and for an exchange.
 py::object cuda_choice(const std::string& dtype, int64_t H, int64_t B, int64_t D, int multiprocessors,
                        int shared_memory, int capability, const std::string& algorithm, int largest_cluster) {
   using namespace birnn;

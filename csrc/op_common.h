@@ -1,4 +1,4 @@
-// What the CPU and the CUDA operator share: checks of the arguments, allocation of the results, counting of calls.
+// The CPU and the CUDA operators share this: they check arguments, allocate results and count calls in the same way.
 #pragma once
 
 #include <ATen/TensorOperators.h>
@@ -19,7 +19,7 @@ namespace birnn {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-// How often each compiled operator has run in this process; read by birnn_ext.op_calls().
+// birnn_ext.op_calls() reads these: they count how often each compiled operator has run in this process.
 struct OpCalls {
   std::atomic<int64_t> cpu_forward{0}, cpu_backward{0}, cuda_forward{0}, cuda_backward{0};
   std::atomic<int64_t> cuda_algorithms[cuda::kAlgorithms] = {};  // forward and backward together
@@ -42,7 +42,7 @@ inline DType dtype_of(const Tensor& t, const char* name) {
   }
 }
 
-// The type of the saved cell states, in which the kernels accumulate.
+// The kernels accumulate in this type, and save cell states in it.
 inline at::ScalarType accumulate_type(at::ScalarType type) { return type == at::kDouble ? at::kDouble : at::kFloat; }
 
 inline void check(const Tensor& t, const char* name, at::IntArrayRef shape, at::ScalarType type, at::Device device) {
@@ -56,7 +56,7 @@ inline void check(const OptionalTensor& t, const char* name, at::IntArrayRef sha
   if (t) check(*t, name, shape, type, device);
 }
 
-// Of lengths on the CPU.
+// Checks lengths in host memory.
 inline void check_lengths(const int64_t* lengths, const RecurrenceSizes& sizes) {
   for (int64_t b = 0; lengths && b < sizes.B; ++b)
     TORCH_CHECK_VALUE(0 <= lengths[b] && lengths[b] <= sizes.T,
@@ -64,24 +64,24 @@ inline void check_lengths(const int64_t* lengths, const RecurrenceSizes& sizes) 
                       "] = ", lengths[b]);
 }
 
-// Of lengths on a GPU, and there: nobody waits for it.
+// Checks lengths on a GPU. The device does so, and the host need not wait for it.
 inline void check_lengths_on_device(const OptionalTensor& lengths, const RecurrenceSizes& sizes) {
   if (lengths)
     at::_assert_async(((*lengths >= 0) & (*lengths <= sizes.T)).all(), "birnn_ext: lengths must be between 0 and T");
 }
 
-// Tensors kept alive as long as the params that point into them.
+// Keeps tensors alive as long as the params that point into them.
 struct Held {
   Tensor tensors[16];
   int count = 0;
   const Tensor& hold(Tensor t) { return tensors[count++] = std::move(t); }
-  // of a tensor made contiguous
+  // Makes t contiguous; returns its data.
   template <class T = void>
   const T* pointer(const OptionalTensor& t) {
     if (!t || !t->defined()) return nullptr;
     return static_cast<const T*>(hold(t->contiguous()).const_data_ptr());
   }
-  // of each direction in a tensor (D, ...)
+  // Points `to` at each direction's part of a tensor (D, ...).
   void directions(const Tensor& t, const void* (&to)[2]) {
     to[0] = pointer(t);
     if (t.size(0) == 2) to[1] = static_cast<const char*>(to[0]) + t.numel() / 2 * t.element_size();
@@ -95,7 +95,7 @@ struct Forward {
   Tensor y, h_n, c_n, gates, cells;
   std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> results() const { return {y, h_n, c_n, gates, cells}; }
 
-  // Of the recurrence alone.
+  // The recurrence alone uses this constructor.
   Forward(const Tensor& gates_x, const Tensor& w_hh, const OptionalTensor& h0, const OptionalTensor& c0,
           const OptionalTensor& lengths, bool save)
       : Forward(dtype_of(gates_x, "gates_x"), sizes_of(gates_x), gates_x.options(), h0, c0, lengths, save, save) {
@@ -104,7 +104,7 @@ struct Forward {
     inputs.directions(w_hh, params.w_hh);
   }
 
-  // All but where the pre-activations come from.
+  // Every operator uses this constructor. The caller sets where the pre-activations come from.
   Forward(DType type, const RecurrenceSizes& sizes, const at::TensorOptions& options, const OptionalTensor& h0,
           const OptionalTensor& c0, const OptionalTensor& lengths, bool save_gates, bool save_cells)
       : dtype(type) {
@@ -152,7 +152,7 @@ struct Backward {
   Tensor d_gates_x, dh0, dc0;
   std::tuple<Tensor, Tensor, Tensor> results() const { return {d_gates_x, dh0, dc0}; }
 
-  // Of the recurrence alone.
+  // The recurrence alone uses this constructor.
   Backward(const Tensor& w_hh, const OptionalTensor& c0, const OptionalTensor& lengths, const Tensor& gates,
            const Tensor& cells, const OptionalTensor& dy, const OptionalTensor& dh_n, const OptionalTensor& dc_n,
            bool state_grads)
@@ -164,7 +164,8 @@ struct Backward {
     params.d_gates_x = d_gates_x.mutable_data_ptr();
   }
 
-  // All but the gradients of the pre-activations. gates may be empty, and dy strided over time and batch.
+  // Every operator uses this constructor. The caller sets which gradients it wants. gates may be empty, and dy may be
+  // strided over time and batch.
   Backward(DType type, const RecurrenceSizes& sizes, const at::TensorOptions& options, const OptionalTensor& c0,
            const OptionalTensor& lengths, const Tensor& gates, const Tensor& cells, const OptionalTensor& dy,
            const OptionalTensor& dh_n, const OptionalTensor& dc_n, bool state_grads)

@@ -1,9 +1,9 @@
-// The operators' schemas. Implementations: cpu/*_op.cpp, cuda/*_op.cpp; for every other device, and for fake tensors
-// and autograd: birnn_ext/ops.py and birnn_ext/variants.py.
+// The operators' schemas. cpu/*_op.cpp and cuda/*_op.cpp implement them; birnn_ext/ops.py and birnn_ext/variants.py do
+// so for every other device, for fake tensors and for autograd.
 #include <torch/library.h>
 
 TORCH_LIBRARY(birnn_ext, m) {
-  // Shapes and meanings: core/recurrence.h. save=False leaves gates and cells empty.
+  // core/recurrence.h has shapes and meanings. save=False leaves gates and cells empty.
   m.def(
       "lstm_recurrence(Tensor gates_x, Tensor w_hh, Tensor? h0, Tensor? c0, Tensor? lengths, bool save)"
       " -> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)");
@@ -12,27 +12,27 @@ TORCH_LIBRARY(birnn_ext, m) {
       "lstm_recurrence_backward(Tensor w_hh, Tensor? c0, Tensor? lengths, Tensor gates, Tensor cells, Tensor? dy,"
       " Tensor? dh_n, Tensor? dc_n, bool state_grads) -> (Tensor d_gates_x, Tensor dh0, Tensor dc0)");
 
-  // A layer with its input projection, on the CPU: x (T, B, I). weights: of each direction w_ih, w_hh and, if there are
-  // biases, bias_ih and bias_hh. save: 0 leaves gates and cells empty; in float32 and float64 1 saves both, 2 the cells
-  // alone, and the backward pass recomputes the gates.
+  // A layer with its input projection, on the CPU. x is (T, B, I); weights are w_ih, w_hh and, with biases, bias_ih and
+  // bias_hh of each direction. save=0 leaves gates and cells empty. In float32 and float64, 1 saves both; 2 saves only
+  // the cells, and the backward pass recomputes the gates.
   m.def(
       "lstm_layer(Tensor x, Tensor[] weights, bool bias, Tensor? h0, Tensor? c0, Tensor? lengths, int save)"
       " -> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)");
-  // Gradients that are not wanted are left empty.
+  // Gradients that are not wanted stay empty.
   m.def(
       "lstm_layer_backward(Tensor x, Tensor[] weights, bool bias, Tensor? h0, Tensor? c0, Tensor? lengths, Tensor y,"
       " Tensor gates, Tensor cells, Tensor? dy, Tensor? dh_n, Tensor? dc_n, bool x_grad, bool weight_grads,"
       " bool state_grads) -> (Tensor dx, Tensor[] d_weights, Tensor dh0, Tensor dc0)");
 
-  // The recurrence with what nn.LSTM does without, and with a projection. Shapes and meanings: core/variant.h. save: 0
-  // leaves cells and what follows empty, 1 returns the cells, 2 all that the backward pass needs.
+  // The recurrence of the extended LSTM; core/variant.h has shapes and meanings. save=0 leaves cells and what follows
+  // empty, 1 returns the cells, 2 returns all that the backward pass needs.
   m.def(
       "lstm_variant(Tensor gates_x, Tensor w_hh, Tensor? w_hr, Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? reset,"
       " Tensor? h_mask, Tensor? zoneout_h, Tensor? zoneout_c, float zoneout_h_mean, float zoneout_c_mean,"
       " Tensor? ln_hh, Tensor? ln_c, float eps, int save) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor cells,"
       " Tensor gates, Tensor normed, Tensor rstd)");
-  // Left empty: dh0 and dc0 with state_grads=False, d_products where it is d_gates_x, and what there is no w_hr, ln_hh
-  // or ln_c for. d_ln_hh (D, B, 4H) and d_ln_c (D, B, 2, H) are to be summed over B.
+  // dh0 and dc0 stay empty with state_grads=False, d_products if it equals d_gates_x, and every gradient whose w_hr,
+  // ln_hh or ln_c is missing. The caller sums d_ln_hh (D, B, 4H) and d_ln_c (D, B, 2, H) over B.
   m.def(
       "lstm_variant_backward(Tensor w_hh, Tensor? w_hr, Tensor? c0, Tensor? lengths, Tensor? reset, Tensor? h_mask,"
       " Tensor? zoneout_h, Tensor? zoneout_c, float zoneout_h_mean, float zoneout_c_mean, Tensor? ln_hh, Tensor? ln_c,"

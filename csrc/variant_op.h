@@ -1,13 +1,12 @@
-// The operators lstm_variant and lstm_variant_backward for a Device: per step one batched matrix product for both
-// directions and one pass of core/variant.h, with a projection two of each. A Device has
-//   multiplied(w)         weights as product() takes them
-//   product(out, a, b)    out = a b, batched
-//   operand_type(type)    of the products' left side, for tensors of a type
-//   empty(sizes, options) memory for results
-//   check(lengths, sizes) refuses lengths beyond 0 .. T
-//   Guard(device)         makes it the current one
+// The operators lstm_variant and lstm_variant_backward for a Device. Each step runs one batched matrix product for both
+// directions and one pass of core/variant.h; with a projection it runs two of each. A Device has the four passes and
+//   multiplied(w)         converts weights for product()
+//   product(out, a, b)    computes out = a b, batched
+//   operand_type(type)    names the type of the products' left operand, for tensors of `type`
+//   empty(sizes, options) allocates results
+//   check(lengths, sizes) refuses lengths outside 0 .. T
+//   Guard(device)         makes a device the current one
 //   ran(forward)          counts a call
-// and the four passes.
 #pragma once
 
 #include <ATen/TensorOperators.h>
@@ -50,7 +49,7 @@ struct VariantOptions {
   }
 };
 
-// Sizes of gates_x or gates (T, B, D, 4H).
+// Checks gates_x or gates (T, B, D, 4H); returns the sizes.
 inline RecurrenceSizes variant_sizes(const Tensor& gates, const char* name) {
   TORCH_CHECK_VALUE(gates.dim() == 4 && gates.size(0) > 0 && (gates.size(2) == 1 || gates.size(2) == 2) &&
                         gates.size(3) > 0 && gates.size(3) % 4 == 0,
@@ -58,7 +57,7 @@ inline RecurrenceSizes variant_sizes(const Tensor& gates, const char* name) {
   return {gates.size(0), gates.size(1), gates.size(2), gates.size(3) / 4};
 }
 
-// P, after a check of the weights.
+// Checks the weights; returns P.
 inline int64_t variant_outputs(const RecurrenceSizes& sizes, const Tensor& w_hh, const OptionalTensor& w_hr,
                                const Tensor& like) {
   const auto [T, B, D, H] = sizes;
@@ -68,7 +67,7 @@ inline int64_t variant_outputs(const RecurrenceSizes& sizes, const Tensor& w_hh,
   return P;
 }
 
-// A running state of type `to`: a copy of what the user gave, or zeros.
+// The loop overwrites its state, so this copies what the user gave; it returns zeros if there is nothing.
 inline Tensor running_state(const OptionalTensor& given, at::IntArrayRef shape, const at::TensorOptions& to) {
   return given ? given->to(to, /*non_blocking=*/false, /*copy=*/true).contiguous() : at::zeros(shape, to);
 }
@@ -103,13 +102,13 @@ VariantResults lstm_variant(const Tensor& gates_x, const Tensor& w_hh, const Opt
                normed = Device::empty(save == 2 && ln_hh ? at::DimVector{T, B, D, 4 * H} : at::DimVector{0}, options),
                rstd = Device::empty(save == 2 && ln_hh ? at::DimVector{T, B, D} : at::DimVector{0}, accumulate);
   const Tensor h = running_state(h0, {D, B, P}, accumulate), c = running_state(c0, {D, B, H}, accumulate);
-  const Tensor operand = (h_mask ? h * *h_mask : h).to(operands);  // h itself, where that is the same
+  const Tensor operand = (h_mask ? h * *h_mask : h).to(operands);  // this is h itself if nothing changes
   Tensor products = at::empty({D, B, 4 * H}, accumulate);
   const Tensor w_hh_t = Device::multiplied(w_hh).transpose(1, 2);
   Tensor w_hr_t, hidden, projected;
   if (w_hr) {
     w_hr_t = Device::multiplied(*w_hr).transpose(1, 2);
-    hidden = at::zeros({D, B, H}, operands);  // sequences without a step are multiplied, too
+    hidden = at::zeros({D, B, H}, operands);  // the product also reads the rows of sequences that have no step
     projected = at::empty({D, B, P}, accumulate);
     p.hidden = hidden.mutable_data_ptr();
     p.projected = projected.const_data_ptr();
@@ -139,6 +138,27 @@ VariantResults lstm_variant(const Tensor& gates_x, const Tensor& w_hh, const Opt
   return {y, h.to(options), c.to(options), cells, gates, normed, rstd};
 }
 
+// Checks what the forward pass saved beside gates.
+inline void check_saved(const RecurrenceSizes& sizes, const Tensor& gates, const Tensor& cells,
+                        const OptionalTensor& normed, const OptionalTensor& rstd) {
+  const auto [T, B, D, H] = sizes;
+  const at::ScalarType type = gates.scalar_type(), wide = accumulate_type(type);
+  check(cells, "cells", {T, B, D, H}, wide, gates.device());
+  check(normed, "normed", {T, B, D, 4 * H}, type, gates.device());
+  check(rstd, "rstd", {T, B, D}, wide, gates.device());
+}
+
+inline void check_variant_gradients(const RecurrenceSizes& sizes, int64_t P, const Tensor& gates,
+                                    const OptionalTensor& dy, const OptionalTensor& dh_n, const OptionalTensor& dc_n,
+                                    const OptionalTensor& d_cells) {
+  const auto [T, B, D, H] = sizes;
+  const at::ScalarType type = gates.scalar_type();
+  check(dy, "dy", {T, B, D, P}, type, gates.device());
+  check(dh_n, "dh_n", {D, B, P}, type, gates.device());
+  check(dc_n, "dc_n", {D, B, H}, type, gates.device());
+  check(d_cells, "d_cells", {T, B, D, H}, accumulate_type(type), gates.device());
+}
+
 template <class Device>
 VariantGradients lstm_variant_backward(const Tensor& w_hh, const OptionalTensor& w_hr, const OptionalTensor& c0,
                                        const OptionalTensor& lengths, const OptionalTensor& reset,
@@ -157,15 +177,9 @@ VariantGradients lstm_variant_backward(const Tensor& w_hh, const OptionalTensor&
   const auto options = gates.options(), accumulate = options.dtype(wide),
              operands = options.dtype(Device::operand_type(type));
   check(c0, "c0", {D, B, H}, type, device);
-  check(cells, "cells", {T, B, D, H}, wide, device);
-  if (ln_hh) {
-    check(normed, "normed", {T, B, D, 4 * H}, type, device);
-    check(rstd, "rstd", {T, B, D}, wide, device);
-  }
-  check(dy, "dy", {T, B, D, P}, type, device);
-  check(dh_n, "dh_n", {D, B, P}, type, device);
-  check(dc_n, "dc_n", {D, B, H}, type, device);
-  check(d_cells, "d_cells", {T, B, D, H}, wide, device);
+  check_saved(sizes, gates, cells, ln_hh ? OptionalTensor(normed) : std::nullopt,
+              ln_hh ? OptionalTensor(rstd) : std::nullopt);
+  check_variant_gradients(sizes, P, gates, dy, dh_n, dc_n, d_cells);
 
   Held held;
   VariantBackward p{{sizes, P, w_hr.has_value()}};

@@ -1,5 +1,5 @@
-// A page that was opened from disk may neither start search/main.js's worker nor read its search_index.json, but it may load
-// scripts: there this class stands for the worker, and tools/docs_pages.py writes the index as a script.
+// A page that was opened from disk may neither start search/main.js's worker nor read its search_index.json, but it may
+// load scripts. So this class replaces the worker, and tools/docs_pages.py writes the index as a script.
 if (location.protocol === "file:") {
   const load = (name, then) => {
     const script = document.createElement("script");

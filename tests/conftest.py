@@ -33,7 +33,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         " ".join(report.longrepr[2].removeprefix("Skipped: ").split())
         for report in terminalreporter.getreports("skipped")
     )
-    if reasons:  # -rs would give them a line for each place, and bury failures
+    if reasons:  # -rs prints a line for each place, which would bury failures
         terminalreporter.section(f"{reasons.total()} skipped")
         for reason, count in reasons.most_common():
             terminalreporter.write_line(f"{count:4} {reason}")
@@ -41,7 +41,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.cuda)])
 def device(request: pytest.FixtureRequest) -> str:
-    """Every test that takes it runs on the CPU and on CUDA."""
+    """Every test that takes this fixture runs on the CPU and on CUDA."""
     return request.param
 
 
@@ -52,14 +52,14 @@ def seed() -> None:
 
 @pytest.fixture(autouse=True)
 def oracle() -> Iterator[None]:
-    """What results are compared with is PyTorch's, not cuDNN's."""
+    """Tests compare results with PyTorch's own kernels, not with cuDNN's."""
     with plain_torch():
         yield
 
 
 @pytest.fixture(autouse=True)
 def compiled_kernels_only(request: pytest.FixtureRequest):
-    """No test runs the reference through the operators unnoticed, unless it is marked to be about just that."""
+    """Fails a test whose operators fell back to the reference, unless it takes `reference_operators`."""
     before = birnn_ext.op_calls()
     yield
     after = birnn_ext.op_calls()
@@ -69,4 +69,4 @@ def compiled_kernels_only(request: pytest.FixtureRequest):
 
 @pytest.fixture
 def reference_operators() -> None:
-    """For tests in which operators fall back to the reference on purpose."""
+    """Tests take this fixture if their operators fall back to the reference on purpose."""

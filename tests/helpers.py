@@ -1,4 +1,4 @@
-"""What the tests share: tolerances, twins of modules, the tutorial's own class."""
+"""Helpers that the tests share: tolerances, pairs of equal modules, the tutorial's own class."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from torch import Tensor, nn
 
 import birnn_ext
 
-# Largest difference, relative to the largest expected value, between two ways of computing in a dtype; forward and
-# backward. Against nn.LSTM, 16-bit results are judged by float64 truth and nn.LSTM's own error (WORSE_THAN_TORCH); their
-# figures here serve comparisons among ourselves.
+# The largest difference that two ways of computing in a dtype may have, forward or backward, relative to the largest
+# expected value. The 16-bit figures serve comparisons among our own kernels: beside nn.LSTM, the tests compare 16-bit
+# errors against float64 with nn.LSTM's own error (WORSE_THAN_TORCH).
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 WORSE_THAN_TORCH = 1.5
 
 
 @contextmanager
 def plain_torch() -> Iterator[None]:
-    """PyTorch as the tests' oracle, on a GPU as on the CPU: nn.LSTM without cuDNN, and float32 products in float32.
+    """Makes PyTorch the tests' oracle on a GPU, too: nn.LSTM runs without cuDNN, and float32 products in float32.
 
     cuDNN's nn.LSTM rounds float32 to TF32 by default, refuses a backward pass in eval mode and states that are not
     contiguous, and fails where its output is changed in place. PyTorch's own kernels do none of that. Products in TF32
@@ -28,7 +28,7 @@ def plain_torch() -> Iterator[None]:
     before = torch.backends.cudnn.enabled
     torch.backends.cudnn.enabled = False
     torch.set_float32_matmul_precision("highest")
-    if hasattr(torch.backends, "fp32_precision"):  # "highest" has set it for products, which hides a setting for all
+    if hasattr(torch.backends, "fp32_precision"):  # "highest" sets it for products, which hides the setting for all
         torch.backends.fp32_precision = torch.backends.cuda.matmul.fp32_precision = "none"
     try:
         yield
@@ -37,7 +37,7 @@ def plain_torch() -> Iterator[None]:
 
 
 def error(actual: Tensor, expected: Tensor) -> float:
-    """Largest difference, relative to the largest expected value; not a number if actual is."""
+    """Returns the largest difference, relative to the largest expected value; NaN if actual has one."""
     assert actual.shape == expected.shape, f"shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     if expected.numel() == 0:
         return 0.0
@@ -61,7 +61,7 @@ def all_near(actual: Iterable[Tensor], expected: Iterable[Tensor], what: str = "
 
 
 def twins(*args, device: str = "cpu", **kwargs) -> tuple[birnn_ext.LSTM, nn.LSTM]:
-    """Ours and nn.LSTM with the same arguments and weights."""
+    """Returns our LSTM and nn.LSTM with the same arguments and weights."""
     theirs = nn.LSTM(*args, device=device, **kwargs)
     ours = birnn_ext.LSTM(*args, device=device, **kwargs)
     ours.load_state_dict(theirs.state_dict())
@@ -69,7 +69,7 @@ def twins(*args, device: str = "cpu", **kwargs) -> tuple[birnn_ext.LSTM, nn.LSTM
 
 
 def gradients(module: nn.Module, outputs: Iterable[Tensor], inputs: Iterable[Tensor]) -> list[Tensor]:
-    """Of a random but repeatable function of all outputs, with respect to inputs and parameters."""
+    """Returns gradients of a random but repeatable function of all outputs, for inputs and parameters."""
     outputs = list(outputs)
     generator = torch.Generator().manual_seed(7)
     weights = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o) for o in outputs]
@@ -81,7 +81,7 @@ def random_state(layers_and_directions: int, batch: int, hidden: int, **kwargs) 
 
 
 class TutorialBiRNN(nn.Module):
-    """The tutorial's classifier on nn.LSTM: many-to-one, from the output at the last step."""
+    """The tutorial's classifier, which reads nn.LSTM's output at the last step."""
 
     def __init__(self, input_size: int, hidden_size: int, num_layers: int, num_classes: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""`accelerate` and `restore` on models that know nothing of birnn_ext."""
+"""`accelerate` and `restore` work on models that were written without birnn_ext."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from birnn_ext import accelerate, restore
 
 
 class Shared(nn.Module):
-    """One LSTM under two names and in a list, as parts of a model may be."""
+    """A model that has one LSTM under two names and in a list."""
 
     def __init__(self) -> None:
         super().__init__()
         self.first = nn.LSTM(4, 4, batch_first=True)
         self.again = self.first
         self.stack = nn.ModuleList([nn.Sequential(self.first)])
-        self.outside = [self.first]  # no registered name at all
+        self.outside = [self.first]  # a list does not register it
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.outside[0](self.again(self.first(x)[0])[0])[0]
@@ -80,7 +80,7 @@ def test_the_model_itself():
     lstm = nn.LSTM(4, 6)
     assert str(accelerate(lstm)) == "replaced (the model itself)"
     assert isinstance(lstm, birnn_ext.LSTM)
-    assert str(accelerate(lstm)) == "found no nn.LSTM"  # once is enough
+    assert str(accelerate(lstm)) == "found no nn.LSTM"  # a second call changes nothing
 
 
 def test_forward_that_was_replaced_is_left():
@@ -90,7 +90,7 @@ def test_forward_that_was_replaced_is_left():
 
 
 def test_restore_says_what_it_leaves():
-    """Whoever derives a class at run time wants it back as it was."""
+    """A class that was derived at run time becomes what it was before."""
     model = nn.Sequential(nn.LSTM(3, 4))
     accelerate(model)
     model[0].__class__ = type("Wrapped", (birnn_ext.LSTM,), {})
@@ -104,7 +104,7 @@ def test_restore_says_what_it_leaves():
 
 
 class Initialised(nn.LSTM):
-    """Another initialisation, by the list of names that nn.LSTM keeps."""
+    """A subclass with its own initialisation, which reads nn.LSTM's private list of names."""
 
     def reset_parameters(self) -> None:
         for names in self._all_weights:
@@ -118,7 +118,7 @@ class Options(nn.LSTM):
 
 
 class Scaled(nn.LSTM):
-    """A parameter of its own, and a forward that prepares input and output; h_0 is another name that we know."""
+    """A subclass with its own parameter, whose forward changes input and output. Its h_0 is a name that we use, too."""
 
     def __init__(self, *args) -> None:
         super().__init__(*args)
@@ -133,7 +133,7 @@ class Scaled(nn.LSTM):
 
 class Grandchild(Scaled):
     def forward(self, input: torch.Tensor) -> tuple:
-        return super(Grandchild, self).forward(self.prepared(input))  # noqa: UP008, older code has it
+        return super(Grandchild, self).forward(self.prepared(input))  # noqa: UP008, as older code does
 
     @staticmethod
     def prepared(x: torch.Tensor) -> torch.Tensor:
@@ -151,7 +151,7 @@ class Mixed(Doubling, nn.LSTM):
 
 
 class WeightDrop(nn.LSTM):
-    """Sets a weight anew before each call."""
+    """A module that replaces a weight before each call."""
 
     def __init__(self, *args) -> None:
         super().__init__(*args)
@@ -188,7 +188,7 @@ def test_subclasses_whose_forward_is_nn_lstms_or_ends_in_it(cls, device):
     assert isinstance(module, birnn_ext.LSTM)
     assert (type(module).__name__, type(module).__module__) == (cls.__name__, cls.__module__)
     assert repr(module) == repr(cls(4, 6))
-    assert accelerate(module).replaced == []  # once is enough
+    assert accelerate(module).replaced == []  # a second call changes nothing
     assert all(p is parameters[name] for name, p in module.named_parameters())
     calls = birnn_ext.op_calls()
     all_near(results(module, x), before)
@@ -204,7 +204,7 @@ def test_subclasses_whose_forward_is_nn_lstms_or_ends_in_it(cls, device):
 
 @pytest.mark.parametrize("where", ["a module", "__main__"])
 def test_subclasses_are_copied_and_saved_as_the_users_class(where, monkeypatch):
-    if where == "__main__":  # a script or a notebook
+    if where == "__main__":  # as in a script or a notebook
         monkeypatch.setattr(Scaled, "__module__", "__main__")
         monkeypatch.setattr(sys.modules["__main__"], "Scaled", Scaled, raising=False)
     model = nn.Sequential(Scaled(4, 6))
@@ -227,8 +227,8 @@ def test_subclasses_are_copied_and_saved_as_the_users_class(where, monkeypatch):
         assert type(twin[0]) is Scaled
 
 
-def test_a_subclass_is_given_initial_values_anew_by_its_own_code():
-    """Also of parameters that we would set to 0, were they ours."""
+def test_a_subclass_is_initialised_by_its_own_code():
+    """This includes parameters whose names are ours, which our own code would set to 0."""
     module = Scaled(4, 6)
     accelerate(module)
     module.reset_parameters()
@@ -243,7 +243,7 @@ def test_a_data_parallel_model_of_a_subclass():
     all_near([model(x)[0]], [y])
 
 
-def test_a_subclasss_class_goes_when_nobody_has_it():
+def test_the_class_of_a_subclass_is_freed_after_use():
     class Local(nn.LSTM):
         pass
 
@@ -257,7 +257,7 @@ def test_a_subclasss_class_goes_when_nobody_has_it():
 
 
 def own(**body: object) -> type[nn.LSTM]:
-    """A subclass with these methods, as if its package had it."""
+    """Returns a subclass of nn.LSTM with these methods."""
 
     class Own(nn.LSTM):
         pass
@@ -336,7 +336,7 @@ def test_parametrizations(norm, first, cls):
     module = cls(4, 6).eval()
     if first == "accelerated":
         accelerate(module)
-    for name in ("weight_hh_l0", "weight_ih_l0"):  # the second one finds the class that the first one has made
+    for name in ("weight_hh_l0", "weight_ih_l0"):  # the second call finds the class that the first one made
         norm(module, name)
         if name == "weight_hh_l0" and first == "parametrized":
             assert accelerate(module).replaced == [""]
@@ -364,7 +364,7 @@ def test_parametrizations(norm, first, cls):
 @pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.spectral_norm])
 @pytest.mark.filterwarnings("ignore:.*deprecated")
 def test_norms_by_hooks(norm, first):
-    """The older functions, which set a weight anew before each call."""
+    """The older functions replace a weight before each call, in a hook."""
     module = nn.LSTM(4, 6).double().eval()
     steps = [accelerate, lambda module: norm(module, "weight_hh_l0")]
     for step in steps if first == "accelerated" else reversed(steps):
@@ -392,7 +392,7 @@ def loaded(program: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
 def test_torchscript_is_listed_as_left(way):
     model = TutorialBiRNN(4, 6, 2, 3).eval()
     program = torch.jit.trace(model, torch.randn(2, 5, 4)) if way == "traced" else torch.jit.script(model)
-    if way == "frozen":  # one graph, without submodules
+    if way == "frozen":  # a frozen program is one graph, without submodules
         program = torch.jit.freeze(program)
     for module in (program, loaded(program), nn.Sequential(loaded(program))):
         report = accelerate(module)

@@ -1,4 +1,4 @@
-"""Wrong calls: each raises the right kind of error, which names the argument; none crashes or computes nonsense."""
+"""Every wrong call raises the right kind of error, which names the argument. None crashes or computes nonsense."""
 
 from __future__ import annotations
 
@@ -44,10 +44,10 @@ class Wrong(NamedTuple):
     call: Callable[..., Any]
     kind: type[Exception]
     message: str
-    theirs: type[Exception] | str | tuple | None = "the same"  # what nn.LSTM raises for the same call; None: nothing
+    theirs: type[Exception] | str | tuple | None = "the same"  # what nn.LSTM raises for the same call; None if nothing
 
 
-# Of the module's constructor: called with nn.LSTM too.
+# The module's constructor. The tests call nn.LSTM with the same arguments.
 CONSTRUCTORS = [
     Wrong("input_size 0", lambda cls: cls(0, 5), ValueError, "input_size must be greater than zero"),
     Wrong("input_size -3", lambda cls: cls(-3, 5), ValueError, "input_size must be greater than zero"),
@@ -71,7 +71,7 @@ CONSTRUCTORS = [
     Wrong("no hidden_size", lambda cls: cls(3), TypeError, "hidden_size"),
 ]  # fmt: skip
 
-# Of what LSTM has and nn.LSTM has not.
+# Options and methods that nn.LSTM lacks.
 OPTIONS = [
     Wrong("recurrent_dropout 2", lambda: LSTM(3, 5, recurrent_dropout=2), ValueError, "recurrent_dropout must be a number in [0, 1], got 2"),
     Wrong("recurrent_dropout True", lambda: LSTM(3, 5, recurrent_dropout=True), ValueError, "recurrent_dropout must be a number in [0, 1], got True"),
@@ -98,7 +98,7 @@ OPTIONS = [
     Wrong("lengths 5 of 4, zoneout", lambda: LSTM(3, 5, zoneout=0.1)(x(), lengths=integers(1, 5)), ValueError, "lengths must be between 0 and T = 4, got lengths[1] = 5"),
 ]  # fmt: skip
 
-# Of LSTM(3, 5) or nn.LSTM(3, 5).
+# Calls of LSTM(3, 5), and the same ones of nn.LSTM(3, 5).
 CALLS = [
     Wrong("features 5", lambda m: m(ok(4, 2, 5)), RuntimeError, "input.size(-1) must be equal to input_size. Expected 3, got 5"),
     Wrong("features 0", lambda m: m(ok(4, 2, 0)), RuntimeError, "input.size(-1) must be equal to input_size. Expected 3, got 0"),
@@ -189,7 +189,7 @@ def two_directions() -> LSTM:
     return LSTM(3, 5, bidirectional=True)
 
 
-# Of weights that were replaced, backward passes, and the rest of the package.
+# Weights that were replaced, backward passes, and the rest of the package.
 OTHERS = [
     Wrong("weight float64", lambda: with_weight(LSTM(3, 5), "weight_hh_l0", ok(20, 5).double())(x()), ValueError, "weight_hh_l0 must be torch.float32 on cpu as weight_ih_l0, got torch.float64"),
     Wrong("weight meta", lambda: with_weight(LSTM(3, 5), "weight_hh_l0", ok(20, 5, device="meta"))(x()), ValueError, "weight_hh_l0 must be torch.float32 on cpu as weight_ih_l0, got torch.float32 on meta"),
@@ -209,7 +209,7 @@ OTHERS = [
     Wrong("restore a list", lambda: birnn_ext.restore([nn.LSTM(3, 5)]), TypeError, "model must be a torch.nn.Module, got list"),
     Wrong("state_dict of another size", lambda: LSTM(3, 5).load_state_dict(nn.LSTM(3, 6).state_dict()), RuntimeError, "size mismatch for weight_ih_l0"),
     Wrong("state_dict of more layers", lambda: LSTM(3, 5).load_state_dict(nn.LSTM(3, 5, 2).state_dict()), RuntimeError, "Unexpected key(s) in state_dict: \"weight_ih_l1\""),
-    # The operators, called directly.
+    # These call the operators directly.
     Wrong("recurrence gates_x 3-D", lambda: lstm_recurrence(ok(4, 2, 8), ok(1, 8, 2)), ValueError, "gates_x must have shape (T, B, D, 4H), got [4, 2, 8]"),
     Wrong("recurrence gates_x 9", lambda: lstm_recurrence(ok(4, 2, 1, 9), ok(1, 8, 2)), ValueError, "gates_x must have shape (T, B, D, 4H)"),
     Wrong("recurrence no units", lambda: lstm_recurrence(ok(4, 2, 1, 0), ok(1, 0, 0)), ValueError, "gates_x must have shape (T, B, D, 4H)"),
@@ -291,8 +291,8 @@ def parametrize(table: list[Wrong]):
 
 
 def check_theirs(error: Exception | None, wrong: Wrong) -> None:
-    """The kinds agree, but where the table says that nn.LSTM trips over its own code, or lets nonsense pass."""
-    expected = wrong.kind if wrong.theirs == "the same" else wrong.theirs  # a tuple: it differs from torch to torch
+    """Our errors are of nn.LSTM's kind, unless the table says that nn.LSTM fails by accident, or not at all."""
+    expected = wrong.kind if wrong.theirs == "the same" else wrong.theirs  # a tuple if versions of torch differ
     assert (type(error) if error else None) in (expected if isinstance(expected, tuple) else (expected,)), repr(error)
 
 
@@ -302,7 +302,7 @@ def test_constructor(wrong):
     if wrong.message in str(theirs):
         check(ours, wrong)
         check_theirs(theirs, wrong)
-    else:  # an older torch, which lets more pass: its constructor is ours
+    else:  # an older torch lets more pass, and we call its constructor
         assert "input_size" in wrong.name
         assert (type(ours), str(ours)) == (type(theirs), str(theirs))
 
@@ -324,9 +324,9 @@ def test_the_table_is_long():
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
 @pytest.mark.parametrize("where", ["weight_ih_l0", "weight_hh_l0", "bias_hh_l0", "x", "h_0"])
-def test_numbers_that_are_none_pass_through(where, value, device):
-    """Without an error. As in nn.LSTM, which makes NaN of the same outputs; on CUDA, infinities may make more of them,
-    as a float32 is the sum of two TF32 values there, and the second of infinity is none (docs/cuda.md)."""
+def test_nan_and_infinity_raise_no_error(where, value, device):
+    """The same outputs become NaN as in nn.LSTM. On CUDA an infinity may make more outputs NaN: a float32 is the sum of
+    two TF32 values there, and the second part of infinity is NaN (docs/cuda.md)."""
     ours, theirs = twins(3, 5, bidirectional=True, device=device)
     given, state = torch.rand(4, 2, 3, device=device), torch.rand(2, 2, 5, device=device)
     if where in ("x", "h_0"):

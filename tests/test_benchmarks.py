@@ -1,4 +1,4 @@
-"""The benchmark scripts run, compare what they time, and tell of a mismatch."""
+"""The benchmark scripts run, compare the results that they time, and report a mismatch."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TINY = (3, 5, 4, 6, 2)
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """One call a round, on one thread: two that share a core with another program wait for each other."""
+    """Times one call a round, on one thread: two would wait for each other when another program takes a core."""
     monkeypatch.setattr(peers, "TURN", 0)
     monkeypatch.setattr(peers, "REST", 0)
     threads = torch.get_num_threads()
@@ -114,9 +114,8 @@ def test_mnist_from_several_seeds(tmp_path):
     assert "| its standard deviation | 1.06 | 0.00 |  |" in lines
     assert "| its range | 96.00 to 97.50 | 97.50 to 97.50 |  |" in lines
     assert "| seeds that come to 97 % | 1 of 2 | 2 of 2 |  |" in lines
-    assert not any(
-        line.startswith("| time to 97 %") for line in lines
-    )  # the tutorial's median seed does not come to it
+    # the tutorial's median seed does not reach 97 %
+    assert not any(line.startswith("| time to 97 %") for line in lines)
     results["tutorial"] = [slower, result, result]
     lines = mnist_end_to_end.report({name: [*of, result][:3] for name, of in results.items()}).splitlines()
     assert "| time to 97 %, s | 2.0 | 2.0 | 1.00 |" in lines
@@ -126,7 +125,7 @@ def test_mnist_from_several_seeds(tmp_path):
 
 @pytest.fixture
 def figures(monkeypatch) -> list[Figure]:
-    """What is drawn, in place of files."""
+    """Collects the figures that would be written to files."""
     drawn: list[Figure] = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: drawn.append(figure))
     return drawn
@@ -137,7 +136,7 @@ def texts(figure: Figure) -> list[str]:
 
 
 def test_the_chart_of_the_report_explains_itself(figures):
-    """It is of the figures that stand in the documents' tables."""
+    """It shows the figures that stand in the documents' tables."""
     comparison = peers.Comparison.load()
     assert all(comparison.text() in (ROOT / path).read_text() for path in ("README.md", "docs/report.md"))
     report.redraw()
@@ -159,13 +158,13 @@ def test_pictures_of_the_report_explain_themselves(figures, tmp_path):
     pairs = [(1e-7, 2e-7)] * 3 + [(2e-7, 1e-7), (0.0, 1e-7)]
     correctness.draw({(dtype, kind): pairs for dtype in correctness.DTYPES for kind in correctness.KINDS}, tmp_path)
     panels = figures[1].axes
-    assert len(panels) == 9  # one for each type and kind: none hides another
+    assert len(panels) == 9  # one for each type and kind, so that none hides another
     assert all("4 tensors,\n75 % below" in texts(panel) for panel in panels)
 
 
 @pytest.mark.slow
 def test_the_report(tmp_path, monkeypatch):
-    """With next to nothing of each part."""
+    """Every part runs with as little work as possible."""
     monkeypatch.setattr(report, "DOCS", tmp_path)
     monkeypatch.setattr(report, "README", tmp_path / "README.md")
     monkeypatch.setattr(peers, "RESULTS", tmp_path / "peers.json")
@@ -213,7 +212,7 @@ def test_documents_show_what_was_measured(document, shapes):
 
 
 def test_a_row_keeps_to_its_time(monkeypatch):
-    """By a clock that goes as the work does: 3 s for three contestants, of which one takes 74 ms a call."""
+    """The clock counts the work alone: 3 s for three contestants, one of which takes 74 ms a call."""
     now = 0.0
 
     def milliseconds(work, number):
@@ -227,7 +226,7 @@ def test_a_row_keeps_to_its_time(monkeypatch):
         begin = now
         figures = cuda_speed.measure(dict(zip("abc", ms, strict=True)), seconds, {})
         assert figures == dict(zip("abc", ms, strict=True))
-        least = (4 + 3 * 2) * sum(ms) / 1000  # warmed up, and timed in three rounds
+        least = (4 + 3 * 2) * sum(ms) / 1000  # warm-up, and three timed rounds
         assert now - begin <= 1.1 * max(seconds, least)
         assert now - begin >= min(seconds / 2, 9 * 3 * cuda_speed.TURN / 1000)
 
@@ -235,7 +234,7 @@ def test_a_row_keeps_to_its_time(monkeypatch):
 @pytest.mark.cuda
 @pytest.mark.parametrize("mode", ["float32", "bfloat16"])
 def test_cuda_speed(mode, tmp_path, capsys):
-    """Who takes part is who can, as the choice says; the table can be printed again from the file."""
+    """Every algorithm that can run the layer takes part, and the file gives the same table again."""
     path = tmp_path / "speed.json"
     cuda_speed.main(["--quick", "--only", f"{mode} 2,4", "--json", str(path)])
     said = capsys.readouterr().out.strip()

@@ -1,4 +1,4 @@
-"""Sizes at which indices of 32 bits, launch limits and caches that grow give way; and long use."""
+"""Large sizes and long use, at which 32-bit indices, launch limits and growing caches would fail."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from birnn_ext.ops import lstm_recurrence
 
 
 def same_as_nn_lstm(x: torch.Tensor, hidden: int, bidirectional: bool = True) -> None:
-    """Values, and gradients of all there is, in x's dtype and on its device; nn.LSTM's on the CPU in float64."""
+    """Compares values and all gradients, in x's dtype and on its device, with nn.LSTM's in float64 on the CPU."""
     ours, theirs = twins(x.shape[2], hidden, bidirectional=bidirectional, dtype=x.dtype)
     ours.to(x.device)
     theirs.double()
@@ -29,7 +29,7 @@ def same_as_nn_lstm(x: torch.Tensor, hidden: int, bidirectional: bool = True) ->
 
 
 @pytest.mark.slow
-def test_size_limits_70000_steps(device):  # most of the time is nn.LSTM's, which grows with the square of the steps
+def test_size_limits_70000_steps(device):  # nn.LSTM takes most of the time, which grows as steps^2
     same_as_nn_lstm(
         torch.randn(70_000, 1, 2, dtype=torch.float64 if device == "cpu" else torch.float32, device=device), 3
     )
@@ -52,7 +52,7 @@ def test_size_limits_4096_units(batch):
 
 @pytest.mark.slow
 def test_size_limits_more_than_2_31_elements():
-    """What comes last in memory is what the same sequences give alone."""
+    """The sequences that come last in memory get the same results as they get alone."""
     steps, batch, directions, hidden = 1 << 14, (1 << 10) + 8, 2, 16
     gates_x = torch.zeros(steps, batch, directions, 4 * hidden, dtype=torch.bfloat16)
     assert gates_x.numel() > 1 << 31
@@ -68,7 +68,7 @@ def test_size_limits_more_than_2_31_elements():
 
 @pytest.mark.slow
 def test_no_cache_grows_in_20000_steps_of_training():
-    """Batches of every size up to 16; memory, threads and open files are looked at after a tenth, and at the end."""
+    """Batches have every size up to 16. The test reads memory, threads and open files after a tenth and at the end."""
     model = BiRNN(28, 16, 2, 10)
     optimizer = torch.optim.Adam(model.parameters())
     generator = torch.Generator().manual_seed(1)

@@ -1,4 +1,4 @@
-"""birnn_ext.BiRNN against the tutorial's class on nn.LSTM, on real digits."""
+"""birnn_ext.BiRNN agrees with the tutorial's class on nn.LSTM, on real digits."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def digits() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def test_checkpoints_both_ways(tmp_path, device):
-    """model.ckpt as the tutorial saves and loads it."""
+    """BiRNN reads the tutorial's model.ckpt, and the tutorial's class reads ours."""
     x = torch.randn(5, 28, 28, device=device)
     for make_source, make_target in ((BiRNN, TutorialBiRNN), (TutorialBiRNN, BiRNN)):
         source, target = make_source(*SIZES).to(device), make_target(*SIZES).to(device)
@@ -52,9 +52,9 @@ def test_gradients(device):
 
 
 def test_training_follows_the_tutorial_step_by_step(digits, device):
-    """20 steps of Adam on real digits from the same seed: every loss within 1e-4 of nn.LSTM's."""
+    """In 20 steps of Adam on real digits, from the same seed, every loss stays within 1e-4 of nn.LSTM's."""
     images, labels = (t.to(device) for t in digits)
-    # an emulated device is slow: it learns two small batches by heart
+    # an emulated device is slow, so it learns two small batches by heart
     steps, batch, batches, sizes = (20, 100, 20, (28, 128, 2, 10)) if device == "cpu" else (20, 10, 2, SIZES)
     before = op_calls()
     losses = []
@@ -74,5 +74,5 @@ def test_training_follows_the_tutorial_step_by_step(digits, device):
     ours, theirs = (torch.tensor(curve) for curve in losses)
     assert ours[-5:].mean() < 0.97 * ours[:5].mean(), "nothing was learnt, so nothing was compared"
     assert (ours - theirs).abs().max() < 1e-4
-    # two layers, the last one as a forward pass and one reverse step: 3 calls each way and step
+    # two layers, the last one as a forward pass and one reverse step, make 3 calls each way and step
     assert op_calls()[f"{device}_backward"] - before[f"{device}_backward"] == 3 * steps

@@ -1,4 +1,4 @@
-"""What is built, and how the build decides."""
+"""The build decides between CPU and CUDA, and names all that it needs."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ SETUP = ROOT / "setup.py"
 
 
 def run_setup(monkeypatch: pytest.MonkeyPatch, **environment: str) -> dict:
-    """Runs setup.py without building; returns what it would build, and the target that it would name."""
+    """Runs setup.py without building; returns its arguments of setup(), and the target that it would print."""
     for name in ("BIRNN_CUDA", "CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST"):
-        # set first: monkeypatch then restores what setup.py itself writes
+        # set first, so that monkeypatch also restores what setup.py itself writes
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     for name, value in environment.items():
@@ -146,7 +146,7 @@ def test_the_command_says_what_was_built(capsys):
 
 @pytest.fixture
 def no_nvcc(monkeypatch):
-    """Why this build, in what it says of itself, has no CUDA kernels."""
+    """Makes the build report a reason why it has no CUDA kernels; returns the reason."""
     without_toolkit(monkeypatch)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.version, "hip", None)
@@ -159,7 +159,7 @@ def no_nvcc(monkeypatch):
 
 
 def recurrence(gates_x, w_hh):
-    """Runs the operator as it is for devices that have no kernel of their own."""
+    """Runs the operator's implementation for devices without a kernel."""
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.XLA)
     torch.ops.birnn_ext.lstm_recurrence.default.redispatch(keys, gates_x, w_hh, None, None, None, False)
 
@@ -167,7 +167,7 @@ def recurrence(gates_x, w_hh):
 @pytest.mark.parametrize("run", [recurrence, variants.lstm_variant])
 def test_a_cuda_tensor_in_a_cpu_only_build_is_an_error_that_says_why_and_what_to_do(no_nvcc, run):
     assert "no nvcc of CUDA 13.x" in no_nvcc and "pip install 'nvidia-cuda-nvcc==13.*'" in no_nvcc
-    with FakeTensorMode():  # makes tensors "on a GPU" where there is none
+    with FakeTensorMode():  # it makes tensors "on a GPU" without one
         on_cuda = torch.empty(3, 2, 1, 16, device="cuda"), torch.empty(1, 16, 4, device="cuda")
     with pytest.raises(RuntimeError) as error:
         run(*on_cuda)
@@ -177,7 +177,7 @@ def test_a_cuda_tensor_in_a_cpu_only_build_is_an_error_that_says_why_and_what_to
     assert "birnn_ext.restore(model)" in said
 
 
-# ---- packaging; tools/check_wheel does it for real, with pip
+# ---- packaging; tools/check_wheel builds and installs with pip
 
 
 def test_version_stands_in_one_place():
@@ -205,13 +205,13 @@ def test_old_torch(monkeypatch):
 
 
 def packages(words: str) -> list[str]:
-    """The requirements in what a shell reads, without torch, which has other versions here and there."""
+    """Returns the requirements in a shell command. It leaves out torch, whose version differs from place to place."""
     return sorted(word for word in shlex.split(words) if not word.startswith(("torch", "nvidia-")))
 
 
 @pytest.mark.skipif(not (ROOT / "Makefile").exists(), reason="needs the repository's files")
 def test_every_list_of_what_the_build_needs_is_complete():
-    """`python -m build --no-isolation` asks for all that pyproject.toml names, after README's pip install, too."""
+    """`python -m build --no-isolation` requires all that pyproject.toml names, so README's pip install must have it."""
     project = (ROOT / "pyproject.toml").read_text()
     (requires,) = re.findall(r"^requires = \[(.+)\]$", project, re.MULTILINE)
     needed = packages(requires.replace(",", " "))
@@ -281,4 +281,4 @@ def test_links_only_what_torch_and_the_compiler_bring():
     assert any(name.startswith("libcudart") for name in torchs) == (birnn_ext.build_info()["cuda"] is not None)
     runtimes = {"libstdc++.so.6", "libgcc_s.so.1", "libgomp.so.1", "libc.so.6", "libm.so.6", "libpthread.so.0"}
     assert {name for name in needed - torchs - runtimes if not name.startswith("ld-linux")} == set()
-    assert not re.search(r"\((RPATH|RUNPATH)\)", dynamic)  # it would name a folder of the machine that built it
+    assert not re.search(r"\((RPATH|RUNPATH)\)", dynamic)  # it would name a folder of the build machine

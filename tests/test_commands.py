@@ -1,4 +1,4 @@
-"""What `make train` and `make test` say: before a step that takes long, while it runs, when it fails, and in the end."""
+"""`make train` and `make test` announce long steps, show their progress, and report failures last."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 
-# Stands for the Python that makes the virtual environment, and for the one within it.
+# This program stands for the Python that makes the virtual environment, and for the one within it.
 PYTHON = """#!/bin/sh
 echo "$@" >> "$PYTHON_CALLS"
 case "$*" in
@@ -33,7 +33,7 @@ esac
 
 
 def make(folder: Path, status: int) -> subprocess.CompletedProcess:
-    """`make install` with a pip that ends with status."""
+    """Runs `make install` with a pip that exits with status."""
     python = folder / "python"
     python.write_text(PYTHON)
     python.chmod(0o755)
@@ -64,7 +64,7 @@ def test_each_step_is_announced_and_shows_progress(tmp_path):
         "  [1 of 2, 12.345 s] isa.cpp",
         "  [1 of 2, 12.345 s] cell_kernels.cu",
     ]
-    # pip itself shows the progress of the big download
+    # pip itself shows the progress of the large download
     (download,) = [call for call in (tmp_path / "calls").read_text().splitlines() if "torch==" in call]
     assert "--quiet" not in download
     again = make(tmp_path, status=0)
@@ -104,7 +104,7 @@ def test_error(broken):
 
 
 def test_failures_come_last_and_skips_are_counted_by_reason(tmp_path):
-    """In a process of its own, where stubs stand for torch and birnn_ext: they would take seconds to load."""
+    """A process runs with stubs for torch and birnn_ext, which would take seconds to load."""
     (tmp_path / "torch.py").write_text("manual_seed = print\nclass cuda:\n    is_available = bool\n")
     (tmp_path / "birnn_ext.py").write_text("build_info = op_calls = dict\n")
     (tmp_path / "helpers.py").write_text("from contextlib import nullcontext as plain_torch\n")

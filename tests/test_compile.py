@@ -1,4 +1,4 @@
-"""torch.compile: one graph, compiled once for all batches and lengths, with eager's numbers and gradients."""
+"""torch.compile makes one graph, once for all batches and lengths, with the numbers and gradients of eager mode."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from torch._inductor.utils import fresh_cache
 
 from birnn_ext import LSTM, BiRNN, accelerate
 
-# B, T. Not 1, which torch.compile treats apart; and none of a first call's sizes are equal, as it takes those for one.
+# B, T. None is 1, which torch.compile treats specially, and the first call's sizes differ, as it identifies equal ones.
 SIZES = [(3, 7), (5, 6), (9, 2), (6, 11)]
 
 
 @pytest.fixture(autouse=True)
 def compiled_once():
-    """Whatever a test calls, it is one graph without breaks and compiled no second time."""
+    """Fails a test if what it calls breaks the graph or is compiled a second time."""
     torch._dynamo.reset()
     counters.clear()
     with torch._dynamo.config.patch(error_on_recompile=True):
@@ -37,7 +37,7 @@ def leaves(result) -> list[Tensor]:
 
 
 def check(module: nn.Module, arguments, device: str, backend: str = "aot_eager", train: bool = True) -> None:
-    """Compiled and eager, on all SIZES: the same results and, if train, gradients of everything."""
+    """Compares compiled and eager mode on all SIZES: results and, if train, gradients of everything."""
     module.train(train)
     compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=backend)
     with torch.set_grad_enabled(train):
@@ -69,7 +69,7 @@ MORE = [
         ("all", "last"), (True, False), (True, False), (True, False), (torch.float32, torch.bfloat16), (True, False)
     )
     if case not in CASES
-][::8]  # each takes seconds
+][::8]  # an eighth, as each takes seconds
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_autocast_compiles_into_one_graph(device):
 
 
 def graphs(module: nn.Module, dynamic: bool | None, sizes: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The sizes at which torch.compile makes a graph anew."""
+    """Returns the sizes at which torch.compile makes a new graph."""
     torch._dynamo.reset()
     made = []
 
@@ -123,7 +123,7 @@ def graphs(module: nn.Module, dynamic: bool | None, sizes: list[tuple[int, int]]
 @pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("module", [LSTM(10, 8, batch_first=True), BiRNN(10, 8, 1, 2)], ids=lambda m: type(m).__name__)
 def test_there_are_as_many_graphs_as_of_nn_linear(module, dynamic):
-    """torch.compile's rules for sizes are PyTorch's, for 1 too: nothing of ours adds to the graphs that they make."""
+    """PyTorch has its own rules for sizes, for 1 too. We add no graphs to those that they make."""
     sizes = [(3, 7), (5, 6), (9, 2), (1, 4), (4, 1), (6, 11)]
     expected = graphs(nn.Sequential(nn.Linear(10, 8)), dynamic, sizes)
     assert graphs(module, dynamic, sizes) == expected
@@ -132,7 +132,7 @@ def test_there_are_as_many_graphs_as_of_nn_linear(module, dynamic):
 
 
 def test_lists_of_lengths_compile():
-    """Their values are constants of the graph, or become variables of it: the results are those of a tensor."""
+    """Their values are constants of the graph or become its variables, and the results equal a tensor's."""
     lstm = LSTM(10, 8, batch_first=True)
     compiled = torch.compile(lstm, fullgraph=True, backend="eager")
     x = torch.randn(3, 7, 10)
@@ -178,12 +178,12 @@ def test_nn_lstm_is_treated_as_without_us():
     with pytest.raises(Unsupported, match="LSTM"):
         torch.compile(nn.LSTM(5, 8), fullgraph=True, backend="eager")(torch.randn(4, 3, 5))
     assert not torch._dynamo.config.allow_rnn
-    counters.clear()  # of the graph break that was asked for
+    counters.clear()  # this test breaks the graph on purpose
 
 
 @pytest.mark.parametrize("first", ["birnn_ext", pytest.param("torch._dynamo", marks=pytest.mark.slow)])
 def test_order_of_imports_does_not_matter(first):
-    """In processes of their own, as here both are imported."""
+    """This needs new processes, as both packages are imported here."""
     second = {"birnn_ext": "torch._dynamo", "torch._dynamo": "birnn_ext"}[first]
     code = f"""
 import sys, torch
@@ -206,12 +206,12 @@ def test_the_classifier_of_the_tutorial_compiles_within_30_seconds():
     counters.clear()
     compiled = torch.compile(model, fullgraph=True, dynamic=True)
     x = torch.randn(100, 28, 28)
-    with fresh_cache(), torch._inductor.config.patch(compile_threads=1):  # no processes that outlive the measurement
-        start = sum(os.times()[:4])  # of all threads and child processes: no less than the time on an idle machine
+    with fresh_cache(), torch._inductor.config.patch(compile_threads=1):  # its processes would outlive the measurement
+        start = sum(os.times()[:4])  # CPU time of all threads and children, which other programs don't change
         compiled(x).sum().backward()
         seconds = sum(os.times()[:4]) - start
     assert seconds < 30
-    # anew, as torch.compile(dynamic=True) takes two dimensions of 28 for one
+    # a new input, as torch.compile(dynamic=True) identifies two dimensions of 28
     torch._dynamo.reset()
     counters.clear()
     check(model, lambda batch, steps: ((torch.randn(batch, steps, 28),), {}), "cpu", backend="inductor")

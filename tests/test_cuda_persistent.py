@@ -1,6 +1,6 @@
-"""The CUDA algorithms: which one is chosen, and that each gives the same results.
+"""The right CUDA algorithm is chosen, and each gives the same results.
 
-Calls through `forced` assert which algorithm ran, as the extension counted it.
+Calls through `forced` assert which algorithm ran, by the extension's own counts.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ GPUS = {
 
 
 def choice(gpu: str, dtype: str, hidden: int, batch: int = 16, directions: int = 2, algorithm: str = ""):
-    """What would run the layer there, as the extension describes it, or None."""
+    """Returns the extension's description of what would run the layer on that GPU, or None."""
     return _C.cuda_choice(dtype, hidden, batch, directions, *GPUS[gpu], algorithm)
 
 
@@ -75,7 +75,7 @@ def test_choice_fits_the_gpu(gpu, dtype):
                     assert plan["ctas"] == 1
                 elif name == "persistent-cluster":
                     assert capability >= 90 and plan["ctas"] <= 16
-                else:  # a block fills a multiprocessor, and groups of all directions must be resident together
+                else:  # a block fills a multiprocessor, and the groups of all directions must be resident together
                     assert plan["ctas"] * directions <= multiprocessors
 
 
@@ -122,20 +122,20 @@ STEPS = json.loads((Path(__file__).parents[1] / "benchmarks/results/steps_h100.j
     "row", STEPS["rows"], ids=[f"{r['pass']}-{r['dtype']}-{r['H']}-{r['B']}" for r in STEPS["rows"]]
 )
 def test_the_choice_agrees_with_the_steps_that_were_measured(row):
-    """Of each size the fastest that was measured is chosen, or one that the model says is as fast, and the model is right
-    within 15 % about what was measured."""
+    """For each size the choice is the fastest that was measured, or one that is as fast by the model, and the model is
+    within 15 % of the measurements."""
     found = _C.cuda_choice(row["dtype"], row["H"], row["B"], 2, *STEPS["gpu"].values(), row["algorithm"])[row["pass"]]
     chosen = _C.cuda_choice(row["dtype"], row["H"], row["B"], 2, *STEPS["gpu"].values(), "")
     assert chosen["algorithm"] != "stepwise"
     assert chosen[row["pass"]]["ticks"] <= 1.15 * found["ticks"]
     if found["ctas"] == row["ctas"]:
         assert found["ticks"] / 1980 == pytest.approx(row["us"], rel=0.15)
-    else:  # another number of blocks, which the model takes for faster
+    else:  # the choice has another number of blocks, which is faster by the model
         assert found["ticks"] / 1980 <= 1.15 * row["us"]
 
 
 def test_choice_where_the_device_refuses_large_clusters():
-    """Clusters of more than 8 are at its discretion. A smaller one serves then, or another algorithm."""
+    """A device may refuse clusters of more than 8. Then the choice is a smaller cluster, or another algorithm."""
 
     def refused(hidden: int, algorithm: str = ""):
         return _C.cuda_choice("bfloat16", hidden, 16, 2, *GPUS["H100"], algorithm, largest_cluster=8)
@@ -150,7 +150,7 @@ def test_choice_where_the_device_refuses_large_clusters():
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("hidden", [100, 200, 300, 400, 600, 650, 1000])
 def test_sizes_that_fill_no_kernel_cost_little(hidden, dtype):
-    """By the model of a step's time, beside the next multiple of 64."""
+    """The model's time of a step is compared with that of the next multiple of 64."""
     found, filled = (choice("H100", dtype, h, batch=16) for h in (hidden, (hidden + 63) // 64 * 64))
     assert found["us"] <= 1.15 * filled["us"]
 
@@ -174,7 +174,7 @@ def test_choice_of_nonsense(arguments, algorithm, message):
 
 @contextlib.contextmanager
 def forced(algorithm: str) -> Iterator[None]:
-    """Only this algorithm may run, and something must have run by it."""
+    """Allows only this algorithm, and asserts that it has run something."""
     before = birnn_ext.op_calls()
     saved = os.environ.get("BIRNN_CUDA_ALGO")
     os.environ["BIRNN_CUDA_ALGO"] = algorithm
@@ -200,14 +200,14 @@ def algorithm(request: pytest.FixtureRequest) -> str:
 
 
 def largest(algorithm: str, dtype: torch.dtype, hidden: int) -> int:
-    """The largest hidden_size up to `hidden` that the algorithm runs on any GPU that has it."""
+    """Returns the largest hidden_size up to `hidden` that the algorithm runs on every GPU that has it."""
     if algorithm != "persistent-cta":
         return hidden
     return min(hidden, 64 if dtype == torch.float32 else 128)
 
 
 def random_case(rng: random.Random, dtype: torch.dtype, most: int, steps: int = 12, batch: int = 70):
-    """Arguments of a forward call on CUDA, hidden_size 1 to `most`; lengths contain zeros."""
+    """Returns arguments of a forward call on CUDA, hidden_size 1 to `most`. Lengths contain zeros."""
     steps, batch, directions = rng.randint(1, steps), rng.randint(1, batch), rng.choice([1, 2])
     hidden = rng.choice([rng.randint(1, most), rng.randint(1, most) // 8 * 8 or 8])
 
@@ -221,7 +221,7 @@ def random_case(rng: random.Random, dtype: torch.dtype, most: int, steps: int = 
 
 
 def run_both(algorithm: str, args, incoming: int):
-    """Results of forward and backward; which incoming gradients there are depends on `incoming`."""
+    """Returns the results of forward and backward. The bits of `incoming` say which gradients come in."""
     with forced(algorithm):
         results = forward_op(*args, True)
         y, h_n, c_n, gates, cells = results
@@ -239,7 +239,7 @@ NAMES = ("y", "h_n", "c_n", "gates", "cells", "d_gates_x", "dh0", "dc0")
 
 
 def deviations(algorithm: str, args, incoming: int) -> list[tuple[float, float]]:
-    """Of each result from float64 truth, relative to the largest value: the largest difference, the mean square."""
+    """Returns each result's largest and mean square difference from float64 truth, relative to the largest value."""
     results, backward_args, grads = run_both(algorithm, args, incoming)
     expected = [
         *reference.lstm_recurrence(*as_double(args), True),
@@ -257,8 +257,8 @@ def errors(algorithm: str, args, incoming: int) -> list[float]:
 
 
 def compare(algorithm: str, dtype: torch.dtype, seed: int, cases: int, most: int, **sizes: int) -> None:
-    """Random cases against float64. Over all of them no output's error (root of the mean square; the largest of a few
-    roundings would be chance) may exceed 1.5 times that of stepwise."""
+    """Compares random cases with float64. Over all cases no output's root mean square error may exceed 1.5 times that
+    of stepwise. (The largest error would depend on chance.)"""
     sums, sums_stepwise = [0.0] * len(NAMES), [0.0] * len(NAMES)
     for case in range(cases):
         args = random_case(random.Random(1000 * seed + case), dtype, most, **sizes)
@@ -296,7 +296,7 @@ def test_against_the_reference_at_length(algorithm, dtype, seed):
     ("persistent-cluster", torch.float32, 256),
 ], indirect=["algorithm"])  # fmt: skip
 def test_large_layers(algorithm, dtype, hidden):
-    """Weights beyond the registers, and sums split over warps."""
+    """The registers do not hold all weights, and warps split the sums."""
     w_hh = (torch.randn(2, 4 * hidden, hidden) / hidden**0.5).to("cuda", dtype)
     gates_x = torch.randn(3, 5, 2, 4 * hidden).to("cuda", dtype)
     h0, c0 = (torch.randn(2, 5, hidden).to("cuda", dtype) for _ in range(2))
@@ -307,7 +307,7 @@ def test_large_layers(algorithm, dtype, hidden):
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_saved_state_serves_every_algorithm(algorithm, dtype):
-    """One algorithm's forward pass, another's backward pass."""
+    """One algorithm runs the forward pass, and another the backward pass."""
     args = random_case(random.Random(5), dtype, largest(algorithm, dtype, 90), steps=5, batch=20)
     _, backward_args, grads = run_both(algorithm, args, 0)
     _, other_args, other_grads = run_both("stepwise", args, 0)
@@ -323,7 +323,7 @@ def test_saved_state_serves_every_algorithm(algorithm, dtype):
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_bitwise_repeatable(algorithm, dtype):
-    """Within a process, and over those which share the folder BIRNN_BITS: CI's have other schedules of threads."""
+    """This holds within a process, and for all that share the folder BIRNN_BITS. CI varies their schedules."""
     args = random_case(random.Random(3), dtype, largest(algorithm, dtype, 100), steps=5, batch=40)
     digests = []
     for _ in range(2):
@@ -350,7 +350,7 @@ def test_without_saving(algorithm):
 
 @pytest.mark.cuda
 def test_misaligned_and_strided_arguments(algorithm):
-    """Views that begin 4 bytes into their storage: accesses of 16 bytes must not be used."""
+    """The kernels must not use accesses of 16 bytes for views that begin 4 bytes into their storage."""
     gates_x, w_hh, h0 = (torch.randn(s, device="cuda") for s in ((3, 2, 2, 64), (2, 64, 16), (2, 2, 16)))
 
     def shifted(t: torch.Tensor) -> torch.Tensor:
@@ -423,7 +423,7 @@ def test_tf32_only_where_pytorch_allows_it(algorithm, switch, exact, precision_o
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_infinite_and_undefined_weights(algorithm, dtype):
-    """An infinite weight saturates its gate (float32: makes NaN), and a NaN stays with the units that it reaches."""
+    """An infinite weight saturates its gate (in float32 it makes NaN), and a NaN stays in the units that it reaches."""
     gates_x, w_hh, h0 = (torch.randn(s).to("cuda", dtype) for s in ((2, 3, 1, 80), (1, 80, 20), (1, 3, 20)))
     w_hh[0, 7, 2], w_hh[0, 50, 3], w_hh[0, 41, 19] = float("inf"), -float("inf"), float("nan")
     args = (gates_x[:1].contiguous(), w_hh, h0, None, None)
@@ -440,7 +440,7 @@ def test_infinite_and_undefined_weights(algorithm, dtype):
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_infinite_states(algorithm, dtype):
-    """Hidden units beyond H (20 is no multiple of 16) have weights of 0, and infinity times 0 must not reach others."""
+    """Padding beyond H (20 is no multiple of 16) has weights of 0, and infinity times 0 must not reach other units."""
     gates_x, w_hh, h0 = (torch.randn(s).to("cuda", dtype) for s in ((3, 3, 1, 80), (1, 80, 20), (1, 3, 20)))
     h0[0, 1, 4] = float("inf")
     args = (gates_x, w_hh, h0, None, None)
@@ -471,7 +471,7 @@ NANS = pytest.mark.parametrize("bits", [0x7FFFFFFF, 0xFFFFFFFF, 0x7FC00000], ids
 @NANS
 @pytest.mark.parametrize("where", ["gates_x", "w_hh", "h0", "c0"])
 def test_a_nan_stays_one_whatever_its_bits(algorithm, where, bits):
-    """GPUs make 0x7fffffff, to which rounding to TF32 by an integer addition would give a sign and nothing else."""
+    """GPUs make 0x7fffffff. Rounding it to TF32 by an integer addition would leave only a sign."""
     shapes = {"gates_x": (4, 3, 2, 80), "w_hh": (2, 80, 20), "h0": (2, 3, 20), "c0": (2, 3, 20)}
     args = {name: torch.randn(shape, device="cuda") for name, shape in shapes.items()}
     for d in range(2):
@@ -501,7 +501,7 @@ def test_a_nan_stays_one_in_gradients(algorithm, where, bits):
 
 @pytest.mark.cuda
 def test_threads_with_layers_of_their_own(algorithm):
-    """Each plans a layer that nobody has planned yet, while others run theirs with the same kernels."""
+    """Each thread plans a new layer, while others run theirs with the same kernels."""
     cases = [random_case(random.Random(20 + k), torch.float32, 30 * k + 8, steps=3, batch=20) for k in range(4)]
     expected = [run_both(algorithm, args, 0) for args in cases]
 
@@ -509,7 +509,7 @@ def test_threads_with_layers_of_their_own(algorithm):
         results = forward_op(*cases[k], True)
         return *results, *backward_op(*expected[k][1])
 
-    with forced(f"{algorithm} "), ThreadPoolExecutor(4) as pool:  # plans are kept by the variable's text
+    with forced(f"{algorithm} "), ThreadPoolExecutor(4) as pool:  # the text is part of a plan's key
         found = list(pool.map(run, [3, 2, 1, 0, 3, 2, 1, 0]))
     for k, tensors in zip([3, 2, 1, 0] * 2, found, strict=True):
         results, _, grads = expected[k]
@@ -518,7 +518,7 @@ def test_threads_with_layers_of_their_own(algorithm):
 
 @pytest.mark.cuda
 def test_graph_capture(algorithm):
-    """A launch on any other stream than the current one would be an error while that is captured, too."""
+    """A capture also fails if a launch uses another stream than the current one."""
     args = [a for a in random_case(random.Random(11), torch.float32, 60, steps=4, batch=20)]
     args[4] = None
     eager, backward_args, grads = run_both(algorithm, args, 0)
@@ -529,7 +529,7 @@ def test_graph_capture(algorithm):
             captured_grads = backward_op(*backward_args)
         for t in (*captured, *captured_grads):
             t.zero_()
-        for _ in range(2):  # counters of the CTAs' exchange must begin anew
+        for _ in range(2):  # the counters of the CTAs' exchange must start from 0 again
             graph.replay()
     for a, b in zip((*captured, *captured_grads), (*eager, *grads), strict=True):
         assert torch.equal(a, b)
@@ -538,7 +538,7 @@ def test_graph_capture(algorithm):
 @pytest.mark.cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_classifier_trains(algorithm, dtype):
-    """Five steps of the tutorial's training on CUDA follow the CPU's."""
+    """Five steps of the tutorial's training on CUDA follow those on the CPU."""
     losses = {}
     for device in ("cpu", "cuda"):
         torch.manual_seed(2)
@@ -581,7 +581,7 @@ def test_wrong_wishes_fail_loudly(monkeypatch):
     assert birnn_ext.op_calls()["cuda_stepwise"] == before + 1
 
 
-# ---- what the tests themselves are worth -----------------------------------------------------------------------------
+# ---- tests of the tests ----------------------------------------------------------------------------------------------
 
 ROOT = Path(__file__).parents[1]
 
@@ -592,7 +592,7 @@ built_for_cuda = pytest.mark.skipif(birnn_ext.build_info()["cuda"] is None, reas
 
 @pytest.fixture(scope="session")
 def native(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Builds the kernels in a program of their own, of PTX for one compute capability; each kind once."""
+    """Returns a function that builds the kernels as a program, with PTX for one compute capability, each kind once."""
 
     @functools.cache
     def build(ptx: int, *flags: str) -> Path:
@@ -617,7 +617,7 @@ def emulated(capability: int, seed: int, *command: str | Path) -> subprocess.Com
 @emulated_only
 @built_for_cuda
 def test_a_missing_barrier_would_be_seen(native):
-    """The kernels as they are, and without the barrier between steps."""
+    """A race detector accepts the kernels, and reports a race if the barrier between steps is left out."""
     right, wrong = native(80), native(80, "-DBIRNN_WITHOUT_BARRIER")
     for seed in range(1, 4):
         done = emulated(80, seed, right, "steps")
@@ -631,7 +631,7 @@ def test_a_missing_barrier_would_be_seen(native):
 @built_for_cuda
 @pytest.mark.parametrize("capability", [80, 90])
 def test_every_kernel_of_the_tables(native, capability):
-    """Against the equations in double precision, with sizes that fill a kernel and sizes that do not."""
+    """They agree with the equations in double precision, with sizes that fill a kernel and sizes that do not."""
     program = native(capability)
     for seed in (1, 2) if capability == 90 else (3,):
         done = emulated(capability, seed, program, "rows")
@@ -643,7 +643,7 @@ def test_every_kernel_of_the_tables(native, capability):
 @emulated_only
 @built_for_cuda
 def test_passes_give_the_same_as_all_groups_at_once(native):
-    """Where not all of grid's groups are resident, they go through the batch in passes, with the same buffers for h."""
+    """If not all of grid's groups are resident, they go through the batch in passes, with the same buffers for h."""
     program = native(80)
     for seed in range(1, 4):
         done = emulated(80, seed, program, "passes")
@@ -658,7 +658,7 @@ def test_passes_give_the_same_as_all_groups_at_once(native):
     (75, 80, False, False), (80, 80, True, False), (80, 90, True, False), (90, 90, True, True),
 ])  # fmt: skip
 def test_kernels_built_for_less_are_not_run(native, ptx, capability, cta, cluster):
-    """A GPU runs PTX for an older one, too; but there the kernels lack what they need."""
+    """A GPU also runs PTX for an older one, but kernels built for that lack what they need."""
     done = emulated(capability, 1, native(ptx), "resident")
     assert done.returncode == 0, done.stdout + done.stderr
     counts = dict(line.split() for line in done.stdout.splitlines())
@@ -666,7 +666,7 @@ def test_kernels_built_for_less_are_not_run(native, ptx, capability, cta, cluste
 
 
 def cuobjdump(*options: str) -> str:
-    """Of the extension, by the CUDA toolkit's tool or Triton's."""
+    """Runs cuobjdump (the CUDA toolkit's or Triton's) on the extension; returns what it prints."""
     tool = shutil.which("cuobjdump")
     if tool is None:
         triton = pytest.importorskip("triton", reason="neither the CUDA toolkit's cuobjdump nor Triton's")
@@ -676,19 +676,19 @@ def cuobjdump(*options: str) -> str:
 
 @built_for_cuda
 def test_one_block_always_fits_a_multiprocessor():
-    """Co-residency counts on one block per multiprocessor: what the compiler allotted proves that it fits, unspilled."""
+    """Co-residency needs one block per multiprocessor. The compiler's figures show that it fits without spills."""
     usage = re.findall(
         r"Function \S*(forward|backward)_kernel\S*wardTraitsILNS0_8ExchangeE\dE((?:Li\d+E)+)\S*:\s+"
         r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)",
         cuobjdump("-res-usage"),
     )
-    assert len(usage) >= 60  # three types, each architecture
+    assert len(usage) >= 60  # three types, for each architecture
     for kind, sizes, registers, stack, shared, local in usage:
         warps = int(re.findall(r"\d+", sizes)[3 if kind == "forward" else 6])
-        allotted = (int(registers) + 7) // 8 * 8  # registers are given out in eights
+        allotted = (int(registers) + 7) // 8 * 8  # the hardware allots registers in eights
         assert 32 * warps * allotted <= 65536
         assert int(stack) == int(local) == 0
-        assert int(shared) <= 1024  # all else is dynamic, and in the plan
+        assert int(shared) <= 1024  # the rest is dynamic, and counted by the plan
 
 
 @pytest.mark.slow
@@ -696,14 +696,14 @@ def test_one_block_always_fits_a_multiprocessor():
 def test_products_run_on_tensor_cores():
     checked = 0
     for binary in re.split(r"arch = sm_", cuobjdump("-sass"))[1:]:
-        if int(re.match(r"\d+", binary).group()) < 80:  # there the kernels only trap
+        if int(re.match(r"\d+", binary).group()) < 80:  # the kernels only trap there
             continue
         for function in re.split(r"\n\s*Function : ", binary)[1:]:
             name = function.split("\n", 1)[0]
             if "wardTraits" in name:
                 kind = "HMMA.1688.F32.TF32" if "kernelIf" in name else "HMMA.16816.F32"
                 if "ExchangeE2E" in name and int(re.match(r"\d+", binary).group()) < 90:
-                    continue  # clusters: it only traps
+                    continue  # a kernel with clusters only traps there
                 assert kind in function, name
                 checked += 1
     assert checked >= 6

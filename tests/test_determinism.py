@@ -1,6 +1,6 @@
-"""The same bits each time: over runs, numbers of threads, processes, and compiled or not.
+"""Results have the same bits each time: over runs, numbers of threads, processes, and compiled or not.
 
-All of it with torch.use_deterministic_algorithms(True), under which PyTorch also fills fresh memory with NaN.
+All tests run with torch.use_deterministic_algorithms(True), under which PyTorch also fills fresh memory with NaN.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch import Tensor
 from birnn_ext import LSTM
 from birnn_ext.ops import lstm_recurrence
 
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS wants for it
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS requires it for that
 
 RUNS = 50
 
-# LSTM's arguments, and forward's.
+# The arguments of LSTM, and of its forward.
 CONFIGURATIONS = {
     "plain": ({}, {}),
     "lengths": ({}, {"lengths": [5, 0, 2, 5, 1]}),
@@ -42,7 +42,7 @@ def deterministic() -> Iterator[None]:
 
 
 def an_lstm(configuration, dtype, device, sizes=(5, 5, 6, 20)) -> Callable[..., list[Tensor]]:
-    """A function that runs it, and returns outputs, states and all gradients."""
+    """Returns a function that runs an LSTM and returns outputs, states and all gradients."""
     (options, arguments), (steps, batch, features, hidden) = configuration, sizes
     lstm = LSTM(features, hidden, bidirectional=True, dtype=dtype, device=device, **options)
     x = torch.randn(steps, batch, features).to(device, dtype).requires_grad_()
@@ -74,7 +74,7 @@ def test_50_runs(configuration, dtype, device):
     first = run()
     junk = []
     for k in range(RUNS - 1):
-        junk = [torch.full((k + 1, 1000), float(k)) for _ in range(3)]  # other memory, with other contents
+        junk = [torch.full((k + 1, 1000), float(k)) for _ in range(3)]  # changes which memory the LSTM gets
         assert_same_bits(run(), first)
     assert len(junk) == 3
 
@@ -82,7 +82,7 @@ def test_50_runs(configuration, dtype, device):
 @pytest.mark.parametrize("sizes", [(6, 1, 4, 33), (5, 70, 3, 17), (40, 61, 5, 40)], ids=str)
 @configurations
 def test_any_number_of_threads(configuration, sizes):
-    """In float32 and float64 a layer is one operator, which promises it; products elsewhere are PyTorch's."""
+    """In float32 and float64 a layer is one operator, which guarantees this. Other types use PyTorch's products."""
     for dtype in (torch.float32, torch.float64):
         run = an_lstm(configuration, dtype, "cpu", sizes)
         before = torch.get_num_threads()
@@ -157,7 +157,7 @@ def test_compiled(name, dtype, backend):
 
 @pytest.mark.slow
 def test_processes():
-    """Each with its own addresses, and order of imports and allocations."""
+    """Each process has its own addresses, and its own order of imports and allocations."""
     code = """
 import hashlib, sys, torch
 waste = torch.empty(int(sys.argv[1]))

@@ -1,4 +1,4 @@
-"""Several processes that train one model: torchrun with the command, DistributedDataParallel and FSDP with the modules."""
+"""Several processes train one model: with torchrun and the command, or with DistributedDataParallel and FSDP."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def test_shares_make_up_the_batch():
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-def test_two_processes_come_to_the_model_of_one(tmp_path):
-    """Steps of 4,999 digits and of 1: shares of 2,500 and 2,499, then of 1 and none."""
+def test_two_processes_reach_the_model_of_one(tmp_path):
+    """Steps have 4,999 digits and 1 digit, so shares are 2,500 and 2,499, then 1 and none."""
     hp = Hyperparameters(hidden_size=8, batch_size=4999, num_epochs=2, learning_rate=0.01)
     arguments = ["--batch-size", "4999", "--num-epochs", "2", "--learning-rate", "0.01", "--out", tmp_path]
     run = subprocess.run(
@@ -59,14 +59,14 @@ def test_two_processes_come_to_the_model_of_one(tmp_path):
     assert list(model) == list(one.model.state_dict())
     all_near(model.values(), one.model.state_dict().values())
 
-    # the first process alone prints, and what one prints
+    # only the first process prints, and prints what a single process would
     printed = [line for line in run.stdout.splitlines() if not line.startswith("[Gloo]")]  # as torch 2.10 does
     assert printed[: len(lines)] == lines
     assert run.stdout.count("Test Accuracy") == run.stdout.count("Saved model.ckpt") == 1
     assert run.stderr.count("Epoch 1/2:   0%") == 1
 
 
-# Runs the command in two processes, so many times: forked, as importing takes far longer than these trainings.
+# Runs the command in two processes, many times. It forks, as importing takes far longer than these trainings.
 FORKED = """
 import os, socket, sys
 from matplotlib.backends import backend_agg
@@ -94,7 +94,7 @@ for _ in range(int(runs)):
 @pytest.mark.skipif(sys.platform != "linux", reason="threads are listed in Linux's /proc")
 @pytest.mark.parametrize("runs", [1, pytest.param(30, marks=pytest.mark.slow)])
 def test_no_thread_of_the_group_is_left_when_python_ends(tmp_path, runs):
-    """One that drops a tensor while Python ends aborts the process, once in twenty runs or so."""
+    """A thread that drops a tensor while Python ends aborts the process, about once in twenty runs."""
     arguments = [*TRAIN[2:], "--batch-size", "2500", "--max-steps", "1", "--out", tmp_path]
     done = subprocess.run(
         [sys.executable, "-c", FORKED, str(runs), *arguments], capture_output=True, text=True, env=ENVIRONMENT
@@ -108,7 +108,7 @@ def test_no_thread_of_the_group_is_left_when_python_ends(tmp_path, runs):
 
 @pytest.fixture
 def one_process(tmp_path):
-    """A process group of this process alone."""
+    """Makes a process group of this process alone."""
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
     yield
     torch.distributed.destroy_process_group()
@@ -116,7 +116,7 @@ def one_process(tmp_path):
 
 @pytest.mark.parametrize("wrap", [nn.parallel.DistributedDataParallel, fully_shard])
 def test_wrappers_that_replace_parameters(wrap, one_process):
-    """Nothing is flattened, so what shards the weights may do as it likes."""
+    """Nothing is flattened, so wrappers may shard or replace the weights."""
     ours, theirs = twins(3, 8, 2, batch_first=True, bidirectional=True)
     x = torch.randn(4, 5, 3)
     model = wrap(ours)

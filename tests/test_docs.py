@@ -1,4 +1,4 @@
-"""The code in the documents does what they say, and the site that is made of them works from disk."""
+"""The code in the documents runs, and the site that is made of them works from disk."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -26,19 +27,36 @@ def test_the_migration_guides_code_runs(capsys):
     assert capsys.readouterr().out == "replaced encoder\n"
 
 
-def test_the_page_on_other_programs_runs_and_names_tests_that_exist():
-    page = (DOCS / "elsewhere.md").read_text()
-    (block,) = re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL)
+def test_the_code_of_the_readme_runs():
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 3
+    names: dict[str, object] = {
+        "x": torch.randn(3, 5, 28),
+        "lengths": torch.tensor([5, 0, 2]),
+        "reset": torch.zeros(3, 5, dtype=torch.bool),
+        "model": torch.nn.Sequential(torch.nn.LSTM(28, 8)),
+    }
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
+
+
+def test_the_code_of_the_page_on_other_programs_runs():
+    (block,) = re.findall(r"^```python\n(.*?)^```", (DOCS / "elsewhere.md").read_text(), re.MULTILINE | re.DOTALL)
     exec(compile(block.replace("28, 28)", "3, 28)"), "elsewhere.md", "exec"), {})  # torch.export unrolls the steps
+
+
+@pytest.mark.parametrize("page", ["elsewhere.md", "requests.md"])
+def test_the_tests_that_a_page_names_exist(page):
     tests = "".join(file.read_text() for file in Path(__file__).parent.glob("test_*.py"))
-    named = re.findall(r"`(test_\w+)`", page)
+    named = re.findall(r"`(?:tests/)?(test_\w+)(?:\.py)?`", (DOCS / page).read_text())
+    files = {file.stem for file in Path(__file__).parent.glob("test_*.py")}
     assert len(named) > 10
-    assert [name for name in named if f"def {name}(" not in tests] == []
+    assert [name for name in named if name not in files and f"def {name}(" not in tests] == []
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """The folder with the documentation's pages, as `make docs` makes them."""
+    """Returns the folder of the site that `make docs` would build."""
     if not (importlib.util.find_spec("mkdocs") and importlib.util.find_spec("mkdocstrings")):
         pytest.skip("mkdocs is not installed: pip install 'birnn_ext[docs]'")
     if not (ROOT / "mkdocs.yml").exists():
@@ -52,11 +70,10 @@ def site(tmp_path_factory):
 
 @pytest.mark.slow
 def test_every_link_of_the_site_names_a_file(site):
-    """From disk, a link to a folder shows its files and not its index.html."""
-    pages = [
-        page for page in site.glob("**/*.html") if page.name != "404.html"
-    ]  # a server's, which names it from its root
-    assert len(pages) >= 9
+    """A browser that reads from disk shows a folder's files, not its index.html, so no link may name a folder."""
+    # a server shows 404.html, with links from its root
+    pages = [page for page in site.glob("**/*.html") if page.name != "404.html"]
+    assert len(pages) >= 10
     wrong = []
     for page in pages:
         links = [urlsplit(link) for link in re.findall(r'(?:href|src|action)="([^"]*)"', page.read_text())]

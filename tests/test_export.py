@@ -1,4 +1,4 @@
-"""torch.export and AOTInductor: batch and time stay dynamic, and what is loaded computes what the module does."""
+"""torch.export and AOTInductor keep batch and time dynamic, and a loaded program computes what the module does."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.export import Dim
 
 from birnn_ext import LSTM, BiRNN
 
-SIZES = [(1, 1), (4, 9), (2, 30)]  # B, T: none is the example's
+SIZES = [(1, 1), (4, 9), (2, 30)]  # B, T; none is the example's
 
 
 def leaves(result) -> list[Tensor]:
@@ -39,7 +39,7 @@ def test_export_of_the_classifier_freezes_neither_batch_nor_time(strict):
             x = torch.randn(batch, steps, 28)
             all_near([loaded(x)], [model(x)])
     layers = [node for node in program.graph.nodes if node.target is torch.ops.birnn_ext.lstm_layer.default]
-    assert [node.args[-1] for node in layers] == [0, 0, 0]  # under no_grad nothing is kept for a backward pass
+    assert [node.args[-1] for node in layers] == [0, 0, 0]  # no_grad saves nothing for a backward pass
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_exported_program_can_be_trained():
 
 @pytest.mark.slow
 def test_aotinductor_package_freezes_neither_batch_nor_time(tmp_path):
-    """Compiled ahead of time, run by a process that has nothing but the package and the extension."""
+    """The model is compiled ahead of time, and a process runs it that has only the package and the extension."""
     model = BiRNN(28, 16, 2, 10)
     shapes = {"x": {0: Dim("batch", min=1), 1: Dim("time", min=1)}}
     with torch.no_grad():

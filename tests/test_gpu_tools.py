@@ -1,4 +1,4 @@
-"""What needs a GPU or an emulator, as far as it can be looked at without: tools/gpu_check.sh, tools/cuda_counts.py."""
+"""tools/gpu_check.sh and tools/cuda_counts.py need a GPU or an emulator. These tests check what needs neither."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_gpu_check_lists_its_parts():
 
 
 @pytest.mark.parametrize("arguments", [["--part"], ["--part", "nothing"], ["--part", "tests sanitizer"], ["--no"]])
-def test_gpu_check_refuses_what_it_does_not_know(arguments):
+def test_gpu_check_refuses_unknown_arguments(arguments):
     done = gpu_check(*arguments)
     assert done.returncode == 2
     assert re.match(r"usage: .* parts are build tests ", done.stderr)
@@ -51,7 +51,7 @@ def counts():
 
 
 def launch(steps: int) -> dict:
-    """4 blocks of 2 warps, with a beginning and with steps."""
+    """Returns the counts of a launch of 4 blocks of 2 warps, with a beginning and with steps."""
     kinds = {"mma": 5 + 16 * steps, "ld.shared": 9 + 8 * steps, "st.shared": 4 * steps, "st.other": 2 * steps}
     return {
         "kernel": "a kernel",
@@ -106,4 +106,4 @@ def test_counts_of_this_build(tmp_path):
     assert len(lines) == 2 + 2 * 2  # forward and backward, each with its study
     for line in lines[3::2]:
         assert line.startswith("|  | persistent-cluster, ")
-        assert float(re.search(r"\| 4096 \((.*?)\) \|", line)[1]) == 1  # mma: what the products need
+        assert float(re.search(r"\| 4096 \((.*?)\) \|", line)[1]) == 1  # mma, as many as the products need

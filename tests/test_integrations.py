@@ -1,6 +1,7 @@
-"""Other packages that look at a model: counters of operations, and Opacus.
+"""Other packages that look at a model work with birnn_ext: counters of operations, and Opacus.
 
-Those of tests/third_party.txt are skipped where they are not installed, but fail if BIRNN_THIRD_PARTY is set, as by CI.
+Tests of packages in tests/third_party.txt are skipped if these are not installed, but fail if BIRNN_THIRD_PARTY is set,
+as CI does.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ from birnn_ext._after_import import after_import
 
 STEPS, BATCH, FEATURES, HIDDEN, LAYERS = 5, 4, 6, 8, 2
 F64 = {"dtype": torch.float64}
-pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # of Opacus's, at a model's first layer
+pytestmark = pytest.mark.filterwarnings("ignore:Full backward hook is firing")  # Opacus's, at a model's first layer
 
 
-needs_third_party = pytest.mark.slow  # they are installed for CI's slow part
+needs_third_party = pytest.mark.slow  # CI installs them for its slow part
 
 
 def third_party(name: str) -> types.ModuleType:
@@ -51,7 +52,7 @@ def test_after_import(tmp_path, monkeypatch):
     seen = []
     for k in range(2):
         after_import("birnn_test_late", lambda module, k=k: seen.append((k, module.value)))
-    assert importlib.util.find_spec("birnn_test_late") is not None  # a look is no import
+    assert importlib.util.find_spec("birnn_test_late") is not None  # finding it does not import it
     assert seen == []
     module = importlib.import_module("birnn_test_late")
     assert seen == [(0, 1), (1, 1)]
@@ -114,7 +115,7 @@ def test_other_counters_count_what_they_count_for_nn_lstm(count):
 
 
 def flops(model: nn.Module, x: Tensor, hx: tuple[Tensor, Tensor] | None) -> tuple[int, int]:
-    """Of a forward and a backward pass."""
+    """Counts the operations of a forward and a backward pass, with ours and with nn.LSTM."""
     with FlopCounterMode(display=False) as forward:
         y, (h_n, c_n) = model(x, hx)
     with FlopCounterMode(display=False) as backward:
@@ -127,7 +128,7 @@ def flops(model: nn.Module, x: Tensor, hx: tuple[Tensor, Tensor] | None) -> tupl
 @pytest.mark.parametrize("state", ["none", "given", "trainable"])
 @pytest.mark.parametrize("trainable_input", [False, True])
 def test_flop_counter_mode(trainable_input, state, options, dtype):
-    """nn.LSTM in float64 is made of matrix products that PyTorch counts."""
+    """PyTorch runs nn.LSTM in float64 as matrix products, which it counts."""
     theirs = nn.LSTM(FEATURES, HIDDEN, LAYERS, **options, **F64)
     ours = LSTM(FEATURES, HIDDEN, LAYERS, **options, dtype=dtype)
     rows = LAYERS * (2 if "bidirectional" in options else 1)
@@ -142,9 +143,9 @@ def test_flop_counter_mode(trainable_input, state, options, dtype):
 
     forward, backward = count(theirs)
     if state == "none" and (dtype == torch.bfloat16 or "proj_size" in options):
-        # nn.LSTM multiplies by its initial state of zeros for dW_hh; where PyTorch makes that product, we have none
+        # for dW_hh nn.LSTM multiplies by its initial state of zeros, and we do not
         backward -= rows * 2 * BATCH * 4 * HIDDEN * options.get("proj_size", HIDDEN)
-    if dtype == torch.bfloat16 and not options:  # biases are columns of the input's product, with some to fill 16 bytes
+    if dtype == torch.bfloat16 and not options:  # biases are columns of the product, padded to 16 bytes
         for layer in range(LAYERS):
             columns = 2 + -((HIDDEN if layer else FEATURES) + 2) % 8
             more = 2 * STEPS * BATCH * 4 * HIDDEN * columns
@@ -153,7 +154,7 @@ def test_flop_counter_mode(trainable_input, state, options, dtype):
     assert count(ours) == (forward, backward)
 
 
-def test_flop_counter_mode_counts_what_is_computed_anew():
+def test_flop_counter_mode_counts_recomputed_products():
     x = torch.randn(STEPS, BATCH, FEATURES)
     forward, backward = flops(LSTM(FEATURES, HIDDEN, bidirectional=True), x, None)
     assert flops(LSTM(FEATURES, HIDDEN, bidirectional=True, recompute=True), x, None) == (forward, forward + backward)
@@ -179,7 +180,7 @@ CALLS: dict[str, Callable[..., tuple]] = {
 
 
 class Private(nn.Module):
-    """An LSTM between linear layers; a loss of all that a call returns."""
+    """An LSTM between linear layers, whose outputs all enter the loss."""
 
     def __init__(self, call: str, batch_first: bool, **options) -> None:
         super().__init__()
@@ -190,7 +191,7 @@ class Private(nn.Module):
         self.after = nn.Linear(2 * HIDDEN, 2, **F64)
 
     def forward(self, x: Tensor, lengths: Tensor, h_0: Tensor, c_0: Tensor) -> Tensor:
-        """(B, T, 3), (B,) and two of (B, rows, H) to (B, 2)"""
+        """Takes (B, T, 3), (B,) and two states (B, rows, H); returns (B, 2)."""
         x = self.before(x)
         batch = 0 if self.lstm.batch_first else 1
         hx = (h_0.transpose(0, 1), c_0.transpose(0, 1))
@@ -291,7 +292,7 @@ def test_opacus_trains_differentially_private(made, mode):
 
 
 class SumOfSquares(nn.Module):
-    """A criterion that Opacus takes: it asks for each sample's loss."""
+    """A criterion for Opacus, which asks for each sample's loss."""
 
     reduction = "mean"
 

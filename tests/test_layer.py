@@ -1,4 +1,4 @@
-"""The CPU's operator for a whole layer: against the recurrence with an input projection before it, and what it owes."""
+"""The CPU's operator for a whole layer agrees with an input projection and the recurrence, in values and gradients."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ backward_op = torch.ops.birnn_ext.lstm_layer_backward.default
 
 
 def composite(x, weights, bias, h0=None, c0=None, lengths=None):
-    """Independent of the operator; x beyond a sequence's end must be finite."""
+    """Computes the layer without its operator. x beyond a sequence's end must be finite."""
     stride = 4 if bias else 2
     biases = [a + b for a, b in zip(weights[2::4], weights[3::4], strict=True)] if bias else [None] * 2
     gates_x = [F.linear(x, w, b) for w, b in zip(weights[::stride], biases, strict=False)]
@@ -32,7 +32,7 @@ def composite(x, weights, bias, h0=None, c0=None, lengths=None):
 
 
 def random_layer(rng: random.Random, dtype: torch.dtype, sizes: tuple[int, int, int, int] | None = None):
-    """x, weights, bias, h0, c0, lengths, all that floats requiring gradients."""
+    """Returns x, weights, bias, h0, c0 and lengths; all but bias and lengths require gradients."""
     steps, batch, features, hidden = sizes or (
         rng.choice([1, 2, 3, 7]), rng.choice([1, 2, 6, 13, 70]), rng.choice([1, 3, 8, 17]), rng.choice([1, 4, 15, 16, 33])
     )  # fmt: skip
@@ -67,10 +67,10 @@ def test_against_the_composite(case, dtype, recompute):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_16_bit_inference_is_one_operator_and_the_same_for_any_number_of_threads(dtype):
-    """Its projection is not rounded, so that it is as near to float64 as the recurrence after a product is, or nearer."""
+    """Its projection is not rounded, so its error is no larger than that of the recurrence after a product."""
     rng, squares = random.Random(0), torch.zeros(2)
     threads = torch.get_num_threads()
-    # also more units than a thread's, few rows and many steps, more features than steps of any ISA's products
+    # among these are more units than one thread has, few rows, many steps, and more features than an ISA's step
     for sizes in [*[None] * 12, (40, 1, 70, 290), (3, 33, 65, 17)]:
         x, weights, *rest = random_layer(rng, dtype, sizes)
         x = x.transpose(0, 1).contiguous().transpose(0, 1)
@@ -99,7 +99,7 @@ class NoBatchedProduct(TorchDispatchMode):
 
 @pytest.mark.parametrize("options", [{}, {"dtype": torch.bfloat16}, {"proj_size": 4}, {"layer_norm": True}], ids=str)
 def test_an_input_projection_is_one_product(options, device):
-    """With the batch first and weights that need no gradient, PyTorch would copy the weights for each sequence."""
+    """PyTorch would copy the weights for each sequence if the batch is first and they need no gradient."""
     lstm = LSTM(6, 8, 2, batch_first=True, bidirectional=True, device=device, **options)
     x = torch.randn(3, 5, 6, device=device, dtype=options.get("dtype"))
     with NoBatchedProduct():
@@ -117,7 +117,7 @@ def test_against_the_composite_at_length(seed):
             test_against_the_composite(16 + 20 * seed + case, torch.float64, recompute)
 
 
-# More steps than a round of the backward pass, more units than a group of panels and than a tile, few rows and many steps.
+# Some have more steps than a round, more units than a group of panels or a tile, or few rows with many steps.
 @pytest.mark.parametrize("sizes", [(60, 70, 5, 17), (9, 300, 3, 8), (3, 5, 4, 290), (150, 1, 30, 20)], ids=str)
 @pytest.mark.parametrize("recompute", [False, True], ids=["saved", "recomputed"])
 def test_sizes_that_take_several_rounds(sizes, recompute):
@@ -127,7 +127,7 @@ def test_sizes_that_take_several_rounds(sizes, recompute):
 
 
 def test_strides():
-    """A batch-first x, features apart, and gradients that arrive transposed or expanded."""
+    """x is batch-first or has strided features, and gradients arrive transposed or expanded."""
     x, weights, *rest = random_layer(random.Random(1), torch.float64, (5, 4, 6, 9))
     views = (
         lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
@@ -199,7 +199,7 @@ def test_opcheck(case, save):
 @pytest.mark.parametrize("sizes", [(40, 61, 5, 40), (30, 2, 7, 90)], ids=str)
 @pytest.mark.parametrize("ragged", [True, False], ids=["ragged", "full"])
 def test_bitwise_the_same_for_any_number_of_threads(ragged, sizes, recompute):
-    """Many sequences are dealt out; with few, threads share them and split the hidden units."""
+    """Threads split many sequences among them, and share few, of which each has some hidden units."""
     x, weights, bias, h0, c0, _ = random_layer(random.Random(2), torch.float32, sizes)
     lengths = torch.arange(sizes[1]).remainder(sizes[0] + 1) if ragged else None
     results, before = [], torch.get_num_threads()
@@ -214,7 +214,7 @@ def test_bitwise_the_same_for_any_number_of_threads(ragged, sizes, recompute):
 
 
 def test_concurrent_calls():
-    """Several Python threads at once, each with its own work, get what they get alone."""
+    """Several Python threads at once, each with its own work, get the same results as alone."""
     cases = [random_layer(random.Random(k), torch.float32, (20, 30, 9, 24)) for k in range(4)]
     alone = [results_and_gradients(lstm_layer, *case) for case in cases]
     together: list = [None] * len(cases)
@@ -233,7 +233,7 @@ def test_concurrent_calls():
 
 
 def test_infinite_weights_reach_the_same_sequences_for_any_number_of_threads():
-    """0 times infinity is no number, so products with gradients that are 0 must not be skipped then."""
+    """0 times infinity is NaN, so the kernels must not skip products with gradients of 0 then."""
     generator = torch.Generator().manual_seed(3)
     weights = [torch.randn(shape, generator=generator) / 4 for shape in [(32, 3), (32, 8)] * 2]
     weights[1][0, 0] = float("inf")
@@ -255,7 +255,7 @@ def test_infinite_weights_reach_the_same_sequences_for_any_number_of_threads():
 
 
 def test_errors_of_sums_do_not_grow_with_their_length():
-    """128,000 steps of sequences add up in the weights' gradients."""
+    """The weights' gradients are sums over 128,000 steps of sequences."""
     lstm = LSTM(8, 16)
     wide = LSTM(8, 16, dtype=torch.float64)
     wide.load_state_dict(lstm.state_dict())
@@ -275,7 +275,7 @@ def test_batch_of_gradients():
 
 
 def test_second_order_within_autocast():
-    """The types of a graph that was made outside are settled."""
+    """A graph that was made outside autocast keeps its types."""
     lstm = LSTM(3, 5)
     x = torch.randn(4, 2, 3, requires_grad=True)
     y = lstm(x)[0]
@@ -289,7 +289,7 @@ def test_second_order_within_autocast():
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_works_in_a_forked_child(dtype):
-    """OpenMP's threads are gone there; a child that waited for them would hang."""
+    """The child has lost OpenMP's threads, and would hang if it waited for them."""
     code = f"""
 import os, torch
 from birnn_ext import LSTM
@@ -310,7 +310,7 @@ print("child", os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
 
 def saved_floats(lstm: LSTM, x: torch.Tensor) -> int:
-    """Values that a forward pass keeps for the backward pass, beside parameters and input."""
+    """Counts the values that a forward pass saves for the backward pass, without parameters and input."""
     known = {t.data_ptr() for t in (x, *lstm.parameters())}
     kept: dict[int, int] = {}
 
@@ -324,7 +324,7 @@ def saved_floats(lstm: LSTM, x: torch.Tensor) -> int:
     return sum(kept.values())
 
 
-def test_what_is_kept_for_the_backward_pass():
+def test_saved_state_for_the_backward_pass():
     steps, batch, hidden = 7, 5, 16
     x, values = torch.randn(steps, batch, 4), steps * batch * 2 * hidden
     assert saved_floats(LSTM(4, hidden, bidirectional=True), x) == 6 * values  # y, cells, 4 gates
@@ -349,7 +349,7 @@ def test_recompute_gives_the_same():
 
 
 def test_vanished_gradients_are_zero_and_cheap():
-    """Gradients of the last output vanish over many steps; what has become 0 in one sequence must not stop another's."""
+    """Gradients of the last output vanish over many steps. One that is 0 in one sequence must not stop another's."""
     lstm = LSTM(3, 16, bidirectional=True)
     with torch.no_grad():
         for p in lstm.parameters():
@@ -364,17 +364,17 @@ def test_vanished_gradients_are_zero_and_cheap():
     wide = x.detach().double().requires_grad_()
     (expected,) = torch.autograd.grad(double(wide)[0], wide, dy.double())
     assert_near(dx, expected, dtype=torch.float32)
-    assert (dx[100, :7] == 0).all()  # forward direction: 300 steps before
+    assert (dx[100, :7] == 0).all()  # the forward direction, 300 steps before the end
     assert (dx[240, 9] != 0).any()
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="denormals are flushed on x86 only")
-def test_denormals_are_flushed_by_the_kernels_and_by_nobody_else():
+def test_only_the_kernels_flush_denormals():
     lstm = LSTM(3, 16, bidirectional=True)
     x = torch.randn(5, 4, 3, requires_grad=True)
     y = lstm(x)[0]
     assert (torch.autograd.grad(y, x, torch.full_like(y, 1e-40))[0] == 0).all()
-    assert (torch.full((100,), 1e-30) * 1e-10 != 0).all()  # the calling thread is as it was
+    assert (torch.full((100,), 1e-30) * 1e-10 != 0).all()  # the calling thread does not flush
 
 
 @pytest.mark.skipif(
@@ -382,7 +382,7 @@ def test_denormals_are_flushed_by_the_kernels_and_by_nobody_else():
 )
 @pytest.mark.parametrize("recompute", [False, True], ids=["saved", "recomputed"])
 def test_matmul_precision_high(recompute):
-    """Products of 16 bits: nearer to the truth than bfloat16's 8, further than float32's 24."""
+    """Products keep 16 bits, so errors are smaller than with bfloat16's 8, and larger than with float32's 24."""
     case = random_layer(random.Random(1), torch.float64, (9, 21, 30, 70))
     wide = results_and_gradients(lstm_layer, *case)
     x, weights, bias, h0, c0, lengths = case

@@ -1,4 +1,4 @@
-"""birnn_ext.LSTM against torch.nn.LSTM: results, gradients, states, arguments, errors."""
+"""birnn_ext.LSTM agrees with torch.nn.LSTM in results, gradients, states, arguments and errors."""
 
 from __future__ import annotations
 
@@ -98,11 +98,11 @@ def test_gradient_of_one_result_alone(used, device):
 @pytest.mark.parametrize(("size", "draws"), [((9, 5, 7, 19), 6), ((28, 8, 28, 64), 3), ((1, 1, 3, 40), 40)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_16_bit_error_is_no_worse_than_torch(size, draws, dtype, device):
-    """Root-mean-square error against float64, over y, states and all gradients; means over as many draws of weights and
-    inputs as leave luck no part in it.
+    """Compares root-mean-square errors against float64, over y, states and all gradients. They are means over enough
+    draws of weights and inputs to exclude chance.
 
-    On a GPU the ratios to be expected are 0.9 to 1.3 (a single step), those of single draws vary by 0.06, 0.03 and 0.2
-    (the fewer roundings, the more), and so the means by 0.03 or less: a sixth of what is left to the limit of 1.5.
+    On a GPU the expected ratios are 0.9 to 1.3 (for a single step). Ratios of single draws vary by 0.06, 0.03 and
+    0.2 (more with fewer roundings), so the means vary by 0.03 or less: a sixth of the distance to the limit of 1.5.
     """
     steps, batch, features, hidden = size
     errors = torch.zeros(2, 3)
@@ -136,7 +136,7 @@ def test_16_bit_error_is_no_worse_than_torch(size, draws, dtype, device):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_16_bit_biases_are_rounded_with_the_product(dtype, device):
-    """1 + e + e, where 16 bits can't tell 1 + e from 1: rounded after each sum it would be 1."""
+    """In 16 bits 1 + e rounds to 1. So 1 + e + e is 1 if each sum is rounded, and more if only the result is."""
     e = 0.375 * torch.finfo(dtype).eps
     ours = LSTM(1, 1, device=device, dtype=dtype)
     with torch.no_grad():
@@ -157,7 +157,7 @@ def test_autocast(dtype, device):
     x = torch.randn(6, 4, 5, device=device, requires_grad=True)
     state = random_state(4, 4, 12, device=device)
     results = []
-    for module, enabled in ((ours, True), (theirs, False)):  # nn.LSTM's own autocast fails for float16 on some CPUs
+    for module, enabled in ((ours, True), (theirs, False)):  # nn.LSTM's autocast fails for float16 on some CPUs
         with torch.autocast(device, dtype, enabled=enabled):
             y, (h_n, c_n) = module(x, state)
         results.append([y, h_n, c_n, *gradients(module, (y, h_n, c_n), (x,))])
@@ -171,7 +171,7 @@ def test_autocast(dtype, device):
 @pytest.mark.parametrize("state_dtype", [None, torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_autocast_takes_any_mixture_of_types(x_dtype, state_dtype, dtype, device):
-    """Results are of autocast's type, as nn.LSTM's on CUDA; gradients of the type of what they are the gradients of."""
+    """Results have autocast's type, as nn.LSTM's have on CUDA. A gradient has the type of its tensor."""
     ours, theirs = twins(5, 12, 2, bidirectional=True, device=device)
     x = torch.randn(6, 4, 5, device=device).to(x_dtype).requires_grad_()
     state = None
@@ -206,7 +206,7 @@ def test_autocast_leaves_float64_alone(device):
     all_near([y], [theirs(x)[0]])
 
 
-# --- what nn.LSTM is asked to be and do -------------------------------------------------------------------------------
+# --- requests of nn.LSTM's users --------------------------------------------------------------------------------------
 
 
 def test_signature_is_that_of_the_documentation():
@@ -274,7 +274,7 @@ def test_dropout_has_the_right_mean():
 
 
 def test_live_weights(device):
-    """Pruning, parametrization, sharing and swapping of weights need no flattening."""
+    """Weights may be pruned, parametrized, shared and swapped, as nothing is flattened."""
     ours, theirs = twins(4, 6, device=device)
     x = torch.randn(3, 2, 4, device=device)
     for module in (ours, theirs):
@@ -325,7 +325,7 @@ def test_output_may_be_changed_in_place(device):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_recompute(dtype, device):
-    """The same numbers; and no more than inputs, outputs and cell states is kept."""
+    """It computes the same numbers, and saves only inputs, outputs and cell states."""
     torch.manual_seed(1)
     plain = LSTM(5, 12, 2, bidirectional=True, device=device, dtype=dtype)
     frugal = LSTM(5, 12, 2, bidirectional=True, device=device, dtype=dtype, recompute=True)
@@ -419,19 +419,19 @@ def test_lengths_equal_packing(lengths, bidirectional, with_state, device):
 
 @pytest.mark.parametrize("kind", [list, tuple, torch.tensor])
 def test_lengths_on_the_host_are_moved(kind, device):
-    """Tensors on the CPU, lists and tuples: the same results as of a tensor on the device."""
+    """Tensors on the CPU, lists and tuples give the same results as a tensor on the device."""
     lstm = LSTM(3, 5, 2, bidirectional=True, device=device)
     x = torch.randn(6, 4, 3, device=device)
     for output in ("all", "last"):
         expected, _ = lstm(x, lengths=torch.tensor([3, 6, 0, 2], device=device), output=output)
         assert torch.equal(lstm(x, lengths=kind([3, 6, 0, 2]), output=output)[0], expected)
     with pytest.raises(ValueError, match=r"lengths must be between 0 and T = 6, got lengths\[2\] = 7"):
-        lstm(x, lengths=kind([3, 6, 7, 2]))  # on CUDA, too, where a tensor on the device ends in an assertion
+        lstm(x, lengths=kind([3, 6, 7, 2]))  # also on CUDA, where a tensor on the device would fail an assertion
     assert lstm(x[:, :0], lengths=kind([]) if kind is not torch.tensor else torch.zeros(0).long())[0].shape[1] == 0
 
 
 def test_lengths_on_the_cpu_for_an_input_elsewhere():
-    """As on a GPU: on no other device are they taken."""
+    """Lengths must be on the CPU or on the input's device, as with a GPU."""
     lstm, x = LSTM(3, 5, device="meta"), torch.empty(4, 2, 3, device="meta")
     for lengths in ([1, 2], torch.tensor([1, 2])):
         assert lstm(x, lengths=lengths)[0].shape == (4, 2, 5)
@@ -584,7 +584,7 @@ def test_errors(call, kind, message):
 
 
 def test_the_oracle_is_not_cudnn(device):
-    """On a GPU cuDNN's nn.LSTM would be off by 1e-3, and refuse these states and this backward pass (plain_torch)."""
+    """On a GPU cuDNN would be off by 1e-3, and refuse these states and this backward pass (plain_torch)."""
     theirs = nn.LSTM(3, 5, 2, bidirectional=True).eval()
     x = torch.randn(4, 2, 3)
     state = [torch.randn(4, 2, 10)[..., ::2] for _ in "hc"]
@@ -621,7 +621,7 @@ def test_error_function_of_the_tests_can_fail():
 
 @pytest.mark.cuda
 def test_wrong_lengths_on_cuda_stop_the_program():
-    """The lengths are on the device: a device-side assertion, in a process of its own, as it ruins the CUDA context."""
+    """The lengths are on the device, whose assertion ruins the CUDA context, so this needs a new process."""
     code = """
 import torch, birnn_ext
 lstm = birnn_ext.LSTM(3, 5, device="cuda")

@@ -1,4 +1,4 @@
-"""The CPU kernels' own exp, sigmoid and tanh, over all magnitudes, against float64."""
+"""The CPU kernels' exp, sigmoid and tanh agree with float64, over all magnitudes."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ def apply(name: str, x: torch.Tensor) -> torch.Tensor:
 
 
 def ulp_error(y: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
-    """|y - exact| in units of the last place of float32 at exact (of the smallest normal number, below it)."""
+    """Returns |y - exact| in units in the last place of float32 (below the smallest normal number, in its units)."""
     _, exponent = torch.frexp(exact)
     ulp = torch.ldexp(torch.ones_like(exact), exponent.clamp(min=-125) - 24)
     return (y.double() - exact).abs() / ulp
 
 
 def floats(step: int) -> torch.Tensor:
-    """Every step-th finite float, of both signs."""
+    """Returns every step-th finite float, of both signs."""
     positive = torch.arange(0, 0x7F800000, step, dtype=torch.int32).view(torch.float32)
     return torch.cat([positive, -positive])
 
@@ -33,7 +33,7 @@ def check(name: str, step: int) -> None:
     x = floats(step)
     exact = getattr(torch, name)(x.double())
     y = apply(name, x)
-    finite = exact <= torch.finfo(torch.float32).max  # exp alone goes beyond
+    finite = exact <= torch.finfo(torch.float32).max  # exp overflows
     assert (y[~finite] == float("inf")).all()
     errors = ulp_error(y, exact)[finite]
     x = x[finite]

@@ -1,5 +1,5 @@
-"""PyTorch's own cases for nn.LSTM (its ModuleInfo), with birnn_ext.LSTM in its place; what is checked is what PyTorch's
-test_modules.py checks of every module."""
+"""birnn_ext.LSTM passes PyTorch's own cases for nn.LSTM (its ModuleInfo), with the checks of PyTorch's
+test_modules.py."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_forward_and_gradients(number, dtype, training, device):
     versions = [t._version for t in tensors(args)]
     all_near(tensors(ours(*args)), tensors(case.reference_fn(ours, *args)))
     all_near(outputs_and_gradients(ours, args), outputs_and_gradients(theirs, args))
-    assert [t._version for t in tensors(args)] == versions  # nothing was changed in place
+    assert [t._version for t in tensors(args)] == versions  # nothing changed in place
 
 
 @each_case
@@ -90,7 +90,7 @@ def test_non_contiguous_tensors(number, device):
 
 @each_case
 def test_double_backward(number, device):
-    """Against nn.LSTM's on the CPU, as cuDNN has none."""
+    """The oracle is nn.LSTM on the CPU, as cuDNN has no double backward."""
     case, on_cpu = (cases(where, torch.float64, True)[number] for where in (device, "cpu"))
     ours, theirs = build(case, LSTM, device=device, dtype=torch.float64), build(case, nn.LSTM, dtype=torch.float64)
     theirs.load_state_dict(ours.state_dict())
@@ -107,7 +107,7 @@ def test_double_backward(number, device):
 
 
 def check_gradients(case: ModuleInput, training: bool, check, **kwargs) -> None:
-    """Of all outputs, with respect to inputs and parameters."""
+    """Checks gradients of all outputs for inputs and parameters."""
     ours = build(case, LSTM, training, dtype=torch.float64)
     names, parameters = zip(*ours.named_parameters(), strict=True)
     args = case.forward_input.args
@@ -132,7 +132,7 @@ def test_grad(number, training):
 @pytest.mark.parametrize("check", [torch.autograd.gradcheck, torch.autograd.gradgradcheck])
 @pytest.mark.parametrize("number", range(0, len(NAMES), 5), ids=NAMES[::5])
 def test_grad_and_gradgrad_of_every_element(number, check):
-    """Of some cases; test_grad takes all, and a random direction of each."""
+    """This takes some cases; test_grad takes all, with a random direction for each."""
     check_gradients(cases("cpu", torch.float64, True)[number], True, check)
 
 

@@ -1,4 +1,4 @@
-"""birnn_ext.onnx.export: the file holds ONNX's LSTM operator, batch and time are dynamic, ONNX Runtime agrees with PyTorch."""
+"""birnn_ext.onnx.export writes ONNX's LSTM with dynamic batch and time, and ONNX Runtime agrees with PyTorch."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from birnn_ext import LSTM, BiRNN
 pytest.importorskip("onnxscript", reason="exporting to ONNX needs onnxscript: pip install 'birnn_ext[onnx]'")
 onnxruntime = pytest.importorskip("onnxruntime", reason="running ONNX files needs onnxruntime")
 
-# torch.onnx and onnxscript announce changes of their own
+# torch.onnx and onnxscript warn of changes of their own
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
-SIZES = [(1, 1), (4, 9), (2, 30)]  # B, T: none is the example's
+SIZES = [(1, 1), (4, 9), (2, 30)]  # B, T; none is the example's
 
 
 def run(path, *tensors: torch.Tensor) -> list[torch.Tensor]:
@@ -43,7 +43,7 @@ def test_export_of_the_classifier_freezes_neither_batch_nor_time(tmp_path):
     model = BiRNN(28, 16, 2, 10)
     program = birnn_ext.onnx.export(model, tmp_path / "birnn.onnx")
     count = operators(program)
-    assert count["LSTM"] == 3  # the last layer's directions apart: one step of the reverse direction is enough
+    assert count["LSTM"] == 3  # the last layer has two, as one step of its reverse direction is enough
     assert not count["Loop"] and not count["Scan"]
     assert [type(size) is int for size in program.model.graph.inputs[0].shape] == [False, False, True]
     for batch, steps in SIZES:
@@ -61,7 +61,7 @@ MORE = [
     case
     for case in itertools.product((True, False), (True, False), (True,), ("all", "last"), (True, False), (True, False))
     if case not in CASES
-][::4]  # each takes seconds
+][::4]  # a quarter, as each takes seconds
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_export_of_an_lstm_freezes_neither_batch_nor_time(
 
 
 class Tagger(nn.Module):
-    """What users write: an nn.LSTM between other layers."""
+    """A model as users write it, with an nn.LSTM between other layers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ def test_export_of_somebody_elses_model_once_accelerated(tmp_path):
     birnn_ext.accelerate(model)
     program = birnn_ext.onnx.export(model, tmp_path / "tagger.onnx", (torch.zeros(2, 3, dtype=torch.int64),))
     assert operators(program)["LSTM"] == 2
-    assert all(module.training for module in model.modules())  # exported in evaluation mode, and put back
+    assert all(module.training for module in model.modules())  # export uses evaluation mode, then restores the mode
     model.eval()
     for batch, steps in SIZES:
         tokens = torch.randint(0, 20, (batch, steps))
@@ -135,7 +135,7 @@ def test_float16(tmp_path):
 
 
 def test_bfloat16_computes_in_float32(tmp_path):
-    class InFloat32(nn.Module):  # numpy, which carries the tensors, has no bfloat16
+    class InFloat32(nn.Module):  # the tensors travel as numpy arrays, which have no bfloat16
         def __init__(self) -> None:
             super().__init__()
             self.lstm = LSTM(5, 8, 2, bidirectional=True, dtype=torch.bfloat16)

@@ -1,4 +1,4 @@
-"""What code around an nn.LSTM does with it, done with birnn_ext.LSTM: the results are nn.LSTM's."""
+"""Code around an nn.LSTM gets the same results from birnn_ext.LSTM."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from birnn_ext import LSTM, accelerate, restore
 
 
 def results(module: nn.Module, x: Tensor, hx=None) -> list[Tensor]:
-    """Outputs, states and gradients."""
+    """Returns outputs, states and gradients."""
     y, states = module(x, hx)
     return [y, *states, *gradients(module, [y, *states], [x] if x.requires_grad else [])]
 
@@ -30,7 +30,7 @@ def results(module: nn.Module, x: Tensor, hx=None) -> list[Tensor]:
 
 @pytest.mark.parametrize("bidirectional", [True, False], ids=["bi", "uni"])
 def test_dropout_is_that_of_nn_lstm_under_a_seed(bidirectional):
-    """On the CPU nn.LSTM draws its masks by the same calls, so that results are equal, too."""
+    """On the CPU nn.LSTM draws its masks by the same calls, so results are equal, too."""
     ours, theirs = twins(4, 6, 3, dropout=0.4, bidirectional=bidirectional)
     x = torch.randn(5, 3, 4, requires_grad=True)
     seen = []
@@ -54,7 +54,7 @@ def test_dropout_differs_between_calls_and_leaves_the_last_layer_alone(device):
     assert all(map(torch.equal, first, second))
     assert (first[0] != 0).all()
     h_n = [ours(x)[1][0] for _ in range(2)]
-    assert torch.equal(h_n[0][:2], h_n[1][:2])  # of the first layer, before any dropout
+    assert torch.equal(h_n[0][:2], h_n[1][:2])  # the first layer, before any dropout
     assert not torch.equal(h_n[0][2:], h_n[1][2:])
 
 
@@ -68,8 +68,8 @@ def test_dropout_warning_with_one_layer():
 
 @pytest.mark.parametrize("batch_first", [True, False])
 @pytest.mark.parametrize("enforce_sorted", [True, False])
-def test_packed_sequence_comes_back_as_it_went(enforce_sorted, batch_first, device):
-    """#47637, #108246: any order; batch_first is of no account."""
+def test_packed_sequence_keeps_its_order(enforce_sorted, batch_first, device):
+    """The sequences may have any order, and batch_first does not matter (pytorch #47637, #108246)."""
     ours, theirs = twins(3, 5, 2, bidirectional=True, batch_first=batch_first, device=device)
     lengths = [6, 5, 5, 1] if enforce_sorted else [1, 5, 6, 5]
     sequences = [torch.randn(n, 3, device=device) for n in lengths]
@@ -89,19 +89,19 @@ def test_packed_sequence_comes_back_as_it_went(enforce_sorted, batch_first, devi
 
 
 class NoDeviceRead(TorchDispatchMode):
-    """Fails where an operator takes something from a CUDA device to the host, which would wait for the device."""
+    """Fails if an operator copies from a CUDA device to the host, which would wait for the device."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         inputs = [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         outputs = torch.utils._pytree.tree_leaves(result)
-        # packing has its lengths and batch sizes on the CPU
+        # packing keeps its lengths and batch sizes on the CPU
         packing = func.overloadpacket in (torch.ops.aten._pack_padded_sequence, torch.ops.aten._pad_packed_sequence)
         on_device = any(t.is_cuda for t in inputs) and not packing
         assert not (on_device and any(not isinstance(o, Tensor) or not o.is_cuda for o in outputs if o is not None)), (
             f"{func} reads from the device"
         )
-        # the sizes of these depend on values, so PyTorch reads them
+        # the sizes of these results depend on values, so PyTorch reads them
         assert not (on_device and func.overloadpacket in (torch.ops.aten.nonzero, torch.ops.aten.masked_select)), func
         return result
 
@@ -164,7 +164,7 @@ WRONG_CALLS = {
 
 @pytest.mark.parametrize("call", WRONG_CALLS.values(), ids=WRONG_CALLS)
 def test_wrong_sizes_raise_as_nn_lstm_does(call):
-    """The same kind of error, and every size that nn.LSTM's message names."""
+    """The error has the same kind, and names every size that nn.LSTM's message names."""
     ours, theirs = twins(3, 5, 2, bidirectional=True)
     with pytest.raises(Exception) as expected:
         call(theirs)
@@ -177,7 +177,7 @@ def test_wrong_sizes_raise_as_nn_lstm_does(call):
 @pytest.mark.parametrize("enforce_sorted", [True, False])
 @pytest.mark.parametrize("shapes", [((4, 1, 5), (4, 1, 5)), ((4, 2, 5), (4, 3, 5)), ((3, 2, 5), (4, 2, 5))], ids=str)
 def test_wrong_sizes_with_a_packed_sequence(shapes, enforce_sorted):
-    """nn.LSTM does not look: it says other things of some, and takes the states of a larger batch."""
+    """nn.LSTM does not check these: it raises unrelated errors for some, and accepts states of a larger batch."""
     ours = LSTM(3, 5, 2, bidirectional=True)
     packed = pack_sequence([torch.zeros(2, 3), torch.zeros(2, 3)], enforce_sorted=enforce_sorted)
     wrong = next(list(shape) for shape in shapes if shape != (4, 2, 5))
@@ -189,7 +189,7 @@ def test_wrong_sizes_with_a_packed_sequence(shapes, enforce_sorted):
 
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_empty_batch(batch_first, device):
-    """#50192"""
+    """nn.LSTM raised an error here (pytorch #50192)."""
     ours, theirs = twins(3, 5, 2, bidirectional=True, batch_first=batch_first)
     ours = ours.to(device)
     x = torch.zeros((0, 4, 3) if batch_first else (4, 0, 3))
@@ -228,7 +228,7 @@ def test_types_of_results(dtype, device):
 
 
 def test_large_numbers_of_sequences(device):
-    """#65301: an illegal access at B = 10240."""
+    """nn.LSTM had an illegal access at B = 10240 (pytorch #65301)."""
     ours = LSTM(1, 1, device=device)
     x = torch.randn(2, 10240, 1, device=device)
     y, _ = ours(x)
@@ -242,13 +242,13 @@ KEEPING += [{"zoneout": 0.1}, {"zoneout": 0.1, "recompute": True}]
 
 
 def allowed_in_all(options: dict, batch: int, batch_first: bool) -> list[bool]:
-    """Whether ours and nn.LSTM's keep a copy of their input: of ours the 16-bit product takes one with the biases' columns."""
+    """Tells whether both keep a copy of their input. Our 16-bit product needs one for the biases' columns."""
     copied = batch_first and batch > 1
     return [copied or options == {"dtype": torch.bfloat16}, copied]
 
 
 def same_call(options: dict, batch: int, batch_first: bool) -> list[tuple[nn.LSTM, Tensor]]:
-    """Ours and nn.LSTM's, and their input."""
+    """Returns our LSTM and nn.LSTM, each with its input."""
     x = torch.randn((batch, 5, 3) if batch_first else (5, batch, 3), dtype=options.get("dtype"))
     theirs = {k: v for k, v in options.items() if k == "dtype"}
     return [(cls(3, 4, batch_first=batch_first, **o), x.clone()) for cls, o in ((LSTM, options), (nn.LSTM, theirs))]
@@ -257,7 +257,7 @@ def same_call(options: dict, batch: int, batch_first: bool) -> list[tuple[nn.LST
 @pytest.mark.parametrize(("batch", "batch_first"), [(4, True), (1, True), (4, False)])
 @pytest.mark.parametrize("options", KEEPING, ids=str)
 def test_an_input_may_change_in_place_where_it_may_with_nn_lstm(options, batch, batch_first):
-    """Where the batch is first, each keeps a copy; elsewhere they say that the input has changed."""
+    """If the batch is first, each keeps a copy. Otherwise the backward pass raises that the input has changed."""
     allowed = []
     for module, x in same_call(options, batch, batch_first):
         y, _ = module(x)
@@ -282,7 +282,7 @@ def test_an_input_made_in_inference_mode_trains_where_it_does_with_nn_lstm(optio
         try:
             seen = []
             for z in (made, x):
-                torch.manual_seed(3)  # of zoneout's masks
+                torch.manual_seed(3)  # for zoneout's masks
                 seen.append(torch.autograd.grad(module(z)[0].sum(), module.parameters()))
             assert all(map(torch.equal, *seen))
             allowed.append(True)
@@ -359,7 +359,7 @@ def test_in_a_sequential():
 
 
 def test_flatten_parameters_may_be_called_at_any_time(device):
-    """#40193"""
+    """nn.LSTM warned or failed here (pytorch #40193)."""
     ours = LSTM(3, 5, 2, bidirectional=True, device=device)
     x = torch.randn(4, 2, 3, device=device)
     expected = ours(x)[0]
@@ -398,7 +398,7 @@ def test_state_dict_strict_both_ways(bias, device):
 
 @pytest.mark.parametrize("assign", [True, False])
 def test_old_state_dict_without_metadata(assign):
-    """Checkpoints of the first versions of PyTorch are plain dictionaries."""
+    """PyTorch's first versions saved plain dictionaries."""
     ours, theirs = LSTM(3, 5, bidirectional=True), nn.LSTM(3, 5, bidirectional=True)
     ours.load_state_dict(dict(theirs.state_dict()), assign=assign)
     assert (ours.weight_hh_l0.data_ptr() == theirs.weight_hh_l0.data_ptr()) is assign
@@ -407,18 +407,18 @@ def test_old_state_dict_without_metadata(assign):
 
 
 def old_pickle(module: nn.LSTM, era: str) -> bytes:
-    """A module pickled as by an older PyTorch."""
+    """Returns a pickled module as an older PyTorch wrote it."""
     state = module.__getstate__()
     if era == "before 1.8":
         del state["proj_size"]
-    elif era == "before 0.4":  # the weights themselves in place of their names
+    elif era == "before 0.4":  # it stored the weights themselves in place of their names
         del state["proj_size"]
         del state["_flat_weights_names"]
         state["all_weights"] = module.all_weights
         del state["_all_weights"]
     revived = object.__new__(type(module))
     vars(revived).update(state, _flat_weight_refs=[])
-    # without what today's __getstate__ would add
+    # today's __getstate__ would add more
     reduce = (copy_reconstruct, (type(module), {k: v for k, v in vars(revived).items() if k != "_flat_weight_refs"}))
     return pickle.dumps(reduce)
 
@@ -432,7 +432,7 @@ def copy_reconstruct(cls: type, state: dict) -> nn.Module:
 @pytest.mark.parametrize("era", ["today", "before 1.8", "before 0.4"])
 @pytest.mark.parametrize("ours_in_file", [True, False], ids=["ours", "nn.LSTM"])
 def test_old_pickles(ours_in_file, era):
-    """nn.LSTM's own come back as nn.LSTM, and accelerate makes them ours."""
+    """Pickles of nn.LSTM load as nn.LSTM, and accelerate converts them."""
     ours, theirs = twins(3, 5, 2, bidirectional=True)
     function, arguments = pickle.loads(old_pickle(ours if ours_in_file else theirs, era))
     module = function(*arguments)
@@ -463,7 +463,7 @@ def test_copies_hold_their_own_weights(device):
         assert all(a is b for a, b in zip(twin._flat_weights, twin.parameters(), strict=True))
 
 
-def test_accelerate_keeps_no_reference_to_weights_that_are_gone():
+def test_accelerate_keeps_no_reference_to_replaced_weights():
     model = nn.LSTM(3, 5)
     accelerate(model)
     model.weight_hh_l0 = nn.Parameter(torch.zeros(20, 5))
@@ -483,7 +483,7 @@ def test_devices_and_types_in_place(device):
     optimizer = torch.optim.SGD(ours.parameters(), lr=0.1)
     parameters = list(ours.parameters())
     ours.to(device).double()
-    assert all(a is b for a, b in zip(ours.parameters(), parameters, strict=True))  # so the optimizer still has them
+    assert all(a is b for a, b in zip(ours.parameters(), parameters, strict=True))  # the optimizer still has them
     x = torch.randn(4, 2, 3, dtype=torch.float64)
     all_near([ours(x.to(device))[0].cpu()], [theirs.double()(x)[0]])
     before = ours(x.to(device))[0]
@@ -536,7 +536,7 @@ def test_swap_tensors(swapping, device):
 def test_swap_tensors_after_accelerate(swapping):
     model = nn.LSTM(3, 5)
     x = torch.randn(4, 2, 3)
-    expected = model(x)[0].detach()  # without its graph, as that refers to the parameters
+    expected = model(x)[0].detach()  # the graph would keep the parameters alive
     accelerate(model)
     model.load_state_dict(model.state_dict())
     model.double()
@@ -571,7 +571,7 @@ PARAMETRIZATIONS = {
 @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning", "ignore:.*spectral_norm:FutureWarning")
 @pytest.mark.parametrize("apply", PARAMETRIZATIONS.values(), ids=PARAMETRIZATIONS)
 def test_parametrizations(apply, device):
-    """#32860: weight norm; training steps, so that the weights are seen to be live."""
+    """Training steps show that each call reads the current weights (pytorch #32860, about weight norm)."""
     ours, theirs = twins(3, 8, 2, bidirectional=True)
     for module in (ours, theirs):
         for name in ("weight_hh_l0", "weight_ih_l1_reverse"):
@@ -585,7 +585,7 @@ def test_parametrizations(apply, device):
         optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
         inputs = x.to(next(module.parameters()).device)
         for _ in range(3):
-            with nn.utils.parametrize.cached():  # each reading of a spectral norm iterates, and they read otherwise
+            with nn.utils.parametrize.cached():  # each read of a spectral norm iterates once more
                 loss = module(inputs)[0].square().mean()
             optimizer.zero_grad()
             loss.backward()
@@ -655,7 +655,7 @@ def test_some_parameters_need_no_gradient(frozen, device):
 
 
 def test_hooks(device):
-    """Of modules and of parameters."""
+    """Hooks of modules and of parameters run as with nn.LSTM."""
     ours, theirs = twins(3, 5, bidirectional=True, device=device)
     x = torch.randn(4, 2, 3, device=device, requires_grad=True)
     seen = []
@@ -671,7 +671,7 @@ def test_hooks(device):
         y.square().sum().backward()
         seen.append(log)
     assert len(seen[0]) == len(seen[1]) == 8
-    for a in seen[0]:  # gradients may come in another order
+    for a in seen[0]:  # gradients may arrive in another order
         assert any(a.shape == b.shape and (a - b).abs().max() <= 1e-5 * b.abs().max() for b in seen[1])
 
 
@@ -679,7 +679,7 @@ def test_hooks(device):
 
 
 def test_data_parallel(device):
-    """Where there are not several devices, the module itself runs."""
+    """With fewer than two devices the module itself runs."""
     ours = LSTM(3, 5, batch_first=True, bidirectional=True, device=device)
     x = torch.randn(4, 6, 3, device=device)
     model = nn.DataParallel(ours, device_ids=[0] if device == "cuda" else None)
@@ -687,7 +687,7 @@ def test_data_parallel(device):
 
 
 def test_replicas_of_data_parallel():
-    """What torch.nn.parallel.replicate makes on each device: a shallow copy with tensors for parameters."""
+    """torch.nn.parallel.replicate makes a shallow copy on each device, with plain tensors as parameters."""
     ours = LSTM(3, 5, bidirectional=True)
     replica = ours._replicate_for_data_parallel()
     for name, p in ours.named_parameters():

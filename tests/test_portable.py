@@ -1,4 +1,4 @@
-"""What leaves PyTorch by the ways before torch.export: an LSTM is nn.LSTM's own operator there, which runs anywhere."""
+"""Traces, scripts and other exports before torch.export hold nn.LSTM's own operator, which runs anywhere."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning", "ignore:.*deprecated:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:Exporting a model to ONNX with a batch_size", "ignore:.*legacy TorchScript"),
     pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),
-    # pytest's filters come before PyTorch's and ours, which ignore those of their own modules
+    # pytest's filters override PyTorch's and ours, which ignore warnings of their own modules
     pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning"),
 ]
 
-SIZES = [(1, 1), (7, 9), (2, 30)]  # B, T: none is the example's
+SIZES = [(1, 1), (7, 9), (2, 30)]  # B, T; none is the example's
 
 
 class Scaled(nn.LSTM):
-    """A subclass that prepares its input."""
+    """A subclass that scales its input."""
 
     def forward(self, input, hx=None):
         return super().forward(input * 2, hx)
@@ -44,7 +44,7 @@ class Initialised(nn.LSTM):
 
 
 class Tagger(nn.Module):
-    """Any model: an LSTM, or one for each of several calls, and a linear layer."""
+    """A model with an LSTM (or one for each of several calls) and a linear layer."""
 
     def __init__(self, cls: type[nn.LSTM] = LSTM, call=lambda lstm, x, lengths: lstm(x)[0], **options) -> None:
         super().__init__()
@@ -163,7 +163,7 @@ def test_an_accelerated_subclass_is_recorded_with_its_own_code(cls):
 
 
 def run_without_birnn_ext(files: list, cases: list, tmp_path) -> None:
-    """Loads and runs TorchScript files in a process that has no birnn_ext."""
+    """Loads and runs TorchScript files in a process without birnn_ext."""
     torch.save(cases, tmp_path / "cases.pt")
     code = """
 import sys, torch
@@ -178,7 +178,7 @@ for file in sys.argv[2:]:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.slow  # starts PyTorch anew
+@pytest.mark.slow  # it starts another process with PyTorch
 def test_files_run_in_a_process_without_birnn_ext(tmp_path):
     model = Tagger(nn.LSTM).eval()
     accelerate(model)
@@ -215,7 +215,7 @@ def test_what_cannot_be_recorded_is_named(name):
         torch.jit.trace(Calls(), x)
     with as_nn_lstm(), pytest.raises(NotImplementedError, match=rf"LSTM: {name} can't be recorded"):
         lstm(x, **keywords)
-    lstm(x, **keywords)  # goes on as ever
+    lstm(x, **keywords)  # eager calls still work
 
 
 def test_recurrent_dropout_does_nothing_in_evaluation_and_can_be_recorded():
@@ -224,7 +224,7 @@ def test_recurrent_dropout_does_nothing_in_evaluation_and_can_be_recorded():
     all_near([torch.jit.trace(lstm, x)(x)[0]], [lstm(x)[0]])
 
 
-@pytest.mark.slow  # starts PyTorch anew
+@pytest.mark.slow  # it starts another process with PyTorch
 def test_our_own_checks_of_sizes_do_not_warn_in_a_trace():
     code = """
 import torch, birnn_ext
@@ -257,7 +257,7 @@ def test_the_older_onnx_exporter_writes_the_standard_operator(name):
     nodes = onnx.load_from_string(file.getvalue()).graph.node
     assert {node.domain for node in nodes} == {""} and "LSTM" in {node.op_type for node in nodes}
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # the exporter writes down wrong sizes of results, as it does for nn.LSTM
+    options.log_severity_level = 3  # the exporter records wrong sizes of results, for nn.LSTM too
     session = onnxruntime.InferenceSession(file.getvalue(), options)
     asked = {given.name for given in session.get_inputs()}
     for size in SIZES:
@@ -312,7 +312,7 @@ def test_torch_fx_says_that_it_cannot_trace_into_one():
 
 
 def test_torch_fx_sees_a_leaf_in_an_accelerated_subclass_but_for_a_forward_of_its_own():
-    """The leaf would do again what that forward has done to the input."""
+    """A leaf would repeat what such a forward has already done to the input."""
     model = Plain(Initialised)
     accelerate(model)
     x = torch.randn(7, 9, 6)
@@ -356,7 +356,7 @@ def test_script(cls):
     assert all(p.data_ptr() == parameters[name].data_ptr() for name, p in scripted.named_parameters())
     all_near([model(x)], [expected])
     assert all(p is parameters[name] for name, p in model.named_parameters())
-    assert accelerate(model).replaced == ["rnn"]  # as the warning says
+    assert accelerate(model).replaced == ["rnn"]  # the warning says that this helps
     all_near([model(x)], [expected])
 
 
@@ -366,7 +366,7 @@ def test_script_of_the_classifier_leaves_the_classifier_as_it_is():
     assert type(model.lstm) is LSTM
     all_near([scripted(x)], [model(x)])
     scripted(x).square().sum().backward()
-    assert model.fc.weight.grad is not None  # the parameters are the same
+    assert model.fc.weight.grad is not None  # the script shares the parameters
 
 
 @pytest.mark.filterwarnings("ignore:torch.jit.script compiles an nn.LSTM")
@@ -385,7 +385,7 @@ def test_script_says_what_it_cannot_compile():
 # --- torch.export without operators of ours ---------------------------------------------------------------------------
 
 
-@pytest.mark.slow  # the page's code is tried by default
+@pytest.mark.slow  # test_docs.py runs the page's code by default
 @pytest.mark.parametrize("name", ["plain", "lengths, last"])
 @pytest.mark.parametrize("strict", [False, True])
 def test_a_program_exported_as_nn_lstm_ends_in_aten_operators_alone(name, strict):
@@ -548,7 +548,7 @@ def test_executorch():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["last", "lengths, last"])
 def test_core_ml_converts(name):
-    """Into the LSTM operator of Core ML, which runs on macOS alone."""
+    """It becomes Core ML's LSTM operator. Core ML runs on macOS only, so the test stops at the conversion."""
     coremltools = pytest.importorskip("coremltools", reason="coremltools is not installed")
     model = Tagger(call=lambda *args: CALLS[name][0](*args)[0]).eval()
     traced = torch.jit.trace(model, arguments(4, 5))

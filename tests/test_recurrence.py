@@ -1,4 +1,4 @@
-"""The operators against the reference in plain PyTorch, on random sizes, and what operators owe to PyTorch."""
+"""The operators agree with the reference in plain PyTorch, on random sizes, and pass PyTorch's checks of operators."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ backward_op = torch.ops.birnn_ext.lstm_recurrence_backward.default
 
 
 def random_case(rng: random.Random, dtype: torch.dtype, device: str):
-    """Arguments of a forward call: sizes, state and lengths at random, odd ones preferred."""
+    """Returns arguments of a forward call with random sizes, state and lengths; unusual ones are likely."""
     steps, batch, directions = rng.choice([1, 2, 3, 5, 9]), rng.choice([1, 2, 5, 6, 7, 13, 19]), rng.choice([1, 2])
     hidden = rng.choice([1, 3, 4, 7, 8, 15, 16, 17, 24, 31, 33, 40, 48, 65])
 
@@ -41,7 +41,7 @@ def random_case(rng: random.Random, dtype: torch.dtype, device: str):
 @pytest.mark.parametrize("case", range(24))
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_operators_against_the_reference(dtype, case, device):
-    """Forward and backward with float64 arithmetic as the truth; odd cases leave out incoming gradients."""
+    """The truth, forward and backward, is the reference in float64. Odd cases leave out incoming gradients."""
     args = random_case(random.Random(case), dtype, device)
     results = forward_op(*args, True)
     expected = reference.lstm_recurrence(*as_double(args), True)
@@ -113,7 +113,7 @@ def test_gradcheck_first_and_second_order(directions, ragged, state, device):
     def run(gates_x, w_hh, h0=None, c0=None):
         return lstm_recurrence(gates_x, w_hh, h0, c0, lengths)
 
-    # An emulated device is too slow for every entry: fast_mode checks random projections.
+    # An emulated device is too slow to check every entry, so fast_mode checks random projections.
     assert torch.autograd.gradcheck(run, floating, fast_mode=device == "cuda")
     assert torch.autograd.gradgradcheck(run, floating, fast_mode=device == "cuda")
 
@@ -150,7 +150,7 @@ def test_strided_arguments(device):
 
 
 def test_misaligned_arguments(device):
-    """A view that begins 4 bytes into its storage: 16-byte accesses must not be used."""
+    """The kernels must not use 16-byte accesses for a view that begins 4 bytes into its storage."""
     gates_x, w_hh = torch.randn(3, 2, 2, 32, device=device), torch.randn(2, 32, 8, device=device)
     shifted = torch.empty(gates_x.numel() + 1, device=device)[1:].view(gates_x.shape).copy_(gates_x)
     assert shifted.data_ptr() % 16 == 4
@@ -165,7 +165,7 @@ def test_saturated_and_special_values(device):
     y, _, _, gates, cells = forward_op(gates_x, w_hh, None, None, None, True)
     expected = reference.lstm_recurrence(gates_x[..., :].double(), w_hh.double(), None, None, None, True)
     is_nan = torch.arange(hidden, device=device) == 5
-    # the NaN stays in its own unit in the first step; afterwards it is everywhere, as 0 * NaN is NaN
+    # In the first step the NaN stays in its own unit. After that it is everywhere, as 0 * NaN is NaN.
     assert y[0].isnan().equal(is_nan.expand_as(y[0]))
     torch.testing.assert_close(y[0].double(), expected[0][0], equal_nan=True, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(gates[0].double(), expected[3][0], equal_nan=True, rtol=1e-5, atol=1e-6)
@@ -218,7 +218,7 @@ def python(*arguments: str, isa: str) -> subprocess.CompletedProcess[str]:
 
 
 def runnable_isas() -> list[str]:
-    """What the extension itself says when asked for kernels that don't exist."""
+    """Returns the list that the extension's own error names when asked for kernels that don't exist."""
     said = python("-c", IMPORT, isa="none").stderr
     return re.search(r"this build and CPU run ([\w, ]+)", said).group(1).split(", ")
 
@@ -226,7 +226,7 @@ def runnable_isas() -> list[str]:
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", birnn_ext.build_info()["cpu_isas"])
 def test_every_instruction_set(isa):
-    """Each ISA's kernels in a process of its own; one that this CPU lacks must fail loudly."""
+    """A new process runs each ISA's kernels. One that this CPU lacks must raise an error."""
     runnable = isa in runnable_isas()
     here = Path(__file__)
     tests = [f"{here}::test_operators_against_the_reference", f"{here.with_name('test_math.py')}"]
@@ -247,7 +247,7 @@ def test_unknown_instruction_set_fails_at_import():
 
 
 def test_reference_serves_other_devices_and_says_so_once(reference_operators):
-    """A dispatch key without a kernel (XLA's) reaches the reference, with CPU tensors standing in for the device's."""
+    """A dispatch key without a kernel (XLA's) reaches the reference. CPU tensors stand in for the device's."""
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.XLA)
     args = random_case(random.Random(2), torch.float32, "cpu")
     before = birnn_ext.op_calls()["reference_forward"]

@@ -1,7 +1,7 @@
-"""Models of well-known packages, built without their weights, before and after accelerate.
+"""Models of well-known packages, without their weights, compute the same before and after accelerate.
 
-The packages come from tests/third_party.txt, without their dependencies, so that torch stays as it is. Where one is missing
-its test is skipped, but fails if BIRNN_THIRD_PARTY is set, as by CI.
+tests/third_party.txt lists the packages. They are installed without their dependencies, so that torch stays the same.
+If one is missing its test is skipped, but fails if BIRNN_THIRD_PARTY is set, as CI does.
 """
 
 from __future__ import annotations
@@ -19,47 +19,47 @@ from birnn_ext import accelerate, op_calls, restore
 
 pytestmark = pytest.mark.slow
 
-Model = tuple[nn.Module, Callable[[nn.Module], Tensor]]  # and how it is called
+Model = tuple[nn.Module, Callable[[nn.Module], Tensor]]  # a model, and a function that calls it
 
 
 def openunmix(package: ModuleType) -> Model:
-    """Music source separation: a spectrogram (B, channels, bins, frames) through three bidirectional layers."""
+    """Returns a music source separator: three bidirectional layers on a spectrogram (B, channels, bins, frames)."""
     spectrogram = torch.rand(3, 2, 65, 20)
     return package.OpenUnmix(nb_bins=65, hidden_size=32, nb_layers=3), lambda model: model(spectrogram)
 
 
 def demucs(package: ModuleType) -> Model:
-    """Music source separation in the time domain: LSTMs in its residual branches, and in the middle."""
+    """Returns a music source separator in the time domain, with LSTMs in its residual branches and in the middle."""
     audio = torch.randn(2, 2, 4000)
     model = package.Demucs(["voice", "rest"], channels=8, depth=4, lstm_layers=2, dconv_lstm=2, dconv_attn=9)
     return model, lambda model: model(audio)
 
 
 def asteroid(package: ModuleType) -> Model:
-    """Speech separation by dual-path RNNs: many short sequences."""
+    """Returns a speech separator of dual-path RNNs, which have many short sequences."""
     features = torch.randn(2, 16, 50)
     model = package.DPRNN(16, n_src=2, bn_chan=12, hid_size=10, chunk_size=10, n_repeats=2, rnn_type="LSTM")
     return model, lambda model: model(features)
 
 
 def espnet(package: ModuleType) -> Model:
-    """A speech recogniser's encoder: packed sequences, layers with a projection and subsampling between them."""
+    """Returns a speech recogniser's encoder: packed sequences, with projections and subsampling between layers."""
     features, lengths = torch.randn(3, 21, 12), torch.tensor([21, 17, 6])
     model = package.RNNEncoder(12, num_layers=3, hidden_size=10, output_size=8, subsample=(2, 1, 1))
     return model, lambda model: model(features, lengths)[0]
 
 
 def espnet_tacotron2(package: ModuleType) -> Model:
-    """A speech synthesiser's encoder of text."""
+    """Returns a speech synthesiser's encoder of text."""
     text, lengths = torch.randint(1, 30, (3, 15)), torch.tensor([15, 9, 2])
     model = package.Encoder(30, embed_dim=16, elayers=2, eunits=12, econv_chans=16, dropout_rate=0.3)
     return model, lambda model: model(text, lengths)[0]
 
 
 def stanza(package: ModuleType) -> Model:
-    """Packed sequences through the wrapper of its taggers and parsers.
+    """Returns the wrapper of its taggers and parsers, which takes packed sequences.
 
-    Without dropout, as its masks for a PackedSequence are drawn for the padded batch here, unlike nn.LSTM's.
+    It has no dropout: for a PackedSequence we draw masks for the padded batch, unlike nn.LSTM.
     """
     words = torch.randn(4, 12, 16)
     model = package.PackedLSTM(16, 10, 2, batch_first=True, bidirectional=True)
@@ -77,7 +77,7 @@ MODELS = {
 
 
 def results(model: nn.Module, call: Callable[[nn.Module], Tensor]) -> tuple[Tensor, list[Tensor]]:
-    """The output, and the gradients of all parameters that it depends on."""
+    """Returns the output, and the gradients of all parameters that it depends on."""
     torch.manual_seed(1)  # for dropout
     output = call(model)
     gradients = torch.autograd.grad(output.square().mean(), list(model.parameters()), allow_unused=True)
@@ -112,7 +112,7 @@ def test_accelerate_keeps_outputs_and_gradients(name, training):
     assert len(our_gradients) == len(gradients) >= 4
     largest = max(g.abs().max() for g in gradients)
     for ours, theirs in zip(our_gradients, gradients, strict=True):
-        # a gradient that should be 0, as of a bias before batch norm, is rounding of larger ones
+        # a gradient that should be 0, such as a bias's before batch norm, has the rounding errors of larger ones
         assert (ours - theirs).abs().max() <= 1e-4 * max(theirs.abs().max(), 1e-2 * largest)
 
     model.load_state_dict(state)

@@ -1,6 +1,7 @@
-"""What is done to gradients: second order, eval mode, torch.func's transforms, forward mode, checkpointing.
+"""Gradients are right in second order, in eval mode, under torch.func's transforms, forward mode and checkpointing.
 
-"A loop" calls the same module, eagerly, for one sample after the other; that these calls are right is tested elsewhere.
+The tests compare with "a loop", which calls the same module eagerly for one sample after the other. Other tests show
+that these calls are right.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ F64 = {"dtype": torch.float64}
 SAMPLES, STEPS, BATCH, FEATURES, HIDDEN = 4, 5, 3, 4, 6
 LENGTHS = [[5, 2, 0], [1, 1, 1], [3, 5, 4], [0, 5, 2]]
 
-# Arguments of a call beside the input; "own" ones differ from sample to sample.
+# Arguments of a call beside the input. "own" ones differ from sample to sample.
 LAYOUTS = {
     "plain": {},
     "batch_first": {"batch_first": True},
@@ -45,7 +46,7 @@ forward_mode = pytest.mark.filterwarnings("ignore:birnn_ext..lstm_.* has no forw
 
 
 class Case:
-    """A module, of two layers unless told, and some samples: `run(parameters, *sample)` is a call for one, `samples` are all."""
+    """A module (of two layers by default) and some `samples`. `run(parameters, *sample)` calls it for one sample."""
 
     def __init__(self, device: str, layout: str = "plain", dtype: torch.dtype = torch.float64, layers: int = 2) -> None:
         options = dict(LAYOUTS[layout])
@@ -93,13 +94,13 @@ class Case:
         return [v if dim is None else v[k] for v, dim in zip(self.samples.values(), self.dims, strict=True)]
 
     def layer_calls(self) -> int:
-        """Of the operators, for one call of the module: "last" runs the last layer's directions one by one."""
+        """The number of operators that one call runs. With "last" the last layer's directions run one by one."""
         return 1 + (self.directions if self.last else 1)
 
 
 @contextmanager
 def kernel_calls(device: str, forward: int, backward: int = 0) -> Iterator[None]:
-    """Asserts that the compiled kernels run so often, and the reference never does."""
+    """Asserts how often the compiled kernels run, and that the reference never does."""
     before = op_calls()
     yield
     ran = {name: count - before[name] for name, count in op_calls().items() if count != before[name]}
@@ -123,7 +124,7 @@ def eager_gradients(loss: Callable[..., Tensor], parameters: dict[str, Tensor], 
 @pytest.mark.parametrize("lengths", [None, [5, 2, 1]], ids=["full", "ragged"])
 @pytest.mark.parametrize("recompute", [False, True], ids=["saved", "recomputed"])
 def test_backward_in_eval_mode_saliency(recompute, lengths, device):
-    """A saliency map: cuDNN refuses the backward pass of an nn.LSTM in eval mode."""
+    """A saliency map needs it, and cuDNN refuses it for nn.LSTM."""
     ours, theirs = twins(FEATURES, HIDDEN, 2, dropout=0.5, bidirectional=True, **F64)
     ours.recompute = recompute
     ours = ours.to(device).eval()
@@ -154,7 +155,7 @@ class Critic(nn.Module):
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["saved", "recomputed"])
 def test_double_backward_gradient_penalty(recompute, device):
-    """Two training steps of a WGAN-GP critic, which nn.LSTM on cuDNN refuses."""
+    """A WGAN-GP critic trains for two steps, which nn.LSTM on cuDNN refuses."""
     ours, theirs = twins(FEATURES, HIDDEN, 2, bidirectional=True, batch_first=True, **F64)
     ours.recompute = recompute
     theirs = Critic(theirs)
@@ -203,7 +204,7 @@ def test_double_backward_gradgradcheck(layout, device):
 
 @layouts
 def test_vmap_over_inputs(layout, device):
-    """All samples at once, in the kernels."""
+    """The kernels run all samples at once."""
     case = Case(device, layout)
     with kernel_calls(device, forward=case.layer_calls()):
         mapped = vmap(lambda *sample: case.run(case.parameters, *sample), in_dims=case.dims)(*case.samples.values())
@@ -248,7 +249,7 @@ def test_vmap_over_nothing(samples, batch, device):
 
 
 def test_vmap_over_a_model_ensemble(device):
-    """Different weights for each sample: stack_module_state, forward and gradients."""
+    """Each sample has its own weights, by stack_module_state, forward and in gradients."""
     models = [LSTM(FEATURES, HIDDEN, 2, bidirectional=True, device=device, **F64) for _ in range(3)]
     x = torch.randn(STEPS, BATCH, FEATURES, device=device, **F64)
     lengths = torch.tensor(LENGTHS[0], device=device)
@@ -274,7 +275,7 @@ def test_vmap_over_a_model_ensemble(device):
 
 
 def test_vmap_and_dropout(device):
-    """PyTorch's own choice of randomness; without one, its own error."""
+    """The randomness is the one that vmap is given. Without it, vmap raises its own error."""
     lstm = LSTM(FEATURES, HIDDEN, 2, dropout=0.5, device=device)
     x = torch.randn(1, STEPS, BATCH, FEATURES, device=device).expand(SAMPLES, STEPS, BATCH, FEATURES)
     with pytest.raises(RuntimeError, match="randomness"):
@@ -299,7 +300,7 @@ def test_vmap_and_masks_of_the_recurrence(options, device, reference_operators):
 
 
 def test_vmap_over_bad_input():
-    """Errors name the argument, as without vmap."""
+    """Errors name the argument, as they do without vmap."""
     lstm = LSTM(FEATURES, HIDDEN)
     x = torch.randn(SAMPLES, STEPS, BATCH, FEATURES)
     with pytest.raises(ValueError, match="lengths must be between 0 and T = 5, got"):
@@ -320,7 +321,7 @@ def test_vmap_over_bad_input():
 
 @layouts
 def test_per_sample_gradients(layout, device):
-    """vmap(grad(loss)) of weights, input and states, in the kernels."""
+    """vmap(grad(loss)) for weights, input and states runs in the kernels."""
     case = Case(device, layout)
     floating = tuple(k for k, t in enumerate(case.samples.values()) if t.is_floating_point())
     function = grad(case.loss, argnums=(0, *(k + 1 for k in floating)))
@@ -335,7 +336,7 @@ def test_per_sample_gradients(layout, device):
 
 
 def test_per_sample_gradients_of_the_tutorials_model(device):
-    """As for differential privacy: BiRNN, a loop over nn.LSTM's version of it."""
+    """Differential privacy needs them. The truth is a loop over the tutorial's class on nn.LSTM."""
     theirs = TutorialBiRNN(7, HIDDEN, 2, 5)
     ours = BiRNN(7, HIDDEN, 2, 5)
     ours.load_state_dict(theirs.state_dict())
@@ -379,7 +380,7 @@ def test_per_sample_gradients_under_autocast(device):
 
 @pytest.mark.parametrize("layout", ["plain", "last_lengths"])
 def test_gradient_of_a_vmapped_function(layout, device):
-    """grad(vmap), and vmap within a graph of ordinary autograd."""
+    """This is grad(vmap), and vmap within a graph of ordinary autograd."""
     case = Case(device, layout)
     parameters, samples = case.parameters, tuple(case.samples.values())
 
@@ -418,7 +419,7 @@ def test_results_may_be_changed_in_place_under_torch_func(device):
 
 
 def test_gradient_within_no_grad(device):
-    """torch.func.grad differentiates whatever surrounds it, and respects what it surrounds."""
+    """torch.func.grad differentiates under a no_grad around it, and respects a no_grad within it."""
     case = Case(device)
     sample = case.sample(0)
     expected = grad(case.loss)(case.parameters, *sample)
@@ -469,7 +470,7 @@ def test_reverse_mode_jacobians_run_in_the_kernels(device):
 
 @forward_mode
 def test_second_order_under_torch_func(device, reference_operators):
-    """Forward over reverse, reverse over reverse, and so on; per sample; Hessian-vector products."""
+    """This covers forward over reverse, reverse over reverse and so on, per sample, and Hessian-vector products."""
     vector, x = small_function(device, "last_lengths")
 
     def f(x: Tensor) -> Tensor:
@@ -509,7 +510,7 @@ def test_forward_mode(ragged, recompute, device, reference_operators):
     y, tangent = jvp(run, (x,), (v,))
     with forward_ad.dual_level():
         dual = forward_ad.unpack_dual(run(forward_ad.make_dual(x, v)))
-    # nn.LSTM: its derivative is linear in v, so two reverse passes give the forward one
+    # nn.LSTM's derivative is linear in v, so two reverse passes give the forward one
     padded = x.clone().requires_grad_()
     expected, _ = pad_packed_sequence(theirs(pack_padded_sequence(padded, lengths))[0])
     u = torch.zeros_like(expected, requires_grad=True)
@@ -521,7 +522,7 @@ def test_forward_mode(ragged, recompute, device, reference_operators):
 @forward_mode
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_tangent_of_the_output_gradient_alone(dtype, device, reference_operators):
-    """Of a graph made without tangents: the backward pass is linear, and a kernel would drop the tangent unseen."""
+    """The graph was made without tangents, and a kernel would silently drop the tangent of the linear backward pass."""
     lstm = LSTM(FEATURES, HIDDEN, 2, bidirectional=True, device=device, dtype=dtype)
     x = torch.randn(STEPS, BATCH, FEATURES, device=device).to(dtype).requires_grad_()
     y = lstm(x)[0]
@@ -547,7 +548,7 @@ def test_tangent_of_the_output_gradient_alone(dtype, device, reference_operators
 @pytest.mark.parametrize("how", ["is_grads_batched", "vmap"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_batch_of_output_gradients(dtype, how, create_graph, device):
-    """Of a graph that ordinary autograd has made."""
+    """A graph of ordinary autograd takes a batch of output gradients."""
     lstm = LSTM(FEATURES, HIDDEN, 2, bidirectional=True, device=device, dtype=dtype)
     x = torch.randn(STEPS, BATCH, FEATURES, device=device).to(dtype).requires_grad_()
     h0, c0 = (torch.randn(4, BATCH, HIDDEN, device=device).to(dtype).requires_grad_() for _ in "hc")
@@ -575,7 +576,7 @@ def test_functionalize(device, reference_operators):
 @pytest.mark.parametrize("layout", ["plain", "last_lengths"])
 @pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "non_reentrant"])
 def test_checkpoint(use_reentrant, layout, recompute, device):
-    """torch.utils.checkpoint around the module, with dropout between its layers."""
+    """torch.utils.checkpoint wraps the module, which has dropout between its layers."""
     case = Case(device, layout)
     case.lstm.recompute, case.lstm.dropout = recompute, 0.3
     sample = [t.requires_grad_() if t.is_floating_point() else t for t in case.sample(0)]

@@ -1,4 +1,4 @@
-"""What a type checker sees of the package in a user's program, and what help() says."""
+"""A type checker sees the package's types in a user's program, and help() has a text for all that is public."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 import birnn_ext
 from birnn_ext import onnx, ops, variants
 
-# Of torch only what the types asked for are made of: a first run takes a quarter of the time.
+# mypy follows only those imports of torch that these types need, so a first run takes a quarter of the time.
 CONFIGURATION = """
 [mypy]
 strict = true
@@ -27,10 +27,10 @@ follow_imports = silent
 
 @pytest.fixture
 def check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pytestconfig: pytest.Config):
-    """Type-checks a program with mypy; returns the lines of its report."""
+    """Returns a function that checks a program with mypy and returns the lines of its report."""
     api = pytest.importorskip("mypy.api", reason="mypy is not installed")
     where = Path(birnn_ext.__file__).parent.parent
-    if where.name != "site-packages":  # which mypy knows, and refuses here
+    if where.name != "site-packages":  # mypy knows that folder, and refuses it here
         monkeypatch.setenv("MYPYPATH", str(where))
     (tmp_path / "mypy.ini").write_text(CONFIGURATION)
 
@@ -86,7 +86,7 @@ def test_the_stub_names_what_the_compiled_module_has():
 
 
 def public() -> dict[str, object]:
-    """Every public class, its own public methods, and every public function."""
+    """Returns every public class, its own public methods, and every public function."""
     found = {name: getattr(birnn_ext, name) for name in birnn_ext.__all__ if name != "__version__"}
     found |= {f"ops.{name}": getattr(ops, name) for name in ("lstm_recurrence", "lstm_layer")}
     found |= {"onnx.export": onnx.export}
@@ -100,7 +100,7 @@ def public() -> dict[str, object]:
 @pytest.mark.parametrize("name", public())
 def test_what_is_public_has_a_docstring_that_names_every_argument(name):
     one = public()[name]
-    text = vars(one).get("__doc__") if inspect.isclass(one) else one.__doc__  # not a base's
+    text = vars(one).get("__doc__") if inspect.isclass(one) else one.__doc__  # a base's text does not count
     assert text
     unnamed = [name for name in inspect.signature(one).parameters if not re.search(rf"\b{name}\b", text)]
     assert unnamed in ([], ["self"])

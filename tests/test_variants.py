@@ -1,4 +1,4 @@
-"""What LSTM does beyond nn.LSTM, and proj_size: operators against the reference, modules against nn.LSTM and by hand."""
+"""The extended LSTM and proj_size agree with the reference, with nn.LSTM, and with the papers' equations."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from birnn_ext.variants import EPS, Variant, lstm_variant
 forward_op = torch.ops.birnn_ext.lstm_variant.default
 backward_op = torch.ops.birnn_ext.lstm_variant_backward.default
 
-# Of forward_op's arguments, the ones that can have a gradient.
+# The arguments of forward_op that can have a gradient.
 NAMES = ["gates_x", "w_hh", "w_hr", "h0", "c0", "ln_hh", "ln_c"]
 PLACES = [0, 1, 2, 3, 4, 12, 13]
 
@@ -39,7 +39,7 @@ each_feature = pytest.mark.parametrize("options", FEATURES.values(), ids=FEATURE
 
 
 def random_case(rng: random.Random, dtype: torch.dtype, device: str, sizes: tuple[int, ...] | None = None) -> list:
-    """Arguments of a forward call but for `save`: sizes and features at random."""
+    """Returns arguments of a forward call without `save`, with random sizes and features."""
     steps, batch, directions, hidden = sizes or (
         rng.choice([1, 2, 3, 6]), rng.choice([1, 2, 5, 9]), rng.choice([1, 2]), rng.choice([1, 3, 7, 8, 16, 17, 33, 40]),
     )  # fmt: skip
@@ -69,7 +69,7 @@ def random_case(rng: random.Random, dtype: torch.dtype, device: str, sizes: tupl
         mask(steps, batch, directions, outputs) if zoneout == "masks" else None,
         mask(steps, batch, directions, hidden) if zoneout == "masks" else None,
         *((0.2, 0.3) if zoneout == "means" else (0.0, 0.0)),
-        # of one or two values, norms are all but constant, and their gradients nothing but rounding
+        # norms of one or two values are almost constant, so their gradients are only rounding errors
         tensor(directions, 4 * hidden) if flag() and outputs > 2 else None,
         tensor(directions, 2, hidden) if flag() and hidden > 2 else None,
         EPS,
@@ -103,7 +103,7 @@ def compare_operators(args: list, dtype: torch.dtype) -> None:
     expected = results_and_gradients(lambda a: reference.lstm_variant(*a), as_double(args), cotangents)
     plain = results_and_gradients(lambda a: reference.lstm_variant(*a), args, cotangents)
     for name, e in expected.items():
-        # a few values may happen to be next to 0; layer norm divides by a spread that may be: then plain PyTorch errs, too
+        # layer norm divides by a spread that may happen to be near 0, and then plain PyTorch is inexact, too
         small = max(1.0, 0.1 / float(e.abs().max().clamp(min=1e-30))) if e.numel() else 1.0
         norm = args[12] is not None or args[13] is not None
         allowed = max(small * TOLERANCE[dtype], norm * 5 * error(plain[name], e))
@@ -119,14 +119,14 @@ def compare_operators(args: list, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("case", range(16))
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_operators_against_the_reference(dtype, case, device):
-    """With float64 arithmetic as the truth; the gradient's operator must have run, not the reference."""
+    """The truth is float64 arithmetic. The gradient's operator must have run, not the reference."""
     compare_operators(random_case(random.Random(case), dtype, device), dtype)
 
 
 @pytest.mark.parametrize("case", range(4))
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_16_bit_types(dtype, case, device):
-    """Without layer norm, which makes of a small variance (of one unit: of none at all) any error."""
+    """Layer norm is left out, as it divides by the variance, which may be tiny (0 with one unit)."""
     args = random_case(random.Random(case), dtype, device, (5, 4, 2, 24))
     args[12] = args[13] = None
     compare_operators(args, dtype)
@@ -140,7 +140,7 @@ def test_operators_against_the_reference_at_length(seed, device):
 
 
 def everything(device: str, sizes: tuple[int, ...] = (3, 3, 2, 3)) -> list:
-    """A small case with all features but zoneout by means."""
+    """Returns a small case with all features but zoneout by means."""
     steps, batch, directions, hidden = sizes
     outputs = hidden - 1
 
@@ -205,7 +205,7 @@ def test_transforms_go_through_the_reference(reference_operators):
 
 
 def test_batched_gradients(device):
-    """autograd.grad(..., is_grads_batched=True), as a vectorised Jacobian uses it."""
+    """A vectorised Jacobian calls autograd.grad(..., is_grads_batched=True)."""
     args = everything(device)
     args[0].requires_grad_()
     y = forward_op(*args, 2)[0]
@@ -353,7 +353,7 @@ def test_accelerate_takes_projections(device):
 
 
 def by_hand(lstm: LSTM, x: Tensor, h_mask: Tensor | None = None) -> Tensor:
-    """One unidirectional layer's output, cell by cell from the papers' equations, in evaluation mode."""
+    """Computes one unidirectional layer in evaluation mode, cell by cell from the papers' equations."""
     w = dict(lstm.named_parameters())
     batch = x.shape[1]
     h = x.new_zeros(batch, lstm.proj_size or lstm.hidden_size)
@@ -381,7 +381,7 @@ def by_hand(lstm: LSTM, x: Tensor, h_mask: Tensor | None = None) -> Tensor:
 
 
 def randomized(lstm: LSTM) -> LSTM:
-    """With parameters that are no longer the neutral ones they begin with."""
+    """Replaces the neutral initial values of the parameters by random ones; returns lstm."""
     with torch.no_grad():
         for name, p in lstm.named_parameters():
             if "ln_" in name or name in ("h_0", "c_0"):
@@ -415,7 +415,7 @@ def test_two_directions_are_two_lstms(options, device):
 
 @each_feature
 def test_every_entrance_gives_the_same(options, device):
-    """batch_first, unbatched, lengths, packed, "last", recompute, training mode: under one seed, one result."""
+    """batch_first, unbatched, lengths, packed, "last", recompute and training mode give one result under one seed."""
     lstm = randomized(LSTM(4, 6, 2, dropout=0.2, bidirectional=True, dtype=torch.float64, device=device, **options))
     x = torch.randn(5, 3, 4, dtype=torch.float64, device=device)
 
@@ -471,7 +471,7 @@ def test_dtypes_and_autocast(dtype, options, device):
     assert [t.dtype for t in autocast] == [dtype] * 4 + [torch.float32] * (len(truth) - 4)
     for found in (results, autocast):
         for a, e in zip(found, truth, strict=True):
-            # a layer norm divides by the spread of values that were rounded before
+            # layer norm divides by the spread of values that are already rounded
             rms = float((a.double() - e).norm() / e.norm())
             assert rms < (3 if lstm.layer_norm else 1) * TOLERANCE[dtype], (rms, a.shape)
     return None
@@ -526,7 +526,7 @@ def test_repr():
 
 
 def test_off_means_nn_lstm(device):
-    """Same operators, parameters and numbers as without the options, also in evaluation mode with dropout."""
+    """Options that are off, or dropout in evaluation mode, leave operators, parameters and numbers the same."""
     ours, theirs = twins(4, 6, 2, bidirectional=True, device=device)
     x = torch.randn(5, 3, 4, device=device)
     with Seen() as seen:
@@ -539,7 +539,7 @@ def test_off_means_nn_lstm(device):
 
 
 class Seen(TorchDispatchMode):
-    """Notes the operators that are called."""
+    """Records the operators that are called."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -567,7 +567,7 @@ def test_random_masks_are_repeatable_and_off_in_evaluation(options, device):
 
 
 def test_recurrent_dropout_is_one_mask_for_all_steps(device):
-    """The mask is found from the first step, and then explains all others; it has the right mean and scale."""
+    """The test finds the mask from the first step, and it then explains all others. Its mean and scale are right."""
     lstm = LSTM(4, 60, recurrent_dropout=0.25, device=device, dtype=torch.float64)
     variant = lstm._variant(torch.zeros(7, 50, 4, dtype=torch.float64, device=device), None, False)
     values = variant.h_mask.unique()
@@ -583,7 +583,7 @@ def test_recurrent_dropout_is_one_mask_for_all_steps(device):
 
 
 def test_recurrent_dropout_of_everything_leaves_no_memory_in_h(device):
-    """With probability 1, W_hh never sees h; c goes on."""
+    """With probability 1, W_hh never sees h, but c is still carried."""
     lstm = LSTM(4, 8, recurrent_dropout=1.0, device=device)
     plain = LSTM(4, 8, device=device)
     plain.load_state_dict(lstm.state_dict())
@@ -615,8 +615,8 @@ def test_zoneout_of_everything_keeps_the_state(device):
 
 
 @each_feature
-def test_reset_makes_sequences_of_the_parts(options, device):
-    """Outputs, cells and gradients are those of each part as a sequence of its own, in both directions and all layers."""
+def test_reset_equals_separate_sequences(options, device):
+    """In both directions and all layers, outputs, cells and gradients equal those of each part as its own sequence."""
     options = {name: value for name, value in options.items() if name not in ("learned_state", "recurrent_dropout")}
     lstm = randomized(LSTM(4, 6, 2, bidirectional=True, dtype=torch.float64, device=device, **options)).eval()
     cuts = [[3, 4], [], [1, 2, 6], [0, 5]]
@@ -625,7 +625,7 @@ def test_reset_makes_sequences_of_the_parts(options, device):
     reset = torch.zeros(7, 4, dtype=torch.bool)
     for b, at in enumerate(cuts):
         reset[at, b] = True
-    reset[6, 3] = True  # beyond the end: says nothing
+    reset[6, 3] = True  # beyond the end, so it has no effect
     reset = reset.to(device)
 
     y, (h_n, c_n), cells = lstm(x, reset=reset, lengths=torch.tensor(lengths, device=device), return_cell_states=True)
@@ -636,7 +636,7 @@ def test_reset_makes_sequences_of_the_parts(options, device):
             part, (h, c), part_cells = lstm(x[begin:end, b], return_cell_states=True)
             ours += [y[begin:end, b], cells[begin:end, b]]
             parts += [part, part_cells]
-            if end == lengths[b]:  # the forward direction's last state, of both layers
+            if end == lengths[b]:  # here the forward direction ends, in both layers
                 ours += [h_n[::2, b], c_n[::2, b]]
                 parts += [h[::2], c[::2]]
             if begin == 0:
@@ -676,7 +676,7 @@ def test_reset_layouts(device):
 
 
 def test_cell_states(device):
-    """c_t is the c_n of the sequence's first t steps; its gradient is right where nothing else has one."""
+    """c_t is the c_n of the sequence's first t steps. Its gradient is right even if it is the only one."""
     lstm = LSTM(4, 6, 2, dtype=torch.float64, device=device)
     x = torch.randn(5, 3, 4, dtype=torch.float64, device=device, requires_grad=True)
     y, states, cells = lstm(x, return_cell_states=True)
@@ -715,7 +715,7 @@ def test_learned_state(device):
 
 
 def test_initial_values_do_nothing():
-    """Beside the same weights as nn.LSTM's from the same seed; reset_parameters gives both again."""
+    """All other weights equal nn.LSTM's from the same seed, and reset_parameters restores both."""
     torch.manual_seed(3)
     theirs = nn.LSTM(4, 6, 2, bidirectional=True)
     torch.manual_seed(3)
@@ -771,7 +771,7 @@ def test_reset_packed_in_another_order_is_an_error():
 
 
 def test_double_backward_of_layer_norm_within_autocast(device):
-    """What autograd runs within the user's autocast keeps its types."""
+    """A backward pass within the user's autocast keeps the types of the forward pass."""
     lstm = LSTM(5, 8, layer_norm=True, device=device)
     x = torch.randn(4, 3, 5, device=device)
 

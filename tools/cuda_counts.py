@@ -1,17 +1,16 @@
-"""Counts what a step of the persistent CUDA kernels does, beside studies of the same.
+"""Counts the work in a step of the persistent CUDA kernels, beside studies of the same.
 
-Without a GPU the number of instructions that one warp runs in a step stands for its time: steps wait for each other,
-and so do most of a warp's instructions. The layers run on a device that counts: an emulator that appends one JSON line
-per launch to a file, with the fields kernel, grid, block, cluster, warp_instructions (of PTX), global_load_bytes,
-global_store_bytes, shared_bank_conflicts and by_class. EMULATOR stands for the command that runs a program so, counting
-to counts.jsonl:
+Without a GPU the number of instructions that one warp runs in a step stands for its time, because steps wait for each
+other, and so do most of a warp's instructions. The layers run on an emulator that appends one JSON line per launch to a
+file, with the fields kernel, grid, block, cluster, warp_instructions (of PTX), global_load_bytes, global_store_bytes,
+shared_bank_conflicts and by_class. EMULATOR stands for a command that runs a program on it and counts to counts.jsonl:
 
     EMULATOR python tools/cuda_counts.py counts.jsonl
     EMULATOR python tools/cuda_counts.py counts.jsonl --only "bfloat16 768" --algorithm persistent-grid
 
-Each pass runs over 4 and over 8 steps; a step is a quarter of the difference. The table has two lines for each pass:
-the study, and the kernels of this build with their ratio to the study in brackets. Waiting (at a counter, at a barrier
-in shared memory) is counted as the emulator happens to do it.
+Each pass runs over 4 and over 8 steps, and a step is a quarter of the difference. The table has two lines for each
+pass: the study, and the kernels of this build with their ratio to the study in brackets. The counts of waiting (at a
+counter, at a barrier in shared memory) depend on the emulator.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ STEPS = (4, 8)
 
 @dataclass
 class Count:
-    """Of all blocks: warps, and what they do in a step. Shared memory is counted in instructions of a warp."""
+    """The warps of all blocks, and their work in a step. Shared memory is counted in instructions of a warp."""
 
     warps: float
     instructions: float
@@ -66,7 +65,7 @@ class Count:
 
     @classmethod
     def of_a_step(cls, few: Sequence[dict], many: Sequence[dict]) -> Count:
-        """Launches over STEPS[0] and over STEPS[1] steps."""
+        """Takes launches over STEPS[0] and over STEPS[1] steps."""
         a, b = cls.of(few), cls.of(many)
         added = {f.name: (getattr(b, f.name) - getattr(a, f.name)) / (STEPS[1] - STEPS[0]) for f in fields(cls)}
         return cls(**{**added, "warps": b.warps})
@@ -74,8 +73,8 @@ class Count:
 
 @dataclass
 class Study:
-    """A layer of two directions, its results saved, and what a kernel does that was written for this size alone, to see
-    how fast one can be."""
+    """A layer of two directions that saves its results, and the counts of a kernel that was written for this size only,
+    to see how fast one can be."""
 
     dtype: str
     H: int
@@ -88,7 +87,7 @@ class Study:
         return f"{self.dtype} {self.H}, B {self.B}, {self.direction}"
 
 
-# How fast these kernels were, docs/cuda.md tells.
+# docs/cuda.md tells how fast these kernels were.
 CLUSTER, GRID = "persistent-cluster", "persistent-grid"
 STUDIES = [
     Study("bfloat16", 128, 100, "forward", CLUSTER, Count(832, 149356, 180, 6656, 13312, 6656, 14976, 832, 563200)),
@@ -108,7 +107,7 @@ STUDIES = [
 
 
 def counted(stats: Path, kernels: str, run: Callable[[], object]) -> list[dict]:
-    """Launches of the kernels whose names match, as the device has written them while `run` ran."""
+    """Returns the launches that the emulator recorded during `run`, of kernels whose names match."""
     import torch
 
     torch.cuda.synchronize()
@@ -128,7 +127,7 @@ def counted(stats: Path, kernels: str, run: Callable[[], object]) -> list[dict]:
 
 
 def measure(study: Study, algorithm: str, stats: Path, kernels: str) -> tuple[list[dict], Count]:
-    """The launches over STEPS[1] steps, and what a step takes."""
+    """Returns the launches over STEPS[1] steps, and the counts of a step."""
     os.environ["BIRNN_CUDA_ALGO"] = algorithm
     import torch
 
@@ -170,7 +169,7 @@ def cells(count: Count, study: Count | None = None) -> list[str]:
 
 
 def name_of(algorithm: str, launches: Sequence[dict]) -> str:
-    """With the number of blocks, and of how many a cluster is."""
+    """Returns the algorithm with the number of blocks and the size of a cluster."""
     blocks = sum(math.prod(launch["grid"]) for launch in launches)
     cluster = math.prod(launches[0].get("cluster") or [1])
     return f"{algorithm}, {blocks} blocks" + (f" in clusters of {cluster}" if cluster > 1 else "")

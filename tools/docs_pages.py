@@ -1,6 +1,6 @@
-"""A hook of mkdocs: the documents at the top of the repository become pages of the site, with links that fit.
+"""A hook of mkdocs that makes pages of the documents at the top of the repository, and adapts their links.
 
-The index of the search becomes a script, too: docs/site.js says why.
+It also makes a script of the search index; docs/site.js tells why.
 """
 
 from __future__ import annotations

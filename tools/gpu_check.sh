@@ -1,19 +1,19 @@
 #!/bin/bash
-# All that a GPU can tell: builds, runs the CUDA tests with each algorithm, looks for errors with compute-sanitizer,
-# measures and trains. Ends with a table in Markdown.
-#   tools/gpu_check.sh                             # all parts, one after the other
-#   tools/gpu_check.sh --part build --part speed   # some of them; each ends within 8 minutes
-#   tools/gpu_check.sh --list                      # their names
-#   tools/gpu_check.sh --quick                     # a little of each part: whether it runs
-# PYTHON names a Python with torch to use; else it is .venv's, made by `make install`. The part "build" builds for this
-# GPU alone, or what TORCH_CUDA_ARCH_LIST says; the others take birnn_ext as it is. Output of each check goes to
-# build/gpu_check/, figures to build/gpu_check/speed.json. The exit status is 1 if anything failed.
+# Runs every check that needs a GPU: it builds, runs the CUDA tests with each algorithm, looks for errors with
+# compute-sanitizer, measures and trains. It ends with a table in Markdown.
+#   tools/gpu_check.sh                             # runs all parts, one after the other
+#   tools/gpu_check.sh --part build --part speed   # runs some of them; each ends within 8 minutes
+#   tools/gpu_check.sh --list                      # prints their names
+#   tools/gpu_check.sh --quick                     # runs a little of each part
+# PYTHON names a Python with torch; by default it is the one of .venv, which `make install` makes. The part "build"
+# builds for this GPU only, or for TORCH_CUDA_ARCH_LIST; the others use the birnn_ext that is there. Each check's output
+# goes to build/gpu_check/, and figures to build/gpu_check/speed.json. The exit status is 1 if anything failed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 algorithms=(stepwise persistent-cta persistent-grid persistent-cluster)
 parts=(build tests "${algorithms[@]/#/tests-}" sanitizer speed mnist)
-limit=480 # seconds of a part: what is left of them is what a check may take
+limit=480 # seconds of a part; a check may take those that are left
 
 usage() {
   echo "usage: tools/gpu_check.sh [--list] [--quick] [--part NAME]...; parts are ${parts[*]}" >&2
@@ -54,7 +54,7 @@ results=()
 failed=0
 deadline=0
 
-# check NAME COMMAND...: runs it, and notes in the table how it went.
+# check NAME COMMAND...: runs the command, and adds its result to the table.
 check() {
   local name=$1 log said status=0 begin=$SECONDS
   shift
@@ -88,7 +88,7 @@ part_build() {
   fi
 }
 
-# The algorithm that is chosen, in all tests; test_cuda_persistent.py also forces each.
+# Runs all tests with the algorithm that is chosen. test_cuda_persistent.py also forces each.
 part_tests() {
   if [ "$quick" = 1 ]; then
     check "tests, algorithm as chosen" "$python" -m pytest -q -m cuda tests/test_recurrence.py -k "aligned or repeatable"
@@ -97,19 +97,19 @@ part_tests() {
   fi
 }
 
-# Of one algorithm and stepwise the better one, as the choice says, in the tests of what a layer computes.
+# Runs the tests of a layer's results with one algorithm, or stepwise if the choice prefers it.
 part_tests_of() {
   local tests=(tests/test_{recurrence,layer,lstm,birnn,variants}.py)
   if [ "$quick" = 1 ]; then tests=(tests/test_recurrence.py -k "aligned or repeatable"); fi
   check "tests, $1" env BIRNN_CUDA_ALGO="$1,stepwise" "$python" -m pytest -q -m 'cuda and not slow' "${tests[@]}"
 }
 
-# Layers small enough for a tool that slows kernels down a hundred times.
+# The tool slows kernels down a hundred times, so these layers are small.
 part_sanitizer() {
   local tool algorithm tools=(memcheck racecheck synccheck) small_layers='
 import torch, birnn_ext
 for dtype in torch.float32, torch.float16, torch.bfloat16:
-    for hidden in 20, 128:  # rows that are no multiples of 16 bytes in 16-bit types; rows that are
+    for hidden in 20, 128:  # in 16-bit types, rows of 20 are no multiple of 16 bytes, and rows of 128 are
         lstm = birnn_ext.LSTM(8, hidden, batch_first=True, bidirectional=True, device="cuda", dtype=dtype)
         x = torch.randn(18, 5, 8, device="cuda", dtype=dtype, requires_grad=True)
         state = [torch.randn(2, 18, hidden, device="cuda", dtype=dtype, requires_grad=True) for _ in range(2)]
@@ -127,7 +127,7 @@ print({name: calls for name, calls in birnn_ext.op_calls().items() if calls})
   if [ "$quick" = 1 ]; then tools=(memcheck); fi
   for tool in "${tools[@]}"; do
     for algorithm in "${algorithms[@]}"; do
-      # without the allocator's cache each tensor has its own bounds
+      # without the allocator's cache each tensor is an allocation, whose bounds the tool checks
       check "$tool, $algorithm" env PYTORCH_NO_CUDA_MEMORY_CACHING=1 BIRNN_CUDA_ALGO="$algorithm,stepwise" \
         compute-sanitizer --tool "$tool" --error-exitcode 1 "$python" -c "$small_layers"
     done

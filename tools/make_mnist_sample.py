@@ -19,7 +19,7 @@ def main() -> None:
     parts = data.read_files(args.directory)
     for digits, step in zip(parts, (data.SAMPLE_TRAIN_STEP, data.SAMPLE_TEST_STEP), strict=True):
         content += digits.images[::step].numpy().tobytes() + bytes(digits.labels[::step].tolist())
-    # lc, lp, pb: neighbouring pixels say much about a pixel, its place in a word nothing
+    # lc, lp, pb: neighbouring pixels predict a pixel, while its position within a word does not
     filters = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME, "lc": 4, "lp": 0, "pb": 0}]
     packed = lzma.compress(content, filters=filters)
     args.out.write_bytes(packed)

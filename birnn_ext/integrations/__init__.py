@@ -1,12 +1,12 @@
-"""What birnn_ext adds to other packages, as soon as both are imported, in any order. Nothing has to be called.
+"""birnn_ext registers itself with other packages as soon as both are imported, in any order. No call is needed.
 
-Each adds entries for our own operators and modules, and imports nothing that the program has not.
+Each integration adds entries for our own operators and modules. It imports no package that the program does not import.
 
 - ``torch.utils.flop_counter.FlopCounterMode`` counts our operators (`birnn_ext.integrations.flops`).
-- thop, ptflops, calflops and DeepSpeed's profiler look a module's rule up by its type: `birnn_ext.LSTM` has nn.LSTM's.
+- thop, ptflops, calflops and DeepSpeed's profiler look up a module's rule by its type; `birnn_ext.LSTM` gets nn.LSTM's.
 - Opacus gets per-sample gradients of `birnn_ext.LSTM` (`birnn_ext.integrations.opacus`).
 
-For another tool that looks modules up by their type in some table, two lines do:
+For another tool that looks up modules by their type in a table, add two lines:
 
     import birnn_ext, torch
     table[birnn_ext.LSTM] = table[torch.nn.LSTM]
@@ -38,12 +38,12 @@ def _share_rule(module: ModuleType) -> None:
 
 
 def _call(name: str, function: str) -> Callable[[ModuleType], None]:
-    """A function of a module here, which is imported only then."""
+    """Returns a call of a function in one of our modules, which imports that module only then."""
     return lambda module: getattr(import_module(f"{__name__}.{name}"), function)(module)
 
 
 def _when_imported(name: str, register: Callable[[ModuleType], None]) -> None:
-    """A package that has changed must not fail to import because of us."""
+    """Registers after the import of a package, which must not fail because of us if the package has changed."""
 
     def then(module: ModuleType) -> None:
         try:

@@ -1,7 +1,7 @@
-"""Floating-point operations of birnn_ext's operators, for ``torch.utils.flop_counter.FlopCounterMode``.
+"""Counts floating-point operations of birnn_ext's operators, for ``torch.utils.flop_counter.FlopCounterMode``.
 
-As there, a product of (m, k) and (k, n) counts 2 m n k, and nothing else counts: these are the products of nn.LSTM's
-equations and of their derivatives, over all T steps. Lengths are values, not shapes, so padding counts, too.
+As in that counter, a product of (m, k) and (k, n) counts 2 m n k, and nothing else counts. The products are those of
+nn.LSTM's equations and of their derivatives, over all T steps. Lengths are values, not shapes, so padding counts, too.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ Shape = tuple[int, ...]
 
 
 def recurrence(gates_x: Shape, w_hh: Shape, *_: Any, **__: Any) -> int:
-    """``lstm_recurrence``: W_hh h of each step."""
+    """Counts ``lstm_recurrence``: W_hh h in each step."""
     steps, batch = gates_x[:2]
     return 2 * steps * batch * prod(w_hh)
 
 
 def recurrence_backward(w_hh: Shape, c0: Any, lengths: Any, gates: Shape, *rest: Any, out_shape: Any = None) -> int:
-    """``lstm_recurrence_backward``: W_hh^T dz of each step; before the first one only if h0's gradient is wanted.
+    """Counts ``lstm_recurrence_backward``: W_hh^T dz in each step, for the first one only if h0 gets a gradient.
 
-    The weights' gradients are products of PyTorch's, which it counts.
+    PyTorch itself multiplies for the weights' gradients, and counts that.
     """
     steps, batch = gates[:2]
     state_grads: bool = rest[-1]
@@ -32,7 +32,7 @@ def recurrence_backward(w_hh: Shape, c0: Any, lengths: Any, gates: Shape, *rest:
 
 
 def layer(x: Shape, weights: list[Shape], *_: Any, **__: Any) -> int:
-    """``lstm_layer``: W_ih x and W_hh h."""
+    """Counts ``lstm_layer``: W_ih x and W_hh h."""
     steps, batch = x[:2]
     return 2 * steps * batch * sum(prod(w) for w in weights if len(w) == 2)
 
@@ -49,7 +49,7 @@ def layer_backward(
     *rest: Any,
     out_shape: Any = None,
 ) -> int:
-    """``lstm_layer_backward``: the gradients that are wanted, and the forward products if gates are computed anew."""
+    """Counts ``lstm_layer_backward``: the gradients that are wanted, and forward products if gates are recomputed."""
     steps, batch = x[:2]
     x_grad, weight_grads, state_grads = map(int, rest[-3:])
     stride = 4 if bias else 2
@@ -61,19 +61,19 @@ def layer_backward(
 
 
 def variant(gates_x: Shape, w_hh: Shape, w_hr: Shape | None, *_: Any, **__: Any) -> int:
-    """``lstm_variant``: W_hh h and, with a projection, W_hr (o tanh(c))."""
+    """Counts ``lstm_variant``: W_hh h and, with a projection, W_hr (o tanh(c))."""
     steps, batch = gates_x[:2]
     return 2 * steps * batch * (prod(w_hh) + (prod(w_hr) if w_hr else 0))
 
 
 def variant_backward(w_hh: Shape, w_hr: Shape | None, *rest: Any, out_shape: Any = None) -> int:
-    """``lstm_variant_backward``: their transposes' products; the weights' gradients are PyTorch's, as above."""
+    """Counts ``lstm_variant_backward``: the transposed products. PyTorch counts the weights' gradients, as above."""
     steps, batch, *_ = map(int, out_shape[0])
     state_grads: bool = rest[-1]
     return 2 * batch * ((steps - 1 + state_grads) * prod(w_hh) + (steps * prod(w_hr) if w_hr else 0))
 
 
 def register(flop_counter: ModuleType) -> None:
-    """Tells PyTorch's module ``torch.utils.flop_counter`` of these formulas."""
+    """Adds these formulas to PyTorch's module ``torch.utils.flop_counter``."""
     for of in (recurrence, layer, variant, recurrence_backward, layer_backward, variant_backward):
         flop_counter.register_flop_formula(getattr(torch.ops.birnn_ext, f"lstm_{of.__name__}"))(of)

@@ -1,13 +1,13 @@
-"""Per-sample gradients of `birnn_ext.LSTM` for Opacus, hence differentially private training. Import both: that is all.
+"""Gives Opacus per-sample gradients of `birnn_ext.LSTM`, for differentially private training. Importing both is enough.
 
-Opacus takes a layer's positional tensors and its first output's gradient, from hooks, for all that a gradient depends
-on. An LSTM has initial states, lengths and final states, too; without them the gradients that are clipped would be
-others than those of the loss, without a word. So this module takes part in each call of an LSTM itself: what the call
-returns goes through an identity, whose backward pass has the gradients of all of it at once. Then
-``torch.func.vmap(torch.func.grad(...))`` runs all samples in the kernels, and Opacus gets what comes out.
+Opacus's hooks see a layer's positional tensors and the gradient of its first output. An LSTM also has initial states,
+lengths and final states, and without them Opacus would silently clip wrong gradients. So this module takes part in each
+call of an LSTM: all that the call returns passes through an identity, whose backward pass gets the gradients of all
+results at once. Then ``torch.func.vmap(torch.func.grad(...))`` runs all samples in the kernels, and Opacus gets the
+result.
 
-Everything that `birnn_ext.LSTM` takes works, PackedSequences included, but dropout between layers, recurrent dropout
-and zoneout, whose masks can't be drawn a second time; ModuleValidator says so.
+All arguments of `birnn_ext.LSTM` work, PackedSequences included, except dropout between layers, recurrent dropout and
+zoneout, whose masks can't be drawn a second time. ModuleValidator reports these.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from birnn_ext.modules import LSTM
 
 
 def why_not(lstm: LSTM) -> str | None:
-    """What keeps an LSTM from having per-sample gradients; None if it has them."""
+    """Returns why an LSTM can't have per-sample gradients; None if it can."""
     if type(lstm).forward is not LSTM.forward:
         return f"birnn_ext.LSTM: {type(lstm).__name__} has a forward of its own, whose samples Opacus can't tell apart"
     if lstm.recurrent_dropout or any(lstm.zoneout) or (lstm.dropout and lstm.num_layers > 1):
@@ -38,7 +38,7 @@ def why_not(lstm: LSTM) -> str | None:
 
 
 class _Outputs(torch.autograd.Function):
-    """Identity of all that a call returned: its backward pass hands over the gradients of all."""
+    """The identity on all results of a call. Its backward pass hands over the gradients of all of them."""
 
     @staticmethod
     def forward(ctx: Any, take: Any, *outputs: Tensor) -> tuple[Tensor, ...]:
@@ -53,10 +53,10 @@ class _Outputs(torch.autograd.Function):
 
 
 def _watch(hooks: Any, lstm: LSTM, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
-    """A forward hook: has Opacus count the call, and asks for the gradients of all that it has returned."""
+    """A forward hook that makes Opacus count the call, and asks for the gradients of all its results."""
     input, hx, options = _arguments(*args, **kwargs)
     x = input
-    if isinstance(input, PackedSequence):  # samples are told apart in a padded batch
+    if isinstance(input, PackedSequence):  # only a padded batch separates the samples
         x, options["lengths"] = (t.to(input.data.device) for t in pad_packed_sequence(input, lstm.batch_first))
         if options.get("reset") is not None:
             options["reset"] = _padded(options["reset"], lstm)
@@ -67,7 +67,7 @@ def _watch(hooks: Any, lstm: LSTM, args: tuple[Any, ...], kwargs: dict[str, Any]
     calls = len(getattr(lstm, "activations", ()))
     hooks.capture_activations_hook(lstm, (x.movedim(batch, 0 if hooks.batch_first else 1),), result)
     if len(getattr(lstm, "activations", ())) == calls:
-        return None  # evaluation, or our own second pass
+        return None  # this is evaluation, or our own second pass
 
     device = x.device.type
     autocast = torch.autocast(device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device), False)
@@ -75,14 +75,14 @@ def _watch(hooks: Any, lstm: LSTM, args: tuple[Any, ...], kwargs: dict[str, Any]
     inputs = {name: t.detach() for name, t in given.items() if isinstance(t, Tensor)}
     options = {name: value for name, value in options.items() if not isinstance(value, Tensor)}
     outputs = _outputs(result)
-    # where each has its samples
+    # the dimension in which each has its samples
     input_dims = {name: {"x": batch, "reset": batch, "lengths": 0}.get(name, 1) for name in inputs}
     output_dims = {name: 1 if name in ("h_n", "c_n") else batch for name in outputs}
     if options.get("output") == "last":
         output_dims["y"] = 0
 
     def loss(parameters: dict[str, Tensor], inputs: dict[str, Tensor], cotangents: dict[str, Tensor]) -> Tensor:
-        """Of one sample, what has the gradients that the loss of all has."""
+        """Returns a scalar of one sample that has the same gradients as the loss."""
         given: dict[str, Any] = {name: t.unsqueeze(input_dims[name]) for name, t in inputs.items()}
         hx = (given.pop("h_0"), given.pop("c_0")) if "h_0" in given else None
         found = _outputs(functional_call(lstm, parameters, (given.pop("x"), hx), {**options, **given}))
@@ -92,7 +92,7 @@ def _watch(hooks: Any, lstm: LSTM, args: tuple[Any, ...], kwargs: dict[str, Any]
     def take(*gradients: Tensor) -> None:
         """Computes the samples' gradients from those of the outputs, and hands them to Opacus."""
         if not hooks.hooks_enabled:
-            return  # ghost clipping's second backward pass
+            return  # this is ghost clipping's second backward pass
         cotangents = {
             name: _padded(t._replace(data=g), lstm) if isinstance(t, PackedSequence) else g
             for (name, t), g in zip(outputs.items(), gradients, strict=True)
@@ -119,12 +119,12 @@ def _watch(hooks: Any, lstm: LSTM, args: tuple[Any, ...], kwargs: dict[str, Any]
 
 
 def _arguments(input: Any, hx: Any = None, **options: Any) -> tuple[Any, Any, dict[str, Any]]:
-    """`LSTM.forward`'s."""
+    """Separates a call's arguments as `LSTM.forward` does: input, hx and the others by name."""
     return input, hx, options
 
 
 def _outputs(result: Any) -> dict[str, Any]:
-    """What `LSTM.forward` has returned, by name."""
+    """Returns the results of `LSTM.forward`, by name."""
     y, states, *cells = result
     h_n_c_n = {} if states is None else {"h_n": states[0], "c_n": states[1]}
     return {"y": y, **h_n_c_n, **({"cells": cells[0]} if cells else {})}
@@ -135,18 +135,18 @@ def _padded(packed: PackedSequence, lstm: LSTM) -> Tensor:
 
 
 def grad_sampler(lstm: LSTM, activations: list[Tensor], backprops: Tensor) -> dict[nn.Parameter, Tensor]:
-    """What Opacus calls for a call's per-sample gradients, once they have been computed."""
+    """Returns a call's per-sample gradients, which are computed already. Opacus calls this."""
     samples: dict[nn.Parameter, Tensor] = vars(lstm).pop("_grad_samples")
     return samples
 
 
 def register(grad_sample_module: ModuleType) -> None:
-    """Tells Opacus's module ``opacus.grad_sample.grad_sample_module`` of `birnn_ext.LSTM`."""
+    """Adds `birnn_ext.LSTM` to Opacus's module ``opacus.grad_sample.grad_sample_module``."""
     of = getattr(grad_sample_module, "GradSampleHooks", grad_sample_module.GradSampleModule)
     theirs = of.iterate_submodules
 
     def iterate_submodules(hooks: Any, module: nn.Module) -> Iterator[nn.Module]:
-        """Those that Opacus is to hook."""
+        """Yields the modules that Opacus hooks."""
         if not isinstance(module, LSTM):
             yield from theirs(hooks, module)
         elif any(p.requires_grad for p in module.parameters()):
@@ -162,7 +162,7 @@ def register(grad_sample_module: ModuleType) -> None:
 
 
 def register_validator(module_validator: ModuleType) -> None:
-    """Tells ``opacus.validators.module_validator`` what can't be."""
+    """Adds our check to ``opacus.validators.module_validator``."""
 
     def validate(lstm: LSTM) -> list[Exception]:
         why = why_not(lstm)

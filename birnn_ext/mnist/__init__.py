@@ -1,11 +1,11 @@
-"""The tutorial's MNIST classifier, trained, evaluated and used from the command line: `birnn-mnist`."""
+"""The command `birnn-mnist` trains, evaluates and uses the tutorial's MNIST classifier."""
 
 import signal
 import sys
 
 
 def main() -> int:
-    """Runs the command; returns its exit status. SIGTERM is as good as Ctrl-C; both are ignored from the end on."""
+    """Runs the command; returns its exit status. SIGTERM acts like Ctrl-C. At the end both are ignored."""
     try:
         from birnn_ext.mnist import cli
     except ModuleNotFoundError as error:
@@ -14,6 +14,6 @@ def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         return cli.main()
-    finally:  # an impatient user's second one must not break the interpreter's exit
+    finally:  # a second signal must not break the interpreter's exit
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_IGN)

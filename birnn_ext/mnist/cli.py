@@ -1,4 +1,4 @@
-"""The command birnn-mnist: train, evaluate and use the tutorial's classifier of MNIST digits."""
+"""The command birnn-mnist trains, evaluates and uses the tutorial's classifier of MNIST digits."""
 
 from __future__ import annotations
 
@@ -26,19 +26,19 @@ from birnn_ext.mnist.processes import Processes
 from birnn_ext.mnist.training import Hyperparameters, Training
 
 PROGRAM = "birnn-mnist"
-FOLDER = Path("runs/mnist")  # for results, if nothing else is said
+FOLDER = Path("runs/mnist")  # the default for results
 RESULTS = ("model.ckpt", "training_state.pt", "metrics.json", "curves.png", "misclassified.png")
 
-ALIASES = {"num_epochs": ["--epochs"], "learning_rate": ["--lr"]}  # options' names that people try first
-SURE = 0.7  # a lesser probability is told to be no certain answer
+ALIASES = {"num_epochs": ["--epochs"], "learning_rate": ["--lr"]}  # names of options that people try first
+SURE = 0.7  # with a smaller probability the answer is called "not sure"
 
 
 class Unbroken:
-    """A standard stream whose reader may go away, as in `... | head -1`: the rest is dropped, and the work goes on.
+    """A standard stream whose reader may go away, as in `... | head -1`. It drops the rest, and the work goes on.
 
     Args:
-        stream: None if it is closed.
-        name: what to call it in the error that a full disk is; without, that is passed over, too.
+        stream: The stream, or None if it is closed.
+        name: Its name in the error for a full disk. Without a name, that error is ignored, too.
     """
 
     def __init__(self, stream: TextIO | None, name: str | None = None) -> None:
@@ -55,7 +55,7 @@ class Unbroken:
     def _unless_broken(self, call: Callable[..., Any], *arguments: str) -> None:
         try:
             call(*arguments)
-        except OSError as error:  # the stream keeps what it could not write, so it gets another place to write it to
+        except OSError as error:  # the stream keeps the unwritten text and would try again, so it gets another file
             with open(os.devnull, "w") as nowhere:
                 os.dup2(nowhere.fileno(), self.stream.fileno())
             if self.name and not isinstance(error, BrokenPipeError):
@@ -70,7 +70,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see {self.prog} --help)")
 
     def refuse(self, word: str) -> NoReturn:
-        """Raises UserError for a word that is no argument; of an option, with the nearest that there is."""
+        """Raises UserError for a word that is no argument. For an option it names the most similar one."""
         if not word.startswith("-"):
             self.error(f"there is one argument too many: {word!r}")
         name = word.split("=")[0]
@@ -84,7 +84,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         prog=PROGRAM,
         description=__doc__,
         epilog="Exit status: 0; 1 if some pictures can't be read, 2 for other errors, 130 if interrupted.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,  # of the version's lines, too
+        formatter_class=argparse.RawDescriptionHelpFormatter,  # it also keeps the version's lines
     )
     parser.add_argument("--version", action="version", version=describe(), help="print what was built, and exit")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -131,7 +131,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             "--" + one.name.replace("_", "-"),
             *ALIASES.get(one.name, []),
             type=type(one.default),
-            default=argparse.SUPPRESS,  # --resume must know what was given
+            default=argparse.SUPPRESS,  # --resume must know which options were given
             help=f"{one.metadata['help']} (default: {one.default})",
         )
 
@@ -152,9 +152,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def choose_device(name: str | None) -> torch.device:
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and processes.launched():  # each process has its own
+    if name == "cuda" and processes.launched():  # each process has its own GPU
         here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-        if here > gpus:  # in every process alike, as one of them speaks for all
+        if here > gpus:  # every process fails alike, as one of them reports for all
             raise UserError(f"{here} processes need a GPU each, and there are {gpus}; see --nproc-per-node of torchrun")
         name = f"cuda:{processes.local_rank()}"
     try:
@@ -163,7 +163,7 @@ def choose_device(name: str | None) -> torch.device:
         if device.type == "meta":
             raise RuntimeError("it holds no data")
     except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
-        shortly = reason(error).split(". ")[0]  # PyTorch goes on at length
+        shortly = reason(error).split(". ")[0]  # PyTorch's message is long
         raise UserError(f"device {name!r} can't be used: {shortly}") from None
     return device
 
@@ -180,7 +180,7 @@ def load_data(args: argparse.Namespace, device: torch.device, group: Processes |
 
 
 def resume_command(args: argparse.Namespace) -> str:
-    """The command that goes on with an interrupted training, with the options that its state does not hold."""
+    """Returns the command that resumes an interrupted training, with the options that its state does not hold."""
     command = [PROGRAM]
     if processes.launched():
         command = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"], "-m", "birnn_ext.mnist"]
@@ -203,7 +203,7 @@ def run_train(args: argparse.Namespace) -> int:
 
 
 def train(args: argparse.Namespace, device: torch.device, group: Processes) -> int:
-    """In each process; the first alone reads and writes files, and prints."""
+    """Trains, in each process. Only the first one reads and writes files, and prints."""
     given = {one.name: getattr(args, one.name) for one in fields(Hyperparameters) if hasattr(args, one.name)}
     if args.max_steps is not None and args.max_steps < 1:
         raise UserError(f"max_steps must be positive, got {args.max_steps}")
@@ -216,7 +216,7 @@ def train(args: argparse.Namespace, device: torch.device, group: Processes) -> i
                 raise UserError(f"{name} of the training to resume is {before[name]}, not {value}")
         begun = state["progress"]["epoch"] + (state["progress"]["step"] > 0)
         epochs = given.get("num_epochs", begun)
-        if epochs < begun:  # its results would be called those of fewer
+        if epochs < begun:  # the results would be labelled with fewer epochs than they had
             raise UserError(f"num_epochs must be at least {begun}, which the training to resume began, got {epochs}")
         given = {**before, **given}
     hp = Hyperparameters(**given)
@@ -245,7 +245,7 @@ def train(args: argparse.Namespace, device: torch.device, group: Processes) -> i
         if not finished:
             say(f"Interrupted after {len(run.progress.losses)} steps. To go on: {resume_command(args)}")
             return 130
-    assert run.accuracy is not None  # as the training finished
+    assert run.accuracy is not None  # the training has finished
     say(training.accuracy_line(run.accuracy, mnist.test))
     if mnist.source == "sample":
         say("(accuracy on the embedded sample's test digits, not on MNIST's 10000)")
@@ -256,7 +256,7 @@ def train(args: argparse.Namespace, device: torch.device, group: Processes) -> i
 
 
 def check_out(folder: Path) -> None:
-    """Makes the folder for results: one that can't be written to is told of before the training."""
+    """Makes the folder for results, so that an error is raised before the training if it is not writable."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -266,7 +266,7 @@ def check_out(folder: Path) -> None:
 
 
 def check_replaces(args: argparse.Namespace, run: Training) -> None:
-    """Refuses to replace another training, but where that is asked for, or is the one that goes on."""
+    """Refuses to replace another training, unless the user asked for it or resumes that one."""
     goes_on = args.resume and training.state_file(args.resume).resolve() == training.state_file(args.out).resolve()
     if not args.overwrite and not goes_on:
         training.check_replaces(run, args.max_steps, args.out, say)
@@ -312,9 +312,9 @@ def run_command(arguments: Sequence[str] | None) -> int:
             args = parse(arguments)
             return {"train": run_train, "evaluate": run_evaluate, "predict": run_predict}[args.command](args)
         finally:
-            sys.stdout.flush()  # here rather than at exit, where a broken pipe and a full disk are errors of Python's
+            sys.stdout.flush()  # at exit, Python itself would report a broken pipe or a full disk
     except (UserError, OSError) as error:
-        if processes.local_rank() == 0:  # processes that train together fail together
+        if processes.local_rank() == 0:  # all processes fail together, so one reports
             print(f"{PROGRAM}: error: {error}", file=sys.stderr)
         return 2
     except RuntimeError as error:

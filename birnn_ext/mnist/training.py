@@ -1,4 +1,4 @@
-"""Training and evaluation of the tutorial's classifier, and the files that a run leaves."""
+"""Trains and evaluates the tutorial's classifier, and writes the files of a run."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _value(default: float, help: str) -> Any:
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """The tutorial's, with its values."""
+    """The tutorial's hyperparameters, with its values as defaults."""
 
     sequence_length: int = _value(28, "steps of a digit")
     input_size: int = _value(28, "pixels of a step")
@@ -72,23 +72,23 @@ class Hyperparameters:
         return torch.optim.Adam(model.parameters(), lr=self.learning_rate, fused=True)
 
     def sequences(self, images: Tensor) -> Tensor:
-        """uint8 (N, 28, 28) -> float32 (N, sequence_length, input_size) in 0 .. 1."""
+        """Converts uint8 (N, 28, 28) to float32 (N, sequence_length, input_size) in 0 .. 1."""
         return images.view(-1, self.sequence_length, self.input_size).float() / 255
 
 
 @dataclass
 class Progress:
-    """Where a training is: enough, with the model and the optimizer, to go on as if it had never stopped."""
+    """The position of a training. With model and optimizer it is enough to go on as if it had never stopped."""
 
-    epoch: int = 0  # epochs finished
-    step: int = 0  # steps done of the epoch at hand
-    losses: list[float] = field(default_factory=list)  # of every step
-    accuracies: list[float] = field(default_factory=list)  # on the test set after every epoch, 0 .. 1
+    epoch: int = 0  # finished epochs
+    step: int = 0  # finished steps of the current epoch
+    losses: list[float] = field(default_factory=list)  # one per step
+    accuracies: list[float] = field(default_factory=list)  # on the test set, after each epoch, 0 .. 1
     epoch_seconds: list[float] = field(default_factory=list)  # without evaluation
-    seconds: float = 0.0  # of the epoch at hand
+    seconds: float = 0.0  # in the current epoch
 
     def check(self) -> None:
-        """Raises ValueError for values that no training comes to."""
+        """Raises ValueError for values that no training reaches."""
         counts, series = (self.epoch, self.step), (self.losses, self.accuracies, self.epoch_seconds)
         if not all(type(value) is int and value >= 0 for value in counts):
             raise ValueError("counts")
@@ -98,7 +98,8 @@ class Progress:
             raise ValueError("seconds")
         if not len(self.accuracies) == len(self.epoch_seconds) == self.epoch:
             raise ValueError("one value per epoch")
-        # one loss per step, of which each finished epoch has equally many (only the data tell how many), more than step
+        # There is one loss per step. Each finished epoch has the same number of steps (which depends on the data), and
+        # more than `step`.
         before = len(self.losses) - self.step
         if not (before % self.epoch == 0 and before // self.epoch > self.step if self.epoch else before == 0):
             raise ValueError("one loss per step")
@@ -108,15 +109,15 @@ class Training:
     """A model in training.
 
     Args:
-        hyperparameters: of the model and its training.
-        mnist: the data, on the device to train on.
-        device: where to train.
-        state: what `state` of an earlier training gave, to go on from there.
-        processes: those that train together, each with a share of every batch: all have the same seed, data and state,
-            and come to the same model as one alone.
+        hyperparameters: Those of the model and its training.
+        mnist: The data, on the device to train on.
+        device: The device to train on.
+        state: The `state` of an earlier training, to go on from there.
+        processes: The processes that train together, each with a share of every batch. All have the same seed, data and
+            state, and reach the same model as a single process.
 
-    Raises:
-        UserError: the state is of a training on another number of digits.
+            Raises:
+        UserError: The state belongs to a training on another number of digits.
     """
 
     def __init__(
@@ -148,7 +149,7 @@ class Training:
 
     @property
     def evaluations(self) -> list[tuple[int, float]]:
-        """Steps done and the accuracy on the test set, after every epoch and at the end."""
+        """Returns the steps done and the accuracy on the test set, after each epoch and at the end."""
         progress = self.progress
         found = [((epoch + 1) * self.steps_per_epoch, one) for epoch, one in enumerate(progress.accuracies)]
         if progress.step and self.accuracy is not None:  # the training ended within an epoch
@@ -171,13 +172,13 @@ class Training:
         log: Callable[[str], None],
         after_epoch: Callable[[], None] = lambda: None,
     ) -> bool:
-        """Trains until the last epoch's end, max_steps in all, or until stop is set; False in the last case."""
+        """Trains to the last epoch's end, for max_steps in all, or until stop is set; then it returns False."""
         hp, progress = self.hyperparameters, self.progress
         generator = torch.Generator().manual_seed(hp.seed)
         for epoch in range(hp.num_epochs):
             order = torch.randperm(len(self.mnist.train), generator=generator)
             if epoch < progress.epoch:
-                continue  # finished before the resume: its order is drawn only to come to the next
+                continue  # finished before the resume; its order is drawn only to get to the next one
             if self._epoch(order.to(self.device), max_steps, stop, log):
                 return not self.processes.any(stop.is_set())
             progress.accuracies.append(self._test_accuracy())
@@ -193,10 +194,10 @@ class Training:
         return self.processes.sum(correct).item() / len(test)
 
     def _epoch(self, order: Tensor, max_steps: int | None, stop: Event, log: Callable[[str], None]) -> bool:
-        """Goes on with the epoch at hand; True if it was cut short by max_steps or stop."""
+        """Goes on with the current epoch; returns True if max_steps or stop ended it early."""
         hp, progress, train, processes = self.hyperparameters, self.progress, self.mnist.train, self.processes
         batches = order.split(hp.batch_size)
-        pending: list[Tensor] = []  # losses still on the device: reading each one would wait for it
+        pending: list[Tensor] = []  # losses stay on the device, as reading each would wait for it
         begin = time.perf_counter()
 
         def settle() -> None:
@@ -216,7 +217,7 @@ class Training:
                     return True
                 mine = processes.share(batch)
                 scores = self.model(hp.sequences(train.images[mine]))
-                # this share of the whole batch's mean; the shares may differ in size
+                # this process's part of the whole batch's mean, as shares may differ in size
                 loss = F.cross_entropy(scores, train.labels[mine], reduction="sum") / len(batch)
                 self.optimizer.zero_grad()
                 loss.backward()
@@ -236,7 +237,7 @@ class Training:
         return False
 
     def metrics(self) -> dict[str, Any]:
-        """All that is worth knowing about the run, for metrics.json."""
+        """Returns the contents of metrics.json."""
         progress = self.progress
         return {
             "loss": progress.losses,
@@ -259,7 +260,7 @@ class Training:
 
 @torch.no_grad()
 def predictions(model: nn.Module, hyperparameters: Hyperparameters, digits: Digits) -> Tensor:
-    """The class of highest score for each digit, (N,) int64."""
+    """Returns the class with the highest score for each digit, (N,) int64."""
     was_training = model.training
     model.eval()
     found = [model(hyperparameters.sequences(images)).argmax(1) for images in digits.images.split(EVALUATION_BATCH)]
@@ -289,7 +290,7 @@ def device_name(device: torch.device) -> str:
 
 
 def _packed(value: Any) -> bytes:
-    content = io.BytesIO()  # torch.save into a file raises a RuntimeError of C++'s for a full disk
+    content = io.BytesIO()  # with a file, torch.save would raise C++'s RuntimeError for a full disk
     torch.save(value, content)
     return content.getvalue()
 
@@ -306,10 +307,10 @@ def save(training: Training, out: Path) -> None:
 
 
 def check_replaces(training: Training, max_steps: int | None, out: Path, log: Callable[[str], None]) -> None:
-    """Looks at the training in the folder that this one will write to, and tells log if it has this one's steps.
+    """Reads the training in the folder that this one will write to. Tells log if it has the same steps.
 
     Raises:
-        UserError: it is another one, or longer, and would be lost.
+        UserError: That training is another one, or longer, and would be lost.
     """
     try:
         metrics = json.loads((out / "metrics.json").read_text())
@@ -317,11 +318,11 @@ def check_replaces(training: Training, max_steps: int | None, out: Path, log: Ca
         different = [
             f"{name} {before.get(name)}, not {value}"
             for name, value in asdict(training.hyperparameters).items()
-            if name != "num_epochs" and before.get(name) != value  # with more epochs it is the same, and goes on
+            if name != "num_epochs" and before.get(name) != value  # more epochs continue the same training
         ]
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return  # no training
-    if source != training.mnist.source and "sample" in (source, training.mnist.source):  # the others are the same data
+        return  # the folder holds no training
+    if source != training.mnist.source and "sample" in (source, training.mnist.source):  # all others have the same data
         different.append(f"data from {source}, not {training.mnist.source}")
     planned = training.hyperparameters.num_epochs * training.steps_per_epoch
     planned = planned if max_steps is None else min(max_steps, planned)
@@ -336,7 +337,7 @@ def check_replaces(training: Training, max_steps: int | None, out: Path, log: Ca
 
 
 def _load(path: Path) -> dict[Any, Any]:
-    """What a checkpoint holds; nothing if that is no dict, and lacks what is looked for."""
+    """Returns the dict in a checkpoint, or an empty one if the file holds something else."""
     try:
         file = io.BytesIO(path.read_bytes())
     except FileNotFoundError:
@@ -348,22 +349,22 @@ def _load(path: Path) -> dict[Any, Any]:
             raise ValueError("a wrong checksum, at which torch.load does not look")
         file.seek(0)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of odd files: the error, if it is one, is enough
+            warnings.simplefilter("ignore")  # about odd files; an error, if there is one, is enough
             found = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception:  # of many kinds, with texts that advise to load the file without weights_only
+    except Exception:  # there are many kinds, and their texts advise to load without weights_only
         why = "it is damaged, or holds something else than tensors and plain values"
         raise UserError(f"{path} is not a checkpoint: {why}") from None
     return found if isinstance(found, dict) else {}
 
 
 def _check_tensors(found: dict[str, Tensor], hyperparameters: Hyperparameters) -> None:
-    """Raises ValueError with the first reason why found is not the state_dict of such a model.
+    """Raises ValueError, with the first reason, if found is not the state_dict of such a model.
 
     load_state_dict would list all reasons, and would cast integers and complex numbers.
     """
-    if hyperparameters.num_layers > len(found):  # a wrong number of layers may be huge
+    if hyperparameters.num_layers > len(found):  # a wrong number of layers could be huge
         raise ValueError(f"it has less than {hyperparameters.num_layers} layers")
-    with torch.device("meta"):  # and so may sizes
+    with torch.device("meta"):  # sizes could be huge, too
         expected = hyperparameters.model().state_dict()
     for name in expected:
         if name not in found:
@@ -380,7 +381,7 @@ def _check_tensors(found: dict[str, Tensor], hyperparameters: Hyperparameters) -
 
 
 def _check_moments(found: dict[int, dict[str, Tensor]], parameters: list[nn.Parameter]) -> None:
-    """Raises ValueError for what is not Adam's state of parameters: its kernels would read beyond small tensors."""
+    """Raises ValueError if found is not Adam's state of parameters, as its kernels would read beyond small tensors."""
 
     def kind(tensor: Tensor) -> tuple[Any, ...]:
         return tensor.dtype, tensor.device, tensor.shape, tensor.is_contiguous()
@@ -395,15 +396,15 @@ def _check_moments(found: dict[int, dict[str, Tensor]], parameters: list[nn.Para
 
 
 def state_file(path: Path) -> Path:
-    """The file of a training's state: path, or the one in this folder."""
+    """Returns the file of a training's state: path, or the file in that folder."""
     return path / "training_state.pt" if path.is_dir() else path
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """The training state in a file, or in the folder of a run.
+    """Loads the training state from a file, or from the folder of a run.
 
     Raises:
-        UserError: there is none.
+        UserError: There is none.
     """
     path = state_file(path)
     state = _load(path)
@@ -420,7 +421,7 @@ def load_state(path: Path) -> dict[str, Any]:
         model.load_state_dict(state["model"])
         moments = state["optimizer"]["state"]
         _check_moments(moments, list(model.parameters()) if state["progress"]["losses"] else [])
-        state["optimizer"] = {**hp.optimizer(model).state_dict(), "state": moments}  # all else is in hp
+        state["optimizer"] = {**hp.optimizer(model).state_dict(), "state": moments}  # the rest is in hp
         state["hyperparameters"] = asdict(hp)
     except (KeyError, TypeError, AttributeError, ValueError, IndexError, RuntimeError, UserError):
         raise UserError(f"{path} is not a training_state.pt") from None
@@ -428,10 +429,10 @@ def load_state(path: Path) -> dict[str, Any]:
 
 
 def load_model(path: Path, device: torch.device) -> tuple[BiRNN, Hyperparameters]:
-    """A model from its model.ckpt alone: the sizes are those of its tensors.
+    """Loads a model from its model.ckpt alone, with the sizes of the tensors in it.
 
     Raises:
-        UserError: there is no such file, or it holds something else.
+        UserError: There is no such file, or it holds something else.
     """
     state = _load(path)
     try:
@@ -452,7 +453,7 @@ def load_model(path: Path, device: torch.device) -> tuple[BiRNN, Hyperparameters
 
 @contextmanager
 def interruptible() -> Iterator[Event]:
-    """Yields an event that Ctrl-C and SIGTERM set, in place of stopping in the middle of a step or of a file."""
+    """Yields an event that Ctrl-C and SIGTERM set, so that they do not stop in the middle of a step or of a file."""
     stop = Event()
     before = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -1,4 +1,4 @@
-// How what every kernel calls is inlined and unrolled, on the CPU and on CUDA.
+// Macros that make the compiler inline functions and unroll loops in every kernel, on the CPU and on CUDA.
 #pragma once
 
 #if defined(__CUDACC__)

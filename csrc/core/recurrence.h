@@ -1,5 +1,5 @@
-// What a recurrence kernel is told: raw pointers and sizes. T steps, B sequences, D directions (1 or 2), H hidden
-// units, I input features.
+// Parameters of the recurrence kernels, as raw pointers and sizes: T steps, B sequences, D directions (1 or 2), H
+// hidden units, I input features.
 //
 // Direction 0 runs t = 0 .. T-1, direction 1 runs t = T-1 .. 0. With lengths, sequence b consists of its first
 // lengths[b] steps only: direction 1 starts at lengths[b]-1, and steps beyond are skipped.
@@ -14,7 +14,7 @@
 
 namespace birnn {
 
-// f32_high: float32 of which products keep 16 bits, PyTorch's matmul precision "high" (CPU with AMX).
+// f32_high is float32 whose products keep 16 bits: PyTorch's matmul precision "high" (CPU with AMX).
 enum class DType : int { f64, f32, f16, bf16, f32_high };
 
 // Bytes of an element.
@@ -27,53 +27,53 @@ struct RecurrenceSizes {
   int64_t T, B, D, H;
 };
 
-// The input projection, where the kernels do it themselves (CPU, double and float). Weights of each direction.
+// Parameters of the input projection, where the kernels do it themselves (CPU). Weights have an entry per direction.
 struct InputProjection {
-  const void* x;               // S (T, B, I), element (t, b, k) at t * stride_t + b * stride_b + k; null: no projection
-  int64_t I;                   //
+  const void* x;  // S (T, B, I), element (t, b, k) at t * stride_t + b * stride_b + k; null: no projection
+  int64_t I;
   int64_t stride_t, stride_b;  // in elements
   const void* w_ih[2];         // S (4H, I)
   const void* bias_ih[2];      // S (4H), or null: zeros
-  const void* bias_hh[2];      // likewise
+  const void* bias_hh[2];      // S (4H), or null: zeros
 };
 
 struct ForwardParams : RecurrenceSizes {
-  InputProjection input;   // where gates_x is null
+  InputProjection input;   // used if gates_x is null
   const void* gates_x;     // S (T, B, D, 4H): input projection with both biases added, gate order i, f, g, o
-  const void* w_hh[2];     // S (4H, H), of each direction
+  const void* w_hh[2];     // S (4H, H), one per direction
   const void* h0;          // S (D, B, H), or null: zeros
   const void* c0;          // S (D, B, H), or null: zeros
   const int64_t* lengths;  // (B), each in 0..T, or null: all T
   void* y;                 // S (T, B, D, H): h of every step; 0 beyond a sequence's end
   void* h_n;               // S (D, B, H): h after each sequence's own last step (h0 if it has none)
-  void* c_n;               // S (D, B, H): likewise c
-  void* gates;             // S (T, B, D, 4H): activated gates for the backward pass, or null: not wanted
-  void* cells;             // A (T, B, D, H): c of every step for the backward pass, or null. Both 0 beyond ends
+  void* c_n;               // S (D, B, H): c after that step
+  void* gates;             // S (T, B, D, 4H), or null: not wanted; activated gates for the backward pass, 0 beyond ends
+  void* cells;             // A (T, B, D, H), or null: not wanted; c of every step, 0 beyond ends
 };
 
 struct BackwardParams : RecurrenceSizes {
-  const void* w_hh[2];     // as above
-  const void* c0;          // S, or null: zeros
-  const int64_t* lengths;  // as above
-  const void* gates;       // as the forward pass saved them; null: computed anew from input, h0 and y
-  const void* cells;       // as the forward pass saved them
-  const void* dy;          // S (T, B, D, H), or null: zeros; element (t, b, d, u) at t * dy_stride_t + b * dy_stride_b
-  int64_t dy_stride_t;     //   + d * H + u
-  int64_t dy_stride_b;     //
-  const void* dh_n;        // S (D, B, H), or null: zeros
-  const void* dc_n;        // S (D, B, H), or null: zeros
-  void* d_gates_x;         // S (T, B, D, 4H): 0 beyond a sequence's end; null where the gradients below are wanted
-  void* dh0;               // S (D, B, H), or null: not wanted
-  void* dc0;               // S (D, B, H), or null with dh0
+  const void* w_hh[2];  // these three as in the forward pass
+  const void* c0;
+  const int64_t* lengths;
+  const void* gates;    // saved by the forward pass; null: recomputed from input, h0 and y
+  const void* cells;    // saved by the forward pass
+  const void* dy;       // S (T, B, D, H), or null: zeros; element (t, b, d, u) at t * dy_stride_t + b * dy_stride_b
+  int64_t dy_stride_t;  //   + d * H + u
+  int64_t dy_stride_b;
+  const void* dh_n;  // S (D, B, H), or null: zeros
+  const void* dc_n;  // S (D, B, H), or null: zeros
+  void* d_gates_x;   // S (T, B, D, 4H): 0 beyond a sequence's end; null where the gradients below are wanted
+  void* dh0;         // S (D, B, H), or null: not wanted
+  void* dc0;         // S (D, B, H), or null with dh0
 
-  // The gradients of a layer with its input projection (CPU, double and float), in place of d_gates_x.
+  // A layer with its input projection (CPU, double and float) has these gradients in place of d_gates_x.
   InputProjection input;
   const void* h0;   // S (D, B, H), or null: zeros
-  const void* y;    // S (T, B, D, H): of the forward pass
+  const void* y;    // S (T, B, D, H), output of the forward pass
   void* dx;         // S (T, B, I), filled with zeros; or null: not wanted
-  void* dw_ih[2];   // S (4H, I) of each direction, or null: not wanted
+  void* dw_ih[2];   // S (4H, I), one per direction; or null: not wanted
   void* dw_hh[2];   // S (4H, H), null with dw_ih
-  void* d_bias[2];  // S (4H), of either bias, null with dw_ih
+  void* d_bias[2];  // S (4H), gradient of either bias, null with dw_ih
 };
 
 }  // namespace birnn

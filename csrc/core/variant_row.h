@@ -1,11 +1,12 @@
-// One step of the LSTM of variant.h for one row: one direction of one sequence. A row's units are visited by X: a SIMD
-// loop on the CPU, the threads of a block on the GPU. The cell's equations are cells/lstm.h's.
+// One step of the extended LSTM (variant.h) for one row: one direction of one sequence. X visits the row's units: with
+// a SIMD loop on the CPU, with the threads of a block on the GPU. cells/lstm.h has the cell's equations.
 //
-// Types S, A and F as in variant.h. X has V, some units' values of type A, M, their functions (cells/lstm.h), and
-// - each(n, f): f(u, count) for the units u .. u+count-1 of n, count being all that V holds, or what is left
+// Types S, A and F are those of variant.h. X has the types V (values of type A of some units) and M (their functions,
+// see cells/lstm.h), and
+// - each(n, f): calls f(u, count) for the units u .. u+count-1 of n, where count is all that V holds or what is left
 // - load<T>(p, at, count), store<T>(p, at, v, count)
 // - only(v, count): v with 0 for units beyond count
-// - sum(v): over all units, for all that take part in the row, after all of them have done what stands before
+// - sum(v): the sum over all units of the row. On the GPU it is a barrier for the threads of the row, which all get it
 // - store_one<T>(p, at, value)
 // - inverse_root(a): 1 / sqrt(a)
 #pragma once
@@ -17,15 +18,15 @@
 
 namespace birnn {
 
-// Where a row is in a pass.
+// The place of a row in a pass, as indices.
 struct RowPlace {
   int64_t d, b, t;
-  int64_t row;         // of (T, B, D)
-  int64_t row_before;  // of the step before t
-  int64_t state;       // of (D, B)
+  int64_t row;         // in (T, B, D)
+  int64_t row_before;  // the same for the step before t
+  int64_t state;       // in (D, B)
   bool active;         // the sequence has a step t
-  bool first;          // and it is its first
-  bool cleared;        // and it begins with h = c = 0
+  bool first;          // t is its first step
+  bool cleared;        // a reset: step t begins with h = c = 0
 };
 
 BIRNN_INLINE RowPlace row_place(const Variant& p, int64_t state, bool forward) {
@@ -41,7 +42,7 @@ BIRNN_INLINE RowPlace row_place(const Variant& p, int64_t state, bool forward) {
   const int64_t length = length_of(p.lengths, at.b, p.T);
   at.active = order.active(at.t, length);
   at.first = at.t == order.first(length);
-  const int64_t begins = at.t > before ? at.t : before;  // the step that reset speaks of: the later one
+  const int64_t begins = at.t > before ? at.t : before;  // reset marks the later one
   at.cleared = p.reset && begins < length && p.reset[begins * p.B + at.b];
   return at;
 }
@@ -58,7 +59,7 @@ BIRNN_INLINE void store_zeros(const X& x, void* p, int64_t at, int64_t n) {
   if (p) x.each(n, [&](int64_t u, int64_t count) BIRNN_INLINE_LAMBDA { x.template store<T>(p, at + u, zeros, count); });
 }
 
-// Values of units at, at+1, ... of each gate, whose rows of H values stand one after the other.
+// Loads units at, at+1, ... of each gate; the gates' rows of H values are contiguous.
 template <class T, class X>
 BIRNN_INLINE void load_gates(const X& x, const void* p, int64_t at, int64_t H, int64_t count,
                              typename X::V (&gates)[Lstm::kGates]) {
@@ -73,12 +74,13 @@ BIRNN_INLINE void store_gates(const X& x, void* p, int64_t at, int64_t H, const 
   for (int g = 0; g < Lstm::kGates; ++g) x.template store<T>(p, at + g * H, gates[g], count);
 }
 
-// Mean and inverse standard deviation of n values, value(u, count) giving some of them.
+// Mean and inverse standard deviation of n values.
 template <class A>
 struct Moments {
   A mean, rstd;
 };
 
+// value(u, count) returns some of the n values.
 template <class X, class F>
 BIRNN_INLINE Moments<typename X::A> moments(const X& x, int64_t n, double eps, const F& value) {
   using A = typename X::A;
@@ -95,7 +97,7 @@ BIRNN_INLINE Moments<typename X::A> moments(const X& x, int64_t n, double eps, c
 
 // --- forward ---------------------------------------------------------------------------------------------------------
 
-// h' of some units -> h_t.
+// Makes h_t from h' of some units, and stores it.
 template <class S, class F, class X>
 BIRNN_INLINE void store_output(const VariantForward& p, const X& x, const RowPlace& at, int64_t u, int64_t count,
                                typename X::V h) {
@@ -113,7 +115,7 @@ BIRNN_INLINE void store_output(const VariantForward& p, const X& x, const RowPla
     x.template store<F>(p.operand, state, p.h_mask ? h * x.template load<S>(p.h_mask, state, count) : h, count);
 }
 
-// One step, up to o tanh(c') if there is a projection.
+// One step. With a projection it ends at o tanh(c'), and variant_forward_projected_row does the rest.
 template <class S, class F, class X>
 BIRNN_INLINE void variant_forward_row(const VariantForward& p, const X& x, int64_t state) {
   using A = typename X::A;
@@ -163,7 +165,7 @@ BIRNN_INLINE void variant_forward_row(const VariantForward& p, const X& x, int64
     const V c_prev = at.cleared ? V{} : x.template load<A>(p.c, state * H + u, count);
     V c = Lstm::state(gates, c_prev);
     if (p.gates) store_gates<S>(x, p.gates, in_gates + u, H, gates, count);
-    if (p.ln_c) {  // the products' place keeps what the normalised cell needs
+    if (p.ln_c) {  // c' and o wait in the products' place until the row's moments are known
       x.template store<A>(p.products, products + u, c, count);
       x.template store<A>(p.products, products + Lstm::o * H + u, gates[Lstm::o], count);
     } else {
@@ -189,7 +191,7 @@ BIRNN_INLINE void variant_forward_row(const VariantForward& p, const X& x, int64
   });
 }
 
-// The rest of a step with a projection.
+// The second part of a step with a projection: h' -> h_t.
 template <class S, class F, class X>
 BIRNN_INLINE void variant_forward_projected_row(const VariantForward& p, const X& x, int64_t state) {
   using A = typename X::A;
@@ -202,7 +204,7 @@ BIRNN_INLINE void variant_forward_projected_row(const VariantForward& p, const X
 
 // --- backward --------------------------------------------------------------------------------------------------------
 
-// The gradient of h_t -> those of h' and, directly, of h_{t-1}.
+// Turns the gradient of h_t into those of h' and, by zoneout, of h_{t-1}.
 template <class S, class F, class X>
 BIRNN_INLINE void variant_backward_output_row(const VariantBackward& p, const X& x, int64_t state) {
   using A = typename X::A;
@@ -233,7 +235,83 @@ BIRNN_INLINE void variant_backward_output_row(const VariantBackward& p, const X&
   });
 }
 
-// The gradient of o tanh(c') -> those of gates_x, of W_hh h_{t-1} and of c_{t-1}.
+// c_{t-1} of some units, as the cell read it.
+template <class S, class X>
+BIRNN_INLINE typename X::V cell_before(const VariantBackward& p, const X& x, const RowPlace& at, int64_t u,
+                                       int64_t count) {
+  if (at.cleared) return typename X::V{};
+  const int64_t in_state = at.state * p.H + u;
+  if (at.first) return p.c0 ? x.template load<S>(p.c0, in_state, count) : typename X::V{};
+  return x.template load<typename X::A>(p.cells, at.row_before * p.H + u, count);
+}
+
+// If layer norm reads c', the gradient of c' needs these values of the whole row.
+template <class A>
+struct CellNorm {
+  Moments<A> cell;          // of c'
+  A mean_d, mean_d_normed;  // of the gradient d of LN(c'), and of d LN(c')
+};
+
+// Computes them, and adds this step's part to the gradients of ln_c.
+template <class S, class X>
+BIRNN_INLINE CellNorm<typename X::A> variant_backward_cell_norm(const VariantBackward& p, const X& x,
+                                                                const RowPlace& at) {
+  using A = typename X::A;
+  using V = typename X::V;
+  using M = typename X::M;
+  const int64_t H = p.H, in_gates = at.row * Lstm::kGates * H, ln_c = at.d * 2 * H;
+  const auto cell = [&](int64_t u, int64_t count) BIRNN_INLINE_LAMBDA {
+    V gates[Lstm::kGates];
+    load_gates<S>(x, p.gates, in_gates + u, H, count, gates);
+    return Lstm::state(gates, cell_before<S>(p, x, at, u, count));  // p.cells has c_t instead, which zoneout may hold
+  };
+  const Moments<A> of_cell = moments(x, H, p.eps, cell);
+  V sum_d{}, sum_d_normed{};
+  x.each(H, [&](int64_t u, int64_t count) BIRNN_INLINE_LAMBDA {
+    V gates[Lstm::kGates];
+    load_gates<S>(x, p.gates, in_gates + u, H, count, gates);
+    const V normed = (cell(u, count) - of_cell.mean) * of_cell.rstd,
+            factor = x.template load<S>(p.ln_c, ln_c + u, count);
+    V d_o, dn;
+    Lstm::output_backward<M>(gates, normed * factor + x.template load<S>(p.ln_c, ln_c + H + u, count),
+                             x.template load<A>(p.d_hidden, at.state * H + u, count), d_o, dn);
+    const int64_t sums = at.state * 2 * H + u;
+    x.template store<A>(p.d_ln_c, sums, x.template load<A>(p.d_ln_c, sums, count) + dn * normed, count);
+    x.template store<A>(p.d_ln_c, sums + H, x.template load<A>(p.d_ln_c, sums + H, count) + dn, count);
+    const V d = x.only(dn * factor, count);
+    sum_d = sum_d + d;
+    sum_d_normed = sum_d_normed + d * normed;
+  });
+  const A mean_d = x.sum(sum_d) / A(H);
+  return {of_cell, mean_d, x.sum(sum_d_normed) / A(H)};
+}
+
+// The gradient of W_hh h_{t-1} where layer norm reads it. The row has written dz to d_gates_x, and sums over all gates
+// of dz ln_hh and of dz ln_hh LN(W_hh h_{t-1}).
+template <class S, class F, class X>
+BIRNN_INLINE void variant_backward_products_norm(const VariantBackward& p, const X& x, const RowPlace& at,
+                                                 typename X::V sum_dz, typename X::V sum_dz_normed) {
+  using A = typename X::A;
+  using V = typename X::V;
+  const int64_t H = p.H, width = Lstm::kGates * H, in_gates = at.row * width;
+  const A mean_dz = x.sum(sum_dz) / A(width), mean_dz_normed = x.sum(sum_dz_normed) / A(width),
+          rstd = static_cast<const A*>(p.rstd)[at.row];
+  x.each(H, [&](int64_t u, int64_t count) BIRNN_INLINE_LAMBDA {
+    V d[Lstm::kGates] = {};
+    if (!at.cleared) {
+      V dz[Lstm::kGates], normed[Lstm::kGates], factor[Lstm::kGates];
+      load_gates<S>(x, p.d_gates_x, in_gates + u, H, count, dz);
+      load_gates<S>(x, p.normed, in_gates + u, H, count, normed);
+      load_gates<S>(x, p.ln_hh, at.d * width + u, H, count, factor);
+      BIRNN_UNROLL
+      for (int g = 0; g < Lstm::kGates; ++g) d[g] = (dz[g] * factor[g] - mean_dz - normed[g] * mean_dz_normed) * rstd;
+    }
+    store_gates<F>(x, p.operand, at.state * width + u, H, d, count);
+    store_gates<S>(x, p.d_products, in_gates + u, H, d, count);
+  });
+}
+
+// Turns the gradient of o tanh(c') into those of gates_x, of W_hh h_{t-1} and of c_{t-1}.
 template <class S, class F, class X>
 BIRNN_INLINE void variant_backward_row(const VariantBackward& p, const X& x, int64_t state) {
   using A = typename X::A;
@@ -248,53 +326,22 @@ BIRNN_INLINE void variant_backward_row(const VariantBackward& p, const X& x, int
     store_zeros<F>(x, p.operand, state * width, width);
     return;
   }
-  const auto c_before = [&](int64_t u, int64_t count) BIRNN_INLINE_LAMBDA {
-    if (at.cleared) return V{};
-    if (at.first) return p.c0 ? x.template load<S>(p.c0, state * H + u, count) : V{};
-    return x.template load<A>(p.cells, at.row_before * H + u, count);
-  };
-  const auto cell = [&](int64_t u, int64_t count) BIRNN_INLINE_LAMBDA {  // c', which zoneout may have put aside
-    V gates[Lstm::kGates];
-    load_gates<S>(x, p.gates, in_gates + u, H, count, gates);
-    return Lstm::state(gates, c_before(u, count));
-  };
-  const int64_t ln_c = at.d * 2 * H;
-  Moments<A> of_cell{};
-  A mean_d = 0, mean_d_normed = 0;  // of the gradient of LN(c'), and of it times LN(c')
-  if (p.ln_c) {
-    of_cell = moments(x, H, p.eps, cell);
-    V sum_d{}, sum_d_normed{};
-    x.each(H, [&](int64_t u, int64_t count) BIRNN_INLINE_LAMBDA {
-      V gates[Lstm::kGates];
-      load_gates<S>(x, p.gates, in_gates + u, H, count, gates);
-      const V normed = (cell(u, count) - of_cell.mean) * of_cell.rstd,
-              factor = x.template load<S>(p.ln_c, ln_c + u, count);
-      V d_o, dn;
-      Lstm::output_backward<M>(gates, normed * factor + x.template load<S>(p.ln_c, ln_c + H + u, count),
-                               x.template load<A>(p.d_hidden, state * H + u, count), d_o, dn);
-      const int64_t sums = state * 2 * H + u;
-      x.template store<A>(p.d_ln_c, sums, x.template load<A>(p.d_ln_c, sums, count) + dn * normed, count);
-      x.template store<A>(p.d_ln_c, sums + H, x.template load<A>(p.d_ln_c, sums + H, count) + dn, count);
-      const V d = x.only(dn * factor, count);
-      sum_d = sum_d + d;
-      sum_d_normed = sum_d_normed + d * normed;
-    });
-    mean_d = x.sum(sum_d) / A(H);
-    mean_d_normed = x.sum(sum_d_normed) / A(H);
-  }
+  CellNorm<A> norm{};
+  if (p.ln_c) norm = variant_backward_cell_norm<S>(p, x, at);
 
+  const int64_t ln_c = at.d * 2 * H;
   V sum_dz{}, sum_dz_normed{};
   x.each(H, [&](int64_t u, int64_t count) BIRNN_INLINE_LAMBDA {
     V gates[Lstm::kGates], dz[Lstm::kGates];
     load_gates<S>(x, p.gates, in_gates + u, H, count, gates);
-    const V c_prev = c_before(u, count), c = Lstm::state(gates, c_prev),
+    const V c_prev = cell_before<S>(p, x, at, u, count), c = Lstm::state(gates, c_prev),
             d_hidden = x.template load<A>(p.d_hidden, state * H + u, count);
-    V d_o, d_cell, read = c;  // read: what tanh is taken of
+    V d_o, d_cell, read = c;  // tanh reads c', or its layer norm
     if (p.ln_c) {
-      const V normed = (c - of_cell.mean) * of_cell.rstd, factor = x.template load<S>(p.ln_c, ln_c + u, count);
+      const V normed = (c - norm.cell.mean) * norm.cell.rstd, factor = x.template load<S>(p.ln_c, ln_c + u, count);
       read = normed * factor + x.template load<S>(p.ln_c, ln_c + H + u, count);
       Lstm::output_backward<M>(gates, read, d_hidden, d_o, d_cell);
-      d_cell = (d_cell * factor - mean_d - normed * mean_d_normed) * of_cell.rstd;
+      d_cell = (d_cell * factor - norm.mean_d - normed * norm.mean_d_normed) * norm.cell.rstd;
     } else {
       Lstm::output_backward<M>(gates, c, d_hidden, d_o, d_cell);
     }
@@ -333,22 +380,7 @@ BIRNN_INLINE void variant_backward_row(const VariantBackward& p, const X& x, int
       if (p.d_products) store_gates<S>(x, p.d_products, in_gates + u, H, dz, count);
     }
   });
-  if (!p.ln_hh) return;
-  const A mean_dz = x.sum(sum_dz) / A(width), mean_dz_normed = x.sum(sum_dz_normed) / A(width),
-          rstd = static_cast<const A*>(p.rstd)[at.row];
-  x.each(H, [&](int64_t u, int64_t count) BIRNN_INLINE_LAMBDA {
-    V d[Lstm::kGates] = {};
-    if (!at.cleared) {
-      V dz[Lstm::kGates], normed[Lstm::kGates], factor[Lstm::kGates];
-      load_gates<S>(x, p.d_gates_x, in_gates + u, H, count, dz);
-      load_gates<S>(x, p.normed, in_gates + u, H, count, normed);
-      load_gates<S>(x, p.ln_hh, at.d * width + u, H, count, factor);
-      BIRNN_UNROLL
-      for (int g = 0; g < Lstm::kGates; ++g) d[g] = (dz[g] * factor[g] - mean_dz - normed[g] * mean_dz_normed) * rstd;
-    }
-    store_gates<F>(x, p.operand, state * width + u, H, d, count);
-    store_gates<S>(x, p.d_products, in_gates + u, H, d, count);
-  });
+  if (p.ln_hh) variant_backward_products_norm<S, F>(p, x, at, sum_dz, sum_dz_normed);
 }
 
 }  // namespace birnn

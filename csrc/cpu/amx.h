@@ -1,9 +1,9 @@
-// Products on AMX's tile registers: 16 x 16 sums of bfloat16 pairs. Included by tiles.h. BIRNN_EMULATE_AMX computes the
-// same in plain code, to test all around it on CPUs without AMX.
+// Products on AMX's tile registers: 16 x 16 sums of bfloat16 pairs. tiles.h includes this file. BIRNN_EMULATE_AMX
+// computes the same in plain code, so that CPUs without AMX can test the code around it.
 
 #if !BIRNN_EMULATE_AMX
 
-// The configuration of all eight tiles: 16 rows of 64 bytes. Lasts as long as the object.
+// Configures all eight tiles as 16 rows of 64 bytes, for the object's lifetime.
 class TileRegisters {
  public:
   TileRegisters() {
@@ -17,9 +17,9 @@ class TileRegisters {
   ~TileRegisters() { asm volatile("tilerelease"); }
 };
 
-// acc[m][n] += sum over k < K of a[m * stride + k] * panel[k / 2][n][lane][k % 2], K a multiple of 32. Tiles 0 to 3 are
-// the sums, 4 and 5 are a and the panel. The intrinsics of GCC 12 do not tell the compiler that they read and write
-// memory.
+// acc[m][n] += sum over k < K of a[m * stride + k] * panel[k / 2][n][lane][k % 2], K a multiple of 32. Tiles 0 to 3
+// hold the sums, tile 4 holds a, and the others hold the panel. The asm statements are there because GCC 12's
+// intrinsics do not tell the compiler that they read and write memory.
 template <int N>
 INLINE void multiply_amx(Vec<float> (&acc)[16][N], const bfloat16* a, int64_t stride, const bfloat16* panel,
                          int64_t K) {

@@ -1,4 +1,4 @@
-// The backward pass of a chain. Included once per ISA (recurrence_kernel.h).
+// The backward pass of a chain. recurrence_kernel.h includes this file, once per ISA.
 
 template <class Cell, class S>
 struct Backward {
@@ -18,7 +18,7 @@ struct Backward {
   A* dc;                      // [row][padded]
   A* zeros;                   // (H)
   A* gates;                   // [step][block][value][lane]: recomputed
-  Factor<S>*x_rows, *h_rows;  // of a split type: x and h of recomputed steps as factors
+  Factor<S>*x_rows, *h_rows;  // x and h of recomputed steps as factors, for a split type
   Factor<S>* dz[2];           // [row][plane][gate][padded] of the previous and of this step, alternating
 
   Backward(const BackwardParams& params, const Chain& ch, const Panels& packed, const Slots& out, int64_t steps_at_once,
@@ -44,7 +44,7 @@ struct Backward {
                sizeof(Factor<S>);
   }
 
-  // Of rows of n values as factors.
+  // How many values rows of n values take as factors.
   static int64_t row_values(int64_t n, int64_t rows) {
     return round_up(rows, kTileRows<S>) * packed_rows<S>(n) * kPlanes<S>;
   }
@@ -112,7 +112,7 @@ struct Backward {
     }
   }
 
-  // dh0 = W_hh^T dz of each row's first step, which finish() has brought to dz[0].
+  // dh0 = W_hh^T dz of each row's first step. finish() has moved that dz to dz[0].
   template <int M, int N>
   INLINE void initial_tile(int wanted, int64_t first, int64_t v) {
     V acc[M][N] = {};
@@ -137,13 +137,13 @@ struct Backward {
 
   void start() {
     const S* dc_n = static_cast<const S*>(p.dc_n);
-    for (int64_t r = chain.count; r < round_up(chain.count, kTileRows<S>); ++r)  // multiplied, though there are none
+    for (int64_t r = chain.count; r < round_up(chain.count, kTileRows<S>); ++r)  // AMX multiplies these, too
       if (member.index == 0 && kAmx<S>)
         for (Factor<S>* buffer : dz) __builtin_memset(buffer + r * row_size, 0, row_size * sizeof(Factor<S>));
     for (int64_t r = 0; r < chain.count; ++r)
       for (int64_t unit = begin * L; unit < end * L; unit += L) {
         for (int64_t g = 0; g < kGates; ++g)
-          for (Factor<S>* buffer : dz)  // rows that begin later have had no dz yet
+          for (Factor<S>* buffer : dz)  // a row that begins later has no dz yet
             store_row<S>(buffer + r * row_size + g * padded + unit, plane, V{});
         store_vector(dc + r * padded + unit, dc_n ? load<A>(dc_n + (d * B + chain.rows[r]) * H + unit, H - unit) : V{});
       }
@@ -183,7 +183,7 @@ struct Backward {
                  H - unit);
   }
 
-  // The gates of some steps from what the forward pass kept: x, h and the weights. No step waits for another.
+  // Recomputes the gates of some steps from x, h and the weights. No step waits for another, as all h are known.
   void recompute(const Steps& steps) {
     if constexpr (kLayer<S>) {
       const InputProjection& in = p.input;
@@ -218,7 +218,7 @@ struct Backward {
     }
   }
 
-  // Iterations s_begin <= s < s_end.
+  // Runs the iterations s_begin <= s < s_end.
   void run(int64_t steps_at_once, int64_t s_begin, int64_t s_end) {
     if (s_begin == 0) {
       start();

@@ -14,7 +14,7 @@ void Barrier::wait(int64_t count) {
   }
   for (int spins = 0; round_.load(std::memory_order_acquire) == round; ++spins) {
     if (spins > 2000) {
-      std::this_thread::yield();  // there may be more threads than cores
+      std::this_thread::yield();  // another thread may need this core
       continue;
     }
 #if defined(__x86_64__)

@@ -1,5 +1,5 @@
-// A barrier for threads that all run at the same time, on which they spin: a step of a small LSTM takes about as long
-// as a futex call.
+// A barrier for threads that all run at the same time. They spin on it, because a step of a small LSTM takes only about
+// as long as a futex call.
 #pragma once
 
 #include <atomic>

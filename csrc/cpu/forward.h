@@ -1,6 +1,6 @@
-// The forward pass of a chain. Included once per ISA (recurrence_kernel.h).
+// The forward pass of a chain. recurrence_kernel.h includes this file, once per ISA.
 
-// How many of a chain's sequences, longest first, have a step t.
+// Returns how many of a chain's sequences, longest first, have a step t. The search starts at `hint`.
 INLINE int64_t active_rows(const Chain& chain, const int64_t* lengths, int64_t t, int64_t hint) {
   if (!lengths) return chain.count;
   while (hint > 0 && lengths[chain.rows[hint - 1]] <= t) --hint;
@@ -8,11 +8,10 @@ INLINE int64_t active_rows(const Chain& chain, const int64_t* lengths, int64_t t
   return hint;
 }
 
-// The steps of a chain's sequences at the iterations begin <= s < end, one after the other; at most
-// kMostStepsAtOnce.
+// All steps of a chain's sequences in the iterations begin <= s < end, at most kMostStepsAtOnce.
 struct Steps {
   int64_t begin, end, total = 0;
-  int64_t rows[kMostStepsAtOnce], first[kMostStepsAtOnce];  // of each iteration: how many, and where they begin
+  int64_t rows[kMostStepsAtOnce], first[kMostStepsAtOnce];  // per iteration: how many, and the number of its first
 
   template <class Params>
   Steps(const Params& p, const Chain& chain, int64_t b, int64_t e, bool forward) : begin(b), end(e) {
@@ -26,7 +25,7 @@ struct Steps {
   }
 };
 
-// Goes through Steps.
+// Walks through Steps, one after the other.
 struct Cursor {
   const Steps& steps;
   int64_t s, row = 0;
@@ -40,10 +39,10 @@ struct Cursor {
   }
 };
 
-// Pre-activations of some steps, as far as they don't wait for the recurrence: z = bias + W_ih x (+ W_hh h, where the
-// backward pass knows h), and with h the gates. z: [step][block][gate][lane]; blocks from `begin` to `end`.
-// x_of(cursor, k), h_of(cursor, k): the rows of a step, the k-th of `steps`. Several steps at once fill the rows of the
-// tiles when there are few sequences, and read the panel but once.
+// Computes the part of the pre-activations that does not wait for the recurrence, z = bias + W_ih x. The backward pass,
+// which knows h, has W_hh h added and gets the activated gates. z is [step][block][gate][lane], for the blocks from
+// `begin` to `end`. x_of(cursor, k) and h_of(cursor, k) return the rows of the k-th of `steps`. Taking several steps at
+// once fills the rows of the tiles even with few sequences, and reads the panel only once.
 template <class Cell, class S, class X, class H_>
 INLINE void project(const InputProjection& input, int64_t d, int64_t H, int64_t begin, int64_t end,
                     const Panels& panels, const Steps& steps, const X& x_of, const H_* h_of, Accumulate<S>* z) {
@@ -72,7 +71,7 @@ INLINE void project(const InputProjection& input, int64_t d, int64_t H, int64_t 
         multiply<S>(acc, x, panel_ih, kStep<S> == 1 ? I : K_ih);
         if (h_of) multiply<S>(acc, h, panel_hh, kStep<S> == 1 ? H : K_hh);
         for (int m = 0; m < (kAmx<S> ? wanted : M); ++m) {
-          static_assert(Cell::kAddsParts);  // or h takes an accumulator of its own for some gate
+          static_assert(Cell::kAddsParts);  // otherwise some gate needs an accumulator of its own for h
           if (h_of) Cell::template activate<Math<A>>(acc[m]);
           A* to = z + ((k + m) * padded + block * L) * kGates;
           BIRNN_UNROLL
@@ -82,13 +81,13 @@ INLINE void project(const InputProjection& input, int64_t d, int64_t H, int64_t 
   }
 }
 
-// Values between neighbouring rows of n factors, and planes of a split type: whole vectors of them, whole kSteps.
+// The distance between neighbouring rows of n factors (and planes of a split type): whole vectors and whole kSteps.
 template <class S>
 INLINE int64_t factor_row(int64_t n) {
   return round_up(round_up(n, kLanes<Accumulate<S>>), kStep<S>);
 }
 
-// The rows of some steps as factors, [step][plane][factor_row(n)], zeros beyond n values and in the last tile.
+// Converts the rows of some steps to factors, [step][plane][factor_row(n)], with zeros beyond n and in the last tile.
 template <class S, class Row>
 INLINE void gather_rows(const Steps& steps, int64_t n, const Row& row_of, Factor<S>* to) {
   using A = Accumulate<S>;
@@ -102,8 +101,8 @@ INLINE void gather_rows(const Steps& steps, int64_t n, const Row& row_of, Factor
   }
 }
 
-// Few rows in all do not pay for packed weights (see kMostUnpackedRows): the same sums with the roles exchanged, W_ih's
-// rows as they are, and x transposed into panels [tile of rows][k: I][vector of the tile][lane].
+// Packing weights costs too much for few rows (see kMostUnpackedRows). Then the roles are exchanged: W_ih's rows stay
+// as they are, and this transposes x into panels [tile of rows][k: I][vector of the tile][lane].
 template <class S, class X>
 INLINE void transpose_x(int64_t I, const Steps& steps, const X& x_of, S* xt) {
   constexpr int L = kLanes<S>;
@@ -184,8 +183,8 @@ struct Forward {
   const int64_t plane = round_up(padded, kStep<S>), row_size = plane * kPlanes<S>;
   A* c;               // [row][padded]
   A* z;               // [step][block][gate][lane]: the projected steps
-  Factor<S>* x_rows;  // the projected steps' x as factors, of a converted type
-  A* xt;              // x transposed, where it is projected unpacked
+  Factor<S>* x_rows;  // x of the projected steps as factors, for a converted type
+  A* xt;              // x transposed, if W_ih is not packed
   Factor<S>* h[2];    // [row][plane] of the previous and of this step, alternating
 
   Forward(const ForwardParams& params, const Chain& ch, const Panels& packed, int64_t steps_at_once, const Member& who)
@@ -213,8 +212,8 @@ struct Forward {
                 : 0);
   }
 
-  // Asks for the gates_x of the tile after this one: its rows lie D * gates * H values apart, where no hardware
-  // prefetcher looks, and arrive during this tile's product.
+  // Prefetches the next tile's gates_x, so that it arrives during this tile's product. Its rows lie D * gates * H
+  // values apart, where the hardware prefetcher does not look.
   INLINE void prefetch_gates_x(int64_t t, int64_t first, int64_t block) {
     if (first >= chain.count) {
       first = 0;
@@ -230,7 +229,8 @@ struct Forward {
     }
   }
 
-  // One step of M rows from `first` on, for the units of one block. z_rows: the projections of the step, or null.
+  // Computes one step of M rows from `first` on, for the units of one block. z_rows has the step's projections, or is
+  // null.
   template <int M>
   INLINE void tile(int wanted, int64_t t, int64_t s, int64_t first, int64_t block, const A* z_rows, bool product) {
     const int64_t unit = block * L, n = H - unit;
@@ -258,7 +258,7 @@ struct Forward {
                   kStep<S> == 1 ? H : K);
     }
     for (int m = 0; m < rows; ++m) {
-      static_assert(Cell::kAddsParts);  // or gates_x takes an accumulator of its own for some gate
+      static_assert(Cell::kAddsParts);  // otherwise some gate needs an accumulator of its own for gates_x
       V c_row = load_vector(c_rows + m * padded);
       const V h_row = Cell::template forward<Math<A>>(acc[m], c_row);
       store_vector(c_rows + m * padded, c_row);
@@ -273,9 +273,9 @@ struct Forward {
     }
   }
 
-  // The initial state, in both buffers of h: a sequence of the reverse direction starts at any step.
+  // Puts the initial state into both buffers of h, as a sequence may start at any iteration in the reverse direction.
   void start() {
-    if (kStep<S> > 1 && member.index == 0) {  // rows and columns that are multiplied though there are none
+    if (kStep<S> > 1 && member.index == 0) {  // products also read the padding of rows and columns
       __builtin_memset(h[0], 0, 2 * round_up(chain.count, kTileRows<S>) * row_size * sizeof(Factor<S>));
     }
     if (kStep<S> > 1) member.barrier->wait(member.count);
@@ -291,7 +291,7 @@ struct Forward {
     }
   }
 
-  // The final state. A row's last iteration wrote h into the other buffer.
+  // Stores the final state. A row's last iteration wrote h into the other buffer.
   void finish() {
     const int64_t unit0 = begin * L, units = own_units - unit0;
     for (int64_t r = 0; r < chain.count && units > 0; ++r) {
@@ -299,7 +299,7 @@ struct Forward {
       const int64_t last = order.last(length), iteration = order.forward(last);
       for (int64_t unit = unit0; unit < own_units; unit += L) {
         V h_row = load_aligned<A>(h[(iteration + 1) & 1] + r * row_size + unit);
-        if (kSplit<S> && length > 0)  // the factors have lost some bits
+        if (kSplit<S> && length > 0)  // y is exact, while factors have lost some bits
           h_row = load<A>(static_cast<S*>(p.y) + ((last * B + b) * D + d) * H + unit, H - unit);
         else if (kSplit<S> && p.h0)
           h_row = load<A>(static_cast<const S*>(p.h0) + (d * B + b) * H + unit, H - unit);

@@ -1,5 +1,5 @@
-// What a layer's gradients need beside the recurrence: products over all steps. Included once per ISA
-// (recurrence_kernel.h). dz arrives as panels, [panel][slot][kTileVectors vectors][lane], in which it was written.
+// A layer's gradients that are products over all steps. The recurrence has written dz as panels,
+// [panel][slot][kTileVectors vectors][lane]. recurrence_kernel.h includes this file, once per ISA.
 
 // dx_rows[k] += W_ih^T dz of slot k.
 template <class Cell, class S>
@@ -7,7 +7,7 @@ void input_gradient(const S* dz, int64_t capacity, int64_t H, int64_t I, const S
                     void* const* dx_rows, int64_t begin, int64_t end) {
   constexpr int L = kLanes<S>;
   const int64_t blocks = divide_up(H, L), vectors = divide_up(I, L), rows = Cell::kGates * blocks * L;
-  constexpr bool kWhole = Cell::kGates % kTileVectors == 0;  // the last panel, too
+  constexpr bool kWhole = Cell::kGates % kTileVectors == 0;  // then the last panel is full, too
   for (int64_t v = 0, count; v < vectors; v += count) {
     count = tile_vectors(v, vectors);
     with_vectors(count, [&]<int N>() INLINE_LAMBDA {
@@ -36,7 +36,7 @@ void input_gradient(const S* dz, int64_t capacity, int64_t H, int64_t I, const S
 
 constexpr int64_t kGroup = 64;  // slots of a split type that share a read of the weights
 
-// The same of a split type: the dz of some slots become factors first. scratch: gradient_scratch bytes.
+// The same for a split type, where the dz of some slots become factors first. scratch has gradient_scratch bytes.
 template <class Cell, class S>
 void input_gradient_split(const float* dz, int64_t capacity, int64_t H, int64_t I, const Factor<S>* ih_t,
                           void* const* dx_rows, int64_t begin, int64_t end, Factor<S>* scratch) {
@@ -71,16 +71,16 @@ void input_gradient_split(const float* dz, int64_t capacity, int64_t H, int64_t 
   }
 }
 
-// The gradients of W_ih, W_hh and the biases are one product, dz^T [x, h, 1], of a cell whose two parts of dz are the
-// same. A tile holds kColumns columns of [x, h, 1] and kTileVectors vectors of gates.
+// The gradients of W_ih, W_hh and the biases are one product, dz^T [x, h, 1], if the input and the recurrent part of dz
+// are equal. A tile holds kColumns columns of [x, h, 1] and kTileVectors vectors of gates.
 template <class Cell, class S>
 struct WeightGradients {
   static_assert(Cell::kAddsParts);
   using A = Accumulate<S>;
   using V = Vec<A>;
   static constexpr int L = kLanes<A>, kColumns = kTileRows<S>;
-  static constexpr int64_t kSlots = 128;  // summed by themselves: errors grow with the number of sums, not of slots
-  static constexpr int64_t kPanels = (512 << 10) / (kSlots * kTileVectors * kBytes);  // whose dz fills half an L2 cache
+  static constexpr int64_t kSlots = 128;  // per partial sum, which keeps rounding errors from growing with T * B
+  static constexpr int64_t kPanels = (512 << 10) / (kSlots * kTileVectors * kBytes);  // their dz fills half an L2 cache
 
   const WeightGradient& w;
   const int64_t I = w.I, H = w.H, blocks = divide_up(w.H, L), vectors = Cell::kGates * blocks;
@@ -96,7 +96,7 @@ struct WeightGradients {
     return j == I + H;
   }
 
-  // The values of a tile's columns, [slot][column].
+  // Gathers the values of a tile's columns, [slot][column].
   INLINE void gather(int64_t tile, int64_t first, int64_t count, A* to) const {
     const int64_t j = tile * kColumns;
     const bool in_x = j + kColumns <= I, in_h = j >= I && j + kColumns <= I + H;
@@ -110,7 +110,7 @@ struct WeightGradients {
         for (int m = 0; m < kColumns; ++m) to[k * kColumns + m] = column(j + m, first + k);
   }
 
-  // Whether the dz of some slots are 0, in kPanels panels.
+  // Tells whether dz is 0 in some slots of kPanels panels.
   bool vanished(int64_t panel0, int64_t slot, int64_t count) const {
     for (int64_t panel = panel0; panel < minimum(panels, panel0 + kPanels); ++panel)
       if (!all_zero(static_cast<const A*>(w.dz) + (panel * w.capacity + slot) * kTileVectors * L,
@@ -119,8 +119,8 @@ struct WeightGradients {
     return true;
   }
 
-  // Of a split type: the dz of some slots as panels of factors, [panel][plane][slot / 2][vector][lane][slot % 2], and a
-  // tile's columns as rows of them.
+  // A split type's version, which makes factors of both: the dz of some slots become panels,
+  // [panel][plane][slot / 2][vector][lane][slot % 2], and a tile's columns become rows.
   void add_split(Factor<S>* factors) const {
     alignas(64) A values[kSlots * kColumns];
     alignas(64) Factor<S> rows[kColumns * 2 * kSlots];
@@ -161,7 +161,7 @@ struct WeightGradients {
       }
   }
 
-  // Bytes that add_split and input_gradient_split need.
+  // Returns how many bytes add_split and input_gradient_split need.
   static int64_t scratch(int64_t H) {
     const int64_t vectors = Cell::kGates * divide_up(H, L), panels = divide_up(vectors, kTileVectors);
     return maximum(minimum(panels, kPanels) * kSlots * kTileVectors, kGroup * vectors) * 2 * L * sizeof(Factor<S>);
@@ -191,7 +191,7 @@ struct WeightGradients {
       }
   }
 
-  // Columns j of [x, h, 1], first <= j < last, to a matrix (gates * H, last - first).
+  // Stores the columns first <= j < last of [x, h, 1] to a matrix (gates * H, last - first).
   void store_columns(int64_t first, int64_t last, A* matrix) const {
     const int64_t begin = maximum(first, w.begin * kColumns), end = minimum(last, w.end * kColumns);
     for (int64_t j = begin; j < end; j += L)

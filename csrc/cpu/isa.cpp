@@ -39,11 +39,11 @@ struct Isa {
   const Kernels* kernels;
   const Kernels* bf16_kernels;
   const Kernels* high_kernels = nullptr;  // for DType::f32_high
-  bool (*request)() = nullptr;            // what it takes to use it; may be refused
+  bool (*request)() = nullptr;            // asks the system for permission, which it may refuse
 };
 
 #if defined(__x86_64__)
-// Whether there are AMX's tiles for bfloat16.
+// Tells whether the CPU and the system have AMX's tiles for bfloat16.
 bool has_amx() {
 #if BIRNN_EMULATE_AMX
   return true;
@@ -60,7 +60,7 @@ bool has_amx() {
 #endif
 }
 
-// Asks the system to let this process use them: the first use would end it.
+// Asks the system to let this process use the tiles. Without that the first use would kill the process.
 bool request_amx() {
 #if defined(__linux__) && !BIRNN_EMULATE_AMX
   constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
@@ -71,7 +71,7 @@ bool request_amx() {
 }
 #endif
 
-// The plainest first, the best last.
+// The order is from the oldest to the newest.
 const std::vector<Isa>& all_isas() {
   static const std::vector<Isa> all = [] {
     std::vector<Isa> isas = {{"generic", true, &generic::kernels, &generic::kernels}};

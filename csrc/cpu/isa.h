@@ -1,4 +1,4 @@
-// Which of the compiled kernels this machine runs.
+// Chooses among the compiled kernels for the CPU that the process runs on.
 #pragma once
 
 #include <string>
@@ -8,20 +8,20 @@
 
 namespace birnn::cpu {
 
-// Names of the instruction sets in this build, the plainest first.
+// Returns the names of the instruction sets in this build, from the oldest to the newest.
 std::vector<std::string> compiled_isas();
 
-// Those that this CPU runs.
+// Returns those that this CPU runs.
 std::vector<std::string> runnable_isas();
 
-// The one in use: named by the environment variable BIRNN_CPU_ISA, else the best that runs. Chosen once per process.
-// Throws std::runtime_error if the variable names one that is not compiled or that the CPU can't run.
+// Returns the one in use: the environment variable BIRNN_CPU_ISA names it, otherwise it is the best that runs. It is
+// chosen once per process. Throws std::runtime_error if the variable names one that is not compiled or can't run here.
 const std::string& chosen_isa();
 
-// Its kernels for a type.
+// Returns its kernels for a type.
 const Kernels& chosen_kernels(DType dtype);
 
-// Whether it has kernels for DType::f32_high.
+// Tells whether it has kernels for DType::f32_high.
 bool has_high_precision();
 
 }  // namespace birnn::cpu

@@ -1,4 +1,4 @@
-// The kernels for bfloat16 on AMX: 16 x 4 vectors in four tile registers.
+// The kernels for bfloat16 on AMX, with 16 x 4 vectors of sums in four tile registers.
 #if defined(__x86_64__)
 #include <immintrin.h>
 

@@ -1,4 +1,4 @@
-// The kernels for AVX2 + FMA + F16C: 3 x 4 accumulators of 16 registers.
+// The kernels for AVX2 + FMA + F16C. 3 x 4 of the 16 registers are accumulators.
 #if defined(__x86_64__)
 #include <cstdint>
 

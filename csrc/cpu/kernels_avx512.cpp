@@ -1,4 +1,4 @@
-// The kernels for AVX-512 (F, BW, DQ, VL): 6 x 4 accumulators of 32 registers.
+// The kernels for AVX-512 (F, BW, DQ, VL). 6 x 4 of the 32 registers are accumulators.
 #if defined(__x86_64__)
 #include <cstdint>
 

@@ -1,4 +1,4 @@
-// The kernels for bfloat16 on AVX-512 with BF16: products of pairs, 6 x 4 accumulators of 32 registers.
+// The kernels for bfloat16 on AVX-512 with BF16, which multiplies pairs. 6 x 4 of the 32 registers are accumulators.
 #if defined(__x86_64__)
 #include <immintrin.h>
 

@@ -1,4 +1,5 @@
-// The kernels for every CPU: 128-bit vectors (SSE2, NEON). 3 x 4 accumulators of 16 registers, 6 x 4 of NEON's 32.
+// The kernels for every CPU, with 128-bit vectors (SSE2, NEON). 3 x 4 of 16 registers, or 6 x 4 of NEON's 32, are
+// accumulators.
 #define BIRNN_ISA generic
 #define BIRNN_ISA_BYTES 16
 #if defined(__aarch64__)

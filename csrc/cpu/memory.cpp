@@ -34,7 +34,7 @@ void advise_huge_pages(void* p, int64_t bytes) {
   const auto address = reinterpret_cast<uintptr_t>(p);
   const uintptr_t begin = (address + kHugePage - 1) / kHugePage * kHugePage,
                   end = (address + bytes) / kHugePage * kHugePage;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a refusal does no harm
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // may fail, which is harmless
 #else
   (void)p, (void)bytes;
 #endif

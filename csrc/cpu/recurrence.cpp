@@ -13,29 +13,29 @@
 namespace birnn::cpu {
 namespace {
 
-// Steps that are projected at once: as many as make up this many rows, as the tiles of a single sequence are empty.
+// Enough steps are projected at once to make this many rows. With a single sequence, one step would leave tiles empty.
 constexpr int64_t kProjectedRows = 64;
 
-// Steps of all sequences whose dz is kept until the gradients of the weights and of x have been summed from it: they
-// stay in the L3 cache, and memory does not grow with T. It fixes an order of summation, so it does not depend on
-// threads.
+// The backward pass keeps dz of so many steps of sequences, then sums the gradients of the weights and of x from it. So
+// dz stays in the L3 cache, and memory does not grow with T. As this fixes the order of summation, it does not depend
+// on the number of threads.
 constexpr int64_t kSlotsAtOnce = 1024;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// The part of n things that falls to one of `count`.
+// The share of n items of one of `count` workers.
 struct Share {
   int64_t begin, end;
   Share(int64_t n, int64_t index, int64_t count) : begin(index * n / count), end((index + 1) * n / count) {}
 };
 
-// Who does what. Chains are dealt to teams of threads; a team works on one chain at a time.
+// The division of the work: chains are given to teams of threads, and a team works on one chain at a time.
 struct Plan {
   std::vector<int64_t> order;  // sequences, longest first
-  std::vector<int64_t> rows;   // the same, chain by chain
+  std::vector<int64_t> rows;   // the same sequences, chain by chain
   std::vector<Chain> chains;
   int64_t teams, team_size;
-  std::unique_ptr<Barrier[]> barriers;  // of the teams
+  std::unique_ptr<Barrier[]> barriers;  // one per team
   Barrier all;
   std::vector<Buffer> scratch;
 
@@ -47,8 +47,8 @@ struct Plan {
     const int64_t parts = best_parts(sizes, threads, tile_rows);
     rows.resize(sizes.B);
     for (int64_t part = 0, next = 0; part < parts; ++part) {
-      // With lengths every part takes each parts-th sequence, so that all have as many steps to do; without,
-      // neighbours.
+      // With lengths, a part takes every parts-th sequence, so that all parts have about as many steps. Without, it
+      // takes neighbours.
       const Share share(sizes.B, part, parts);
       const int64_t rank = lengths ? part : share.begin, step = lengths ? parts : 1, begin = next;
       for (int64_t k = rank; k < (lengths ? sizes.B : share.end); k += step) rows[next++] = order[k];
@@ -61,8 +61,8 @@ struct Plan {
     barriers = std::make_unique<Barrier[]>(teams);
   }
 
-  // Into how many parts to cut the sequences: what the busiest thread has to do is a number of register tiles. Threads
-  // that share a chain meet at every step, which is worth avoiding for a tenth of the time.
+  // Returns the number of parts that gives the busiest thread the fewest register tiles. Threads that share a chain
+  // meet at every step, so sharing has to save more than a tenth of the time.
   static int64_t best_parts(const RecurrenceSizes& sizes, int64_t threads, int64_t tile_rows) {
     int64_t best = 1;
     double least = 0;
@@ -93,7 +93,7 @@ struct Plan {
   }
 };
 
-// The packed weights of all directions: which of them are wanted, and the work of packing cut into blocks.
+// The packed weights of all directions. Packing is split into blocks, which the threads share.
 class Packing {
  public:
   Packing(DType dtype, const RecurrenceSizes& sizes, const Kernels& kernels)
@@ -101,7 +101,7 @@ class Packing {
     for (Panels& one : panels) one.not_finite = &not_finite_;
   }
 
-  // w: the weights (gates * H, columns) of each direction.
+  // w has the weights (gates * H, columns) of each direction.
   void add(const void* const* w, int64_t columns, bool transposed, void* Panels::* member) {
     for (int64_t d = 0; d < sizes_.D; ++d) {
       buffers_.push_back(allocate(kernels_.panel_bytes(dtype_, sizes_.H, columns, transposed)));
@@ -150,7 +150,7 @@ const void* element(const void* base, int64_t index, int64_t bytes) {
   return static_cast<const char*>(base) + index * bytes;
 }
 
-// The first slot (see Slots) of each t, and their number.
+// Returns the first slot (see Slots) of each t, and then the number of slots.
 std::vector<int64_t> slot_offsets(const BackwardParams& p, const std::vector<int64_t>& order) {
   std::vector<int64_t> offsets(p.T + 1);
   int64_t active = p.B;
@@ -161,14 +161,14 @@ std::vector<int64_t> slot_offsets(const BackwardParams& p, const std::vector<int
   return offsets;
 }
 
-// The rows of a direction's slots of a round, for the products over them.
+// The rows of a direction's slots in a round, for the products over them.
 struct SlotRows {
   std::vector<const void*> x, h;
   std::vector<void*> dx;
 };
 
-// The backward pass of a layer with its input projection, in rounds of some iterations: the recurrence, which leaves dz
-// as panels, then the products of those panels.
+// The backward pass of a layer with its input projection. In each round the recurrence runs some iterations and leaves
+// dz as panels, and then the products of these panels are added to the gradients.
 class LayerBackward {
  public:
   LayerBackward(DType dtype, const BackwardParams& p, int64_t threads, Plan& plan, const Packing& packing,
@@ -182,7 +182,7 @@ class LayerBackward {
         zeros_(allocate_zeros(p.H * bytes_)),
         offsets_(slot_offsets(p, plan.order)) {
     const int64_t lanes = kernels.lanes(dtype), vectors = Lstm::kGates * divide_up(p.H, lanes);
-    const int64_t row = divide_up(vectors, kTileVectors) * kTileVectors * lanes;  // of dz, in whole panels
+    const int64_t row = divide_up(vectors, kTileVectors) * kTileVectors * lanes;  // dz of a slot, in whole panels
     for (int64_t d = 0; d < p.D; ++d) {
       rounds_[d] = rounds(d);
       for (size_t k = 1; k < rounds_[d].size(); ++k)
@@ -227,7 +227,7 @@ class LayerBackward {
                                 std::min(share.end * kernels_.rows, range[d].count), scratch);
         plan_.all.wait(threads);  // both directions add to the same dx
       }
-      if (!p_.dx && round + 1 < last) plan_.all.wait(threads);  // dz is written anew
+      if (!p_.dx && round + 1 < last) plan_.all.wait(threads);  // the next round overwrites dz
     }
     if (p_.dw_ih[0]) {
       const Share share(p_.D * tiles_, thread, threads);
@@ -261,7 +261,7 @@ class LayerBackward {
     }
   }
 
-  // The slots of the iterations begin <= s < end of a direction: of the steps between those of the first and the last.
+  // Returns the slots of the iterations begin <= s < end of a direction.
   Range slots(int64_t d, int64_t begin, int64_t end) const {
     if (begin == end) return {0, 0};
     const StepOrder order{d, p_.T};
@@ -269,8 +269,9 @@ class LayerBackward {
     return {offsets_[low], offsets_[high + 1] - offsets_[low]};
   }
 
-  // The iterations at which the rounds of a direction begin, and their end. Both directions have as many rounds, with
-  // about as many slots in each, though with lengths direction 0 begins with few sequences and direction 1 with all.
+  // Returns the iterations at which the rounds of a direction begin, and the end. Both directions have the same number
+  // of rounds, with about the same number of slots in each. With lengths these differ in iterations, as direction 0
+  // begins with few sequences and direction 1 with all.
   std::vector<int64_t> rounds(int64_t d) const {
     const int64_t total = offsets_[p_.T], count = std::clamp<int64_t>(total / kSlotsAtOnce, 1, p_.T);
     std::vector<int64_t> begins = {0};
@@ -309,10 +310,10 @@ class LayerBackward {
   std::vector<int64_t> rounds_[2];
   int64_t capacity_ = 1, tiles_;
   Buffer dz_[2], sums_[2];
-  std::vector<Buffer> scratch_;  // of each thread
+  std::vector<Buffer> scratch_;  // one per thread
 };
 
-// Calls work(threads) with as many threads as are of use and to be had.
+// Calls work(threads) with as many threads as are useful and available.
 template <class Work>
 void with_threads(const RecurrenceSizes& sizes, int64_t threads, const Kernels& kernels, DType dtype,
                   const Work& work) {
@@ -328,7 +329,7 @@ void recurrence_forward(DType dtype, const ForwardParams& params, int64_t max_th
   const Kernels& kernels = chosen_kernels(dtype);
   Packing packing(dtype, params, kernels);
   if (params.T > 1 || params.h0) packing.add(params.w_hh, params.H, false, &Panels::hh);
-  const bool converted = dtype != DType::f64 && dtype != DType::f32;  // only what is multiplied as it is goes unpacked
+  const bool converted = dtype != DType::f64 && dtype != DType::f32;  // converted factors are always packed
   if (!params.gates_x && (params.T * params.B > kMostUnpackedRows || converted))
     packing.add(params.input.w_ih, params.input.I, false, &Panels::ih);
 

@@ -1,4 +1,4 @@
-// The CPU recurrence, free of torch: packs the weights, deals out the work, runs the chosen kernels.
+// The CPU recurrence, without torch: it packs the weights, splits the work over threads and runs the chosen kernels.
 #pragma once
 
 #include <functional>
@@ -7,8 +7,8 @@
 
 namespace birnn::cpu {
 
-// Runs work(thread) at the same time on `threads` threads, numbered from 0, and returns their number. If only fewer are
-// to be had, does nothing and returns how many; a single one always is.
+// Runs work(thread) at the same time on `threads` threads, numbered from 0, and returns their number. If there are only
+// fewer, it does nothing and returns how many there are, at least one.
 using Parallel = std::function<int64_t(int64_t threads, const std::function<void(int64_t thread)>& work)>;
 
 void recurrence_forward(DType dtype, const ForwardParams& params, int64_t threads, const Parallel& parallel);

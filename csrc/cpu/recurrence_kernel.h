@@ -1,17 +1,17 @@
-// The CPU kernels, compiled once per ISA: a kernels_<isa>.cpp sets the compiler's target, defines BIRNN_ISA
-// (namespace), BIRNN_ISA_BYTES (vector size) and BIRNN_ISA_ROWS (rows of a register tile) and includes this file.
-// BIRNN_ISA_BF16 says that it multiplies bfloat16 (on AMX's tiles with BIRNN_ISA_AMX): such a file holds the kernels
-// for bfloat16 only.
+// The CPU kernels, compiled once per ISA. A kernels_<isa>.cpp sets the compiler's target, defines BIRNN_ISA
+// (namespace), BIRNN_ISA_BYTES (vector size) and BIRNN_ISA_ROWS (rows of a register tile), and includes this file. With
+// BIRNN_ISA_BF16 it multiplies bfloat16 (with BIRNN_ISA_AMX, on AMX's tiles) and holds the kernels for bfloat16 only.
 //
-// How the work is laid out. A chain (one direction of some sequences) goes through all its time steps without waiting
-// for anybody (only where there are fewer chains than threads do several threads share one, each with its own hidden
-// units, and meet once per step). At each step it needs (rows x H) * (H x gates H). The product is cut into register
-// tiles of kRows sequences x some vectors, whose accumulators stay in registers until the cell update has been done on
-// them: pre-activations never visit memory. Going forward the vectors are the gates of the same units (4 of the LSTM);
-// going backward (rows x gates H) * (gates H x H) they are kTileVectors neighbouring vectors of units. Blocks of units
-// are the outer loop, so that a panel of packed weights (H x 4 vectors) stays in the L1 cache while all rows use it.
+// A chain (one direction of some sequences) goes through all its time steps without waiting for another. If there are
+// fewer chains than threads, several threads share a chain: each has its own hidden units, and they meet once per step.
 //
-// Each result is summed in the order of k whatever the tile, so results do not depend on how the work is cut up.
+// A step multiplies (rows x H) * (H x gates H), cut into register tiles of kRows sequences x some vectors. The
+// accumulators stay in registers until the cell update, so pre-activations never go to memory. In the forward pass the
+// vectors are the gates of the same units (4 for the LSTM). In the backward pass, (rows x gates H) * (gates H x H),
+// they are kTileVectors neighbouring vectors of units. Blocks of units are the outer loop, so that a panel of packed
+// weights (H x 4 vectors) stays in the L1 cache while all rows use it.
+//
+// Every tile sums in the order of k, so results do not depend on how the work is split.
 
 #include <cstddef>
 #include <cstdint>
@@ -42,8 +42,7 @@ constexpr int kRows = BIRNN_ISA_ROWS;
 
 #include "simd.h"
 
-// Sequences in which gradients vanish fill the backward pass with denormals, on which arithmetic is 10-100 times
-// slower.
+// Vanishing gradients fill the backward pass with denormals, on which arithmetic is 10-100 times slower.
 class FlushDenormals {
  public:
 #if defined(__x86_64__)
@@ -66,7 +65,7 @@ class FlushDenormals {
 #endif
 };
 
-// clang-format off: each uses the one before
+// clang-format off: each file uses the one before
 #include "tiles.h"
 #include "forward.h"
 #include "backward.h"
@@ -76,8 +75,7 @@ class FlushDenormals {
 #endif
 // clang-format on
 
-// --- the table
-// --------------------------------------------------------------------------------------------------------
+// --- the table -------------------------------------------------------------------------------------------------------
 
 template <class F>
 void with_storage(DType dtype, const F& f) {
@@ -153,7 +151,7 @@ void backward(DType dtype, const BackwardParams& p, const Chain& chain, const Pa
                [&]<class S>(S) { Backward<Lstm, S>(p, chain, panels, slots, steps, member).run(steps, begin, end); });
 }
 
-// All rows begin <= state < end of (D, B): one pass of a step.
+// Runs one pass of a step over the rows begin <= state < end of (D, B).
 template <class F>
 void variant_rows(DType dtype, int64_t begin, int64_t end, const F& row) {
   FlushDenormals flush;
@@ -195,7 +193,7 @@ void apply(const float* x, float* y, int64_t n) {
 #endif
 
 #if BIRNN_ISA_LAYERS
-// S is the tensors' type; only those of which the kernels do a whole layer with its input projection.
+// Calls f for the tensors' type S, if the kernels run a whole layer of it with its input projection.
 template <class F>
 void with_layer_type(DType dtype, const F& f) {
 #if BIRNN_ISA_AMX

@@ -1,4 +1,5 @@
-// The CPU implementation of the operators: checks, then hands raw pointers to recurrence.cpp on OpenMP's threads.
+// The CPU implementation of the operators. It checks arguments and passes raw pointers to recurrence.cpp, on OpenMP's
+// threads.
 #include <ATen/Context.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/zeros.h>
@@ -16,8 +17,8 @@
 namespace birnn::cpu {
 namespace {
 
-// OpenMP's threads do not survive a fork, and a child that waits for them hangs: it works alone, and so must PyTorch's
-// own operations around the kernels.
+// OpenMP's threads do not survive a fork, and a child that waits for them hangs. So a child runs the kernels, and
+// PyTorch's own operations around them, on one thread.
 std::atomic<bool> forked{false}, threads_started{false};
 const int watch_forks = pthread_atfork(nullptr, nullptr, [] {
   forked = true;
@@ -45,7 +46,7 @@ int64_t parallel(int64_t threads, const std::function<void(int64_t)>& work) {
   return got;
 }
 
-// float32 with products of 16 bits where torch.set_float32_matmul_precision allows it and the CPU gains by it.
+// Chooses float32 with products of 16 bits if torch.set_float32_matmul_precision allows it and the CPU gains from it.
 DType effective(DType dtype) {
   const bool allowed = at::globalContext().float32MatmulPrecision() != at::Float32MatmulPrecision::HIGHEST;
   return dtype == DType::f32 && allowed && has_high_precision() ? DType::f32_high : dtype;
@@ -82,14 +83,13 @@ std::tuple<Tensor, Tensor, Tensor> lstm_recurrence_backward(const Tensor& w_hh, 
   return call.results();
 }
 
-// --- a layer with its input projection
-// ---------------------------------------------------------------------------------
+// --- a layer with its input projection -------------------------------------------------------------------------------
 
-// The weights of a layer, checked.
+// Checks the weights of a layer, and holds them.
 struct Layer {
   int64_t T, B, I, D, H;
   DType dtype;
-  std::vector<Tensor> weights;  // contiguous; of each direction w_ih, w_hh (, bias_ih, bias_hh)
+  std::vector<Tensor> weights;  // contiguous; w_ih, w_hh (, bias_ih, bias_hh) of each direction
   int64_t per_direction;
 
   Layer(const Tensor& x, at::TensorList given, bool bias, bool saved) : per_direction(bias ? 4 : 2) {
@@ -132,7 +132,7 @@ struct Layer {
   }
 };
 
-// With neighbouring features side by side in memory, as the kernels read them.
+// The kernels need neighbouring features side by side in memory.
 Tensor with_dense_rows(const Tensor& t) { return t.size(-1) <= 1 || t.stride(-1) == 1 ? t : t.contiguous(); }
 
 FiveTensors lstm_layer(const Tensor& x_, at::TensorList weights, bool bias, const OptionalTensor& h0,

@@ -1,5 +1,5 @@
-// SIMD values of kBytes bytes in GCC's vector extensions, which every ISA's compiler target lowers to its own
-// instructions. Included once per ISA, inside that ISA's namespace (see recurrence_kernel.h); includes nothing, so that
+// SIMD values of kBytes bytes in GCC's vector extensions, which the compiler lowers to each ISA's own instructions.
+// recurrence_kernel.h includes this file once per ISA, inside that ISA's namespace. This file includes nothing, so that
 // no function of a header is compiled for an ISA that the machine may lack.
 
 // N lanes of type E.
@@ -28,13 +28,13 @@ struct bfloat16 {
   uint16_t bits;
 };
 
-// A float that is multiplied as the sum of two bfloat16 (DType::f32_high).
+// A float that products take as the sum of two bfloat16 (DType::f32_high).
 struct split_float {
   float value;
 };
 
 #if defined(__aarch64__)
-using float16 = __fp16;  // the C++ of GCC 12 has _Float16 on x86 only
+using float16 = __fp16;  // GCC 12 has _Float16 in C++ on x86 only
 #else
 using float16 = _Float16;
 #endif
@@ -93,7 +93,7 @@ struct Storage<bfloat16> {
   }
 };
 
-// The first n lanes only (1 <= n <= kLanes); the others are 0, or not written.
+// These take the first n lanes only (1 <= n <= kLanes). load sets the others to 0, and store does not write them.
 template <class A, class S>
 INLINE Vec<A> load(const S* p, int64_t n) {
   if (n >= kLanes<A>) return Storage<S>::template load<A>(p);
@@ -115,16 +115,16 @@ INLINE void store(S* p, Vec<A> v, int64_t n) {
 template <class A>
 struct Math;
 
-// float: within 4 ulp of the exact value over all floats; exact at +-0 and +-inf; NaN propagates (tests/test_math.py).
-// Method: Cody-Waite reduction x = n ln2 + r, |r| <= ln2/2, and the polynomial of Cephes' expf for (exp(r) - 1 -
-// r)/r^2. tanh goes through expm1, so that nothing cancels near 0 and no second branch is needed.
+// For float, results are within 4 ulp of the exact value over all floats, and exact at +-0 and +-inf; NaN propagates
+// (tests/test_math.py). The method is Cody-Waite reduction x = n ln2 + r, |r| <= ln2/2, and the polynomial of Cephes'
+// expf for (exp(r) - 1 - r)/r^2. tanh goes through expm1, so that nothing cancels near 0 and one branch is enough.
 template <>
 struct Math<float> {
   using Scalar = float;
   using V = Vec<float>;
   using I = VectorOf<int32_t, kLanes<float>>::type;
 
-  // x = n ln2 + r, n an integer, |x| < 200; returns exp(r) - 1.
+  // Finds the integer n with x = n ln2 + r, for |x| < 200; returns exp(r) - 1.
   static INLINE V reduce(V x, V& n) {
     constexpr float kRound = 12582912.f;  // 1.5 * 2^23: adding it rounds to an integer
     n = (x * 1.44269504088896341f + kRound) - kRound;
@@ -139,28 +139,28 @@ struct Math<float> {
   }
   static INLINE V abs(V x) { return bit_cast<V>(bit_cast<I>(x) & 0x7fffffff); }
 
-  // The smaller of x and limit; NaN for NaN.
+  // Returns the smaller of x and limit; NaN for NaN.
   static INLINE V at_most(V x, float limit) {
 #if BIRNN_ISA_BYTES == 64
-    return __builtin_ia32_minps512_mask(V{} + limit, x, V{}, 0xffff, 4);  // the second operand if one is NaN
+    return __builtin_ia32_minps512_mask(V{} + limit, x, V{}, 0xffff, 4);  // it returns the second operand if one is NaN
 #else
     return x > limit ? V{} + limit : x;
 #endif
   }
-  // v 2^n, rounded once; n an integer, -252 <= n <= 127.
+  // Returns v 2^n, rounded once, for an integer n, -252 <= n <= 127.
   static INLINE V scale(V v, V n) {
 #if BIRNN_ISA_BYTES == 64
     return __builtin_ia32_scalefps512_mask(v, n, V{}, 0xffff, 4);
 #else
-    const I whole = __builtin_convertvector(n, I), half = whole >> 1;  // 2^n may be no normal float: in two factors
+    const I whole = __builtin_convertvector(n, I), half = whole >> 1;  // two factors, as 2^n may be no normal float
     return v * bit_cast<V>((half + 127) << 23) * bit_cast<V>((whole - half + 127) << 23);
 #endif
   }
 
-  // a / b, 1 <= b < 2^120.
+  // Returns a / b for 1 <= b < 2^120.
   static INLINE V divide(V a, V b) {
 #if BIRNN_ISA_BYTES == 64
-    // A division takes as long as 8 multiplications. 14 bits and a step of Newton's are 28.
+    // A division takes as long as 8 multiplications. This starts from 14 bits, and a step of Newton's method gives 28.
     const V r = __builtin_ia32_rcp14ps512_mask(b, V{}, 0xffff);
     return a * (r * (2.f - b * r));
 #else
@@ -168,7 +168,7 @@ struct Math<float> {
 #endif
   }
 
-  // exp(x) for x <= limit, exp(limit) beyond; below -110 it rounds to 0.
+  // Returns exp(x) for x <= limit and exp(limit) beyond. Below -110 it rounds to 0.
   static INLINE V exp_up_to(V x, float limit) {
     V n;
     const V clamped = at_most(x, limit);
@@ -194,7 +194,7 @@ struct Math<float> {
   }
 };
 
-// double serves gradient checks, not speed: libm, lane by lane.
+// double serves gradient checks, not speed, so this calls libm lane by lane.
 template <>
 struct Math<double> {
   using Scalar = double;

@@ -1,17 +1,16 @@
-// Register tiles and the panels of packed weights that feed them. Included once per ISA (recurrence_kernel.h).
+// Register tiles and the panels of packed weights that feed them. recurrence_kernel.h includes this file, once per ISA.
 
 INLINE int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 INLINE int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
 INLINE int64_t maximum(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// --- what a product multiplies
-// -----------------------------------------------------------------------------------------
+// --- the factors of a product ----------------------------------------------------------------------------------------
 
-// bfloat16 is multiplied as such where the ISA can, in pairs of neighbouring k; all else in the accumulation type. K is
-// padded with zeros to a multiple of kStep. With AMX a register tile has 16 rows, whether or not they are all wanted.
+// bfloat16 is multiplied as such if the ISA can do it, in pairs of neighbouring k; all other types are multiplied in
+// the accumulation type. K is padded with zeros to a multiple of kStep. With AMX a register tile always has 16 rows.
 //
-// float32 with products of 16 bits is a sum of two bfloat16, high and low, in two planes: a high a high, a low a high
-// and a high a low make the product (as PyTorch defines the precision "high").
+// float32 with products of 16 bits (PyTorch's precision "high") is a sum of two bfloat16, high and low, in two planes.
+// A product is high * high + low * high + high * low.
 template <class S>
 constexpr bool kSplit = std::is_same_v<S, split_float>;
 template <class S>
@@ -24,10 +23,10 @@ constexpr int kStep = kAmx<S>     ? 32
                                   : 1;
 template <class S>
 constexpr int kPlanes = kSplit<S> ? 2 : 1;
-// Types of which the kernels do a whole layer's backward pass: those that are their own accumulation type.
+// The kernels run a whole layer's backward pass for types that are their own accumulation type.
 template <class S>
 constexpr bool kLayer = std::is_same_v<S, Accumulate<S>> || kSplit<S>;
-// Types that are not multiplied as they stand in memory: rows of x are made factors first.
+// Rows of x of these types become factors before they are multiplied.
 template <class S>
 constexpr bool kConverted = !std::is_same_v<S, Accumulate<S>>;
 template <class S>
@@ -52,7 +51,7 @@ INLINE void store_vector(A* p, Vec<A> v) {
   __builtin_memcpy(__builtin_assume_aligned(p, kBytes), &v, sizeof(v));
 }
 
-// Whole vectors of A, kept as A or in a narrower type.
+// Stores a whole vector of A, as A or in a narrower type.
 template <class A, class T>
 INLINE Vec<A> load_aligned(const T* p) {
   if constexpr (std::is_same_v<A, T>)
@@ -69,14 +68,14 @@ INLINE void store_aligned(T* p, Vec<A> v) {
     Storage<T>::template store<A>(p, v);
 }
 
-// v - high; 0 where that is no number, as beside an infinite high.
+// Returns v - high, or 0 if that is NaN, as with an infinite high.
 template <class A>
 INLINE Vec<A> rest(Vec<A> v, Vec<A> high) {
   const Vec<A> low = v - high;
   return low == low ? low : Vec<A>{};
 }
 
-// A vector to a row of factors, whose planes are `plane` values apart.
+// Stores a vector to a row of factors, whose planes are `plane` values apart.
 template <class S>
 INLINE void store_row(Factor<S>* p, int64_t plane, Vec<Accumulate<S>> v) {
   using A = Accumulate<S>;
@@ -84,8 +83,9 @@ INLINE void store_row(Factor<S>* p, int64_t plane, Vec<Accumulate<S>> v) {
   if constexpr (kSplit<S>) store_aligned<A>(p + plane, rest<A>(v, load_aligned<A>(p)));
 }
 
-// Whether n values are all 0, n a multiple of the vector's lanes. Gradients that vanish over long sequences become 0,
-// as denormals are flushed; a product with them need not be computed. Where they have not vanished, this ends at once.
+// Tells whether n values are all 0, n a multiple of the vector's lanes. Gradients that vanish over long sequences
+// become 0, as denormals are flushed, and then their product can be skipped. The test ends at the first vector that is
+// not 0.
 template <class T>
 INLINE bool all_zero(const T* p, int64_t n) {
   constexpr int64_t kWords = kBytes / 8, kValues = kBytes / sizeof(T);
@@ -115,7 +115,7 @@ INLINE void multiply_with(Vec<A> (&acc)[M][N], const Element& a, const A* panel,
 }
 
 #if BIRNN_ISA_BF16
-// acc[m][n] += the products of pairs of bfloat16, a[m][k] * panel[k / 2][n][lane][k % 2], in the order of k.
+// acc[m][n] += sum of a[m][k] * panel[k / 2][n][lane][k % 2], in pairs of bfloat16, in the order of k.
 template <int M, int N>
 INLINE void multiply_pairs(Vec<float> (&acc)[M][N], const bfloat16* const (&a)[M], const bfloat16* panel, int64_t K) {
   for (int64_t k = 0; k < K; k += 2) {
@@ -139,8 +139,7 @@ INLINE void multiply_pairs(Vec<float> (&acc)[M][N], const bfloat16* const (&a)[M
 struct TileRegisters {};
 #endif
 
-// acc[m][n] += sum over k < K of a[m][k] * panel[k][n]; with AMX the rows a[m] are equally far apart. K: a multiple of
-// kStep.
+// acc[m][n] += sum over k < K of a[m][k] * panel[k][n], K a multiple of kStep. For AMX the a[m] are equally far apart.
 template <class S, int M, int N>
 INLINE void multiply(Vec<Accumulate<S>> (&acc)[M][N], const Factor<S>* const (&a)[M], const Factor<S>* panel,
                      int64_t K) {
@@ -169,7 +168,7 @@ INLINE void with_at_most(int64_t m, const F& f) {
     with_at_most<M - 1>(m, f);
 }
 
-// Calls f.template operator()<M>(count) for a tile of the next of `left` rows: M rows are multiplied, count are wanted.
+// Calls f.template operator()<M>(count) for the next tile of `left` rows: it multiplies M rows, and count are wanted.
 template <class S, class F>
 INLINE void with_rows(int64_t left, const F& f) {
   if constexpr (kAmx<S>)
@@ -178,7 +177,7 @@ INLINE void with_rows(int64_t left, const F& f) {
     with_at_most<kRows>(left, f);
 }
 
-// Vectors of columns in the tile that begins at vector v of `count`: kTileVectors, and at the end 2 or 1.
+// Returns the width of the tile that begins at vector v of `count`: kTileVectors, or 2 or 1 at the end.
 static_assert(kTileVectors == 4);
 INLINE int64_t tile_vectors(int64_t v, int64_t count) { return count - v >= 4 ? 4 : count - v >= 2 ? 2 : 1; }
 
@@ -193,7 +192,7 @@ INLINE void with_vectors(int64_t n, const F& f) {
     f.template operator()<1>();
 }
 
-// One stage of a transposition: exchanges the s x s squares off the diagonal of each 2s x 2s square.
+// One stage of a transposition. It exchanges the s x s squares off the diagonal of each 2s x 2s square.
 template <int s, class V, size_t... k>
 INLINE void exchange(V& a, V& b, std::index_sequence<k...>) {
   constexpr int L = sizeof...(k);
@@ -212,7 +211,7 @@ INLINE void transpose(Vec<A> (&v)[kLanes<A>]) {
   }
 }
 
-// Values k and k + 1 of a panel of K, N vectors wide, as factors: one after the other, or side by side.
+// Stores values k and k + 1 of a panel of K, N vectors wide, as factors: one after the other, or side by side.
 template <class S>
 INLINE void store_factors(Factor<S>* panel, int64_t K, int64_t k, int64_t N, int64_t n, Vec<Accumulate<S>> even,
                           Vec<Accumulate<S>> odd) {
@@ -234,8 +233,8 @@ INLINE void store_factors(Factor<S>* panel, int64_t K, int64_t k, int64_t N, int
   }
 }
 
-// w (gates * H, K) -> panels [block][k: K][gate][lane], of one block; with pairs [block][k / 2][gate][lane][k % 2]. K
-// is rounded up to packed_rows.
+// Packs one block of w (gates * H, K) into panels [block][k: K][gate][lane], with pairs
+// [block][k / 2][gate][lane][k % 2]. K is rounded up to packed_rows.
 template <class S>
 constexpr int64_t packed_rows(int64_t K) {
   return (K + kEven<S> - 1) / kEven<S> * kEven<S>;
@@ -260,8 +259,8 @@ void pack(const void* w_, int64_t H, int64_t K, int64_t block, void* panels) {
     }
 }
 
-// w (gates * H, columns) -> panels [tile of columns][k: gate, block, lane][vector of the tile][lane], of one vector of
-// columns; with pairs as above.
+// Packs one vector of columns of w (gates * H, columns) into panels
+// [tile of columns][k: gate, block, lane][vector of the tile][lane], with pairs as above.
 template <class Cell, class S>
 bool pack_transposed(const void* w_, int64_t H, int64_t columns, int64_t vector, void* panels) {
   using A = Accumulate<S>;
@@ -271,7 +270,7 @@ bool pack_transposed(const void* w_, int64_t H, int64_t columns, int64_t vector,
   for (; tile + N <= vector; N = tile_vectors(tile, vectors)) tile += N;
   Factor<S>* panel = static_cast<Factor<S>*>(panels) + tile * rows * L * kPlanes<S>;
   const S* w = static_cast<const S*>(w_) + vector * L;
-  Vec<A> zeros = {};  // 0 times all that was packed
+  Vec<A> zeros = {};  // sums 0 * w, which is NaN if some w is not finite
   const auto row = [&](int64_t g, int64_t unit) INLINE_LAMBDA {
     const Vec<A> values = unit < H ? load<A>(w + (g * H + unit) * columns, columns - vector * L) : Vec<A>{};
     zeros += values * 0;

@@ -1,4 +1,4 @@
-// A row's units as SIMD vectors, for core/variant.h. Included once per ISA (recurrence_kernel.h).
+// A row's units as SIMD vectors, for core/variant_row.h. recurrence_kernel.h includes this file, once per ISA.
 template <class Type>
 struct Row {
   using A = Type;

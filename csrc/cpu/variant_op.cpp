@@ -1,4 +1,4 @@
-// The CPU implementation of lstm_variant: PyTorch's batched products, and passes of the ISA's kernels over all rows.
+// The CPU implementation of lstm_variant. PyTorch multiplies, and the ISA's kernels run the passes over all rows.
 #include "../variant_op.h"
 
 #include <ATen/Parallel.h>
@@ -17,7 +17,7 @@ struct Device {
   };
   static void ran(bool forward) { ++(forward ? op_calls.cpu_forward : op_calls.cpu_backward); }
 
-  // All products are of the accumulation type.
+  // Products run in the accumulation type.
   static at::ScalarType operand_type(at::ScalarType type) { return accumulate_type(type); }
   static Tensor multiplied(const Tensor& w) { return w.to(accumulate_type(w.scalar_type())); }
   static void product(Tensor& out, const Tensor& a, const Tensor& b) { at::bmm_out(out, a, b); }
@@ -34,7 +34,7 @@ struct Device {
 
   template <class Params>
   static void over_rows(void (*pass)(DType, const Params&, int64_t, int64_t), DType dtype, const Params& p) {
-    constexpr int64_t kUnitsOfThread = 2048;  // fewer take no longer than waking a thread
+    constexpr int64_t kUnitsOfThread = 2048;  // waking a thread takes as long
     at::parallel_for(0, p.D * p.B, std::max<int64_t>(1, kUnitsOfThread / p.H),
                      [&](int64_t begin, int64_t end) { pass(dtype, p, begin, end); });
   }

@@ -1,7 +1,7 @@
 """Runs the fuzzer: `python tests/fuzz N` for N random cases, `python tests/fuzz "Case(...)"` for one.
 
-Half of the N cases run on the CPU kernels that are in use by default, the rest on those of the other instruction sets that
-this CPU has, each in a process of its own. The exit status is 1 if a case failed.
+Half of the N cases run on the default CPU kernels. The rest run on those of the other instruction sets that this CPU
+has, each in its own process. The exit status is 1 if a case failed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import birnn_ext  # noqa: E402
 
 
 def fuzz(count: int, last: Path) -> None:
-    """count random cases in this process; the file `last` names the one at hand, should it kill the process."""
+    """Runs count random cases in this process. The file `last` names the current one, in case it kills the process."""
     done, start, isa = 0, time.monotonic(), birnn_ext.build_info()["cpu_isa"]
 
     @settings(max_examples=count, deadline=None, database=None, suppress_health_check=list(HealthCheck))
@@ -49,7 +49,7 @@ def runnable(isa: str) -> bool:
 
 
 def fuzz_isa(isa: str, count: int) -> bool:
-    """count random cases on one instruction set's kernels; whether all passed."""
+    """Runs count random cases on one instruction set's kernels; returns whether all passed."""
     with tempfile.TemporaryDirectory() as folder:
         last = Path(folder, "case")
         environment = {**os.environ, "BIRNN_CPU_ISA": isa, "FUZZ_LAST": str(last)}

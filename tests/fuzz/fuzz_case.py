@@ -1,6 +1,6 @@
 """One case of the differential fuzzer: a configuration, and its check against nn.LSTM in float64.
 
-What nn.LSTM does not know is checked against the reference.
+Options that nn.LSTM lacks are checked against the reference.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ import birnn_ext
 from birnn_ext import reference
 from birnn_ext.variants import EPS, Variant
 
-# Thousands of cases come to further extremes of rounding than the suite's: a sum of 16-bit terms that cancel.
+# Thousands of cases find larger rounding errors than the suite's, such as in a sum of 16-bit terms that cancel.
 TOLERANCES = {dtype: t * (2 if dtype.itemsize == 2 else 1) for dtype, t in TOLERANCE.items()}
-# Where errors are beyond these, nn.LSTM's largest decides: ours may be this much larger. (Tensor by tensor
-# would be a matter of luck: the gradient of a small state may come out nearly exact in one of two equally good ways.)
+# If an error exceeds the tolerance, it may be this many times nn.LSTM's largest error over all tensors. (Comparing
+# tensor by tensor would depend on chance, as one of two equally good ways may give a small gradient almost exactly.)
 WORSE_THAN_TORCH = 4
-# Errors are relative to a tensor's largest value, but to no less than this part of the largest among all outputs, or all
-# gradients: a sum of terms that cancel has the errors of its terms.
+# Errors are relative to a tensor's largest value, or to this part of the largest among all outputs (all gradients) if
+# that is more, as a sum of terms that cancel has the errors of its terms.
 SMALLEST_SCALE = 0.1
 
 LAYOUTS = ("plain", "transposed", "gaps", "expanded", "offset")
@@ -37,11 +37,11 @@ Tensors = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Case:
-    """A configuration. Its repr has what differs from the defaults, and can be pasted."""
+    """A configuration. Its repr holds only what differs from the defaults, and can be pasted."""
 
     T: int = 2
     B: int = 1
-    I: int = 1  # noqa: E741, the field's name
+    I: int = 1  # noqa: E741, the usual name
     H: int = 1
     layers: int = 1
     bidirectional: bool = False
@@ -49,9 +49,9 @@ class Case:
     batch_first: bool = False
     batched: bool = True
     dtype: str = "float32"
-    autocast: str = ""  # to which type, if any
+    autocast: str = ""  # the type, if any
     recompute: bool = False
-    accelerated: bool = False  # an nn.LSTM that accelerate() has turned
+    accelerated: bool = False  # an nn.LSTM that accelerate() has converted
     proj_size: int = 0
     recurrent_dropout: float = 0.0
     zoneout: tuple[float, float] = (0.0, 0.0)
@@ -63,12 +63,12 @@ class Case:
     hx: str = ""  # its layout in memory; "" for no hx
     x_layout: str = "plain"
     lengths: tuple[int, ...] | None = None
-    padding: str = ""  # what x holds beyond a sequence's end; "" for more of the same
+    padding: str = ""  # x beyond a sequence's end; "" for more random values
     packed: str = ""  # "sorted" or "unsorted": the input is a PackedSequence
     output: str = "all"
     gain: float = 1.0  # factor of the initial weights
-    grads: int = -1  # bits: which of x, h_0, c_0 and the parameters, in this order, require gradients
-    used: int = 15  # bits: which of y, h_n, c_n and cells gradients come from
+    grads: int = -1  # a bit for each of x, h_0, c_0 and the parameters: whether it requires gradients
+    used: int = 15  # a bit for each of y, h_n, c_n and cells: whether gradients come from it
     dy_layout: str = "plain"
     threads: int = 1
     seed: int = 0
@@ -78,17 +78,17 @@ class Case:
         fields = [(f.name, getattr(self, f.name), f.default) for f in dataclasses.fields(self)]
         return f"Case({', '.join(f'{name}={value!r}' for name, value, default in fields if value != default)})"
 
-    def _repr_pretty_(self, printer, cycle: bool) -> None:  # in what hypothesis prints
+    def _repr_pretty_(self, printer, cycle: bool) -> None:  # hypothesis prints this
         printer.text(repr(self))
 
     def reproducer(self) -> str:
-        """A line for the shell, in the repository's root."""
+        """Returns a line for the shell, to run in the repository's root."""
         isa = os.environ.get("BIRNN_CPU_ISA")
         return f'{f"BIRNN_CPU_ISA={isa} " if isa else ""}python tests/fuzz "{self!r}"'
 
     @property
     def options(self) -> dict[str, Any]:
-        """What nn.LSTM is not given."""
+        """Returns the options that nn.LSTM lacks."""
         names = ("recompute", "recurrent_dropout", "zoneout", "layer_norm", "learned_state")
         return {name: getattr(self, name) for name in names}
 
@@ -109,21 +109,21 @@ class Case:
 
 
 def laid_out(t: Tensor, layout: str) -> Tensor:
-    """t, arranged otherwise in memory. "expanded" is t's first row in its second dimension, repeated."""
+    """Returns t in another memory layout. "expanded" repeats t's first row in its second dimension."""
     if layout == "transposed":
         return t.transpose(0, 1).contiguous().transpose(0, 1)
     if layout == "gaps":
         return torch.stack([t, t], -1)[..., 0]
     if layout == "expanded":
         return t[:, :1].expand_as(t)
-    if layout == "offset":  # from an address that is no multiple of a vector's size
+    if layout == "offset":  # the address is no multiple of a vector's size
         return torch.cat([t.new_zeros(1), t.flatten()])[1:].view(t.shape)
     return t.contiguous()
 
 
 @dataclass
 class Data:
-    """What both sides compute from: float64 values that the type of the computation can hold."""
+    """The data of both sides: float64 values that the type of the computation can hold."""
 
     leaves: Tensors  # x (T, B, I), h_0 and c_0 if there is a state, the parameters
     wanted: list[str]  # the leaves that require gradients
@@ -144,7 +144,7 @@ class Data:
         module = make(birnn_ext.LSTM, case, torch.float64, **case.options)
         parameters = {}
         for name, p in module.named_parameters():
-            own = name in ("h_0", "c_0") or "_ln_" in name  # they are 0 or 1 at first
+            own = name in ("h_0", "c_0") or "_ln_" in name  # these would be 0 or 1 at first
             value = p.detach() * case.gain if not own else p.detach() + torch.randn_like(p) / 4
             parameters[f"learned {name}" if name in ("h_0", "c_0") else name] = value.to(case.computed_in).double()
         self.leaves = {"x": random((case.T, case.B, case.I), case.x_layout), **hx, **parameters}
@@ -167,7 +167,7 @@ def make(cls: type[nn.LSTM], case: Case, dtype: torch.dtype, device: str = "cpu"
 
 
 def with_gradients(case: Case, outputs: Tensors, leaves: Tensors, data: Data) -> tuple[Tensors, Tensors]:
-    """Outputs, and the gradients of all wanted leaves; 0 where an output does not depend on one."""
+    """Returns outputs, and gradients of all wanted leaves; these are 0 if no output depends on a leaf."""
     used = [n for k, n in enumerate(OUTPUTS) if case.used >> k & 1 and n in outputs and outputs[n].requires_grad]
     wanted = {name: leaves[name] for name in data.wanted}
     grads: tuple[Tensor | None, ...] = (None,) * len(wanted)
@@ -184,7 +184,7 @@ def with_gradients(case: Case, outputs: Tensors, leaves: Tensors, data: Data) ->
 
 
 def by_torch(case: Case, dtype: torch.dtype, device: str = "cpu") -> tuple[Tensors, Tensors]:
-    """nn.LSTM's results. It knows no sequences without steps, which are put around what it returns."""
+    """Returns nn.LSTM's results. It refuses sequences without steps, whose results are added afterwards."""
     module = make(nn.LSTM, dataclasses.replace(case, batch_first=False), dtype, device)
     data = Data(case)
     module.load_state_dict(
@@ -218,7 +218,7 @@ def by_torch(case: Case, dtype: torch.dtype, device: str = "cpu") -> tuple[Tenso
 
 
 def by_reference(case: Case, dtype: torch.dtype, variants: list[Variant]) -> tuple[Tensors, Tensors]:
-    """birnn_ext.reference's results on the CPU. variants: what each layer does beyond nn.LSTM, with masks drawn."""
+    """Returns birnn_ext.reference's results on the CPU. variants has each layer's extended options and their masks."""
     data = Data(case)
     leaves = {name: t.to(dtype).requires_grad_(name in data.wanted) for name, t in data.leaves.items()}
     directions = ["", "_reverse"] if case.bidirectional else [""]
@@ -343,7 +343,7 @@ def by_ours(case: Case) -> tuple[Tensors, Tensors]:
 
 
 def errors(actual: Tensors, expected: Tensors) -> dict[str, float]:
-    """Of each tensor, relative to its largest value (see SMALLEST_SCALE)."""
+    """Returns each tensor's error, relative to its largest value (see SMALLEST_SCALE)."""
     assert list(actual) == list(expected)
     largest = {name: float(t.detach().abs().max()) if t.numel() else 0.0 for name, t in expected.items()}
     found = {}
@@ -356,10 +356,10 @@ def errors(actual: Tensors, expected: Tensors) -> dict[str, float]:
 
 
 def with_variants(case: Case) -> tuple[tuple[Tensors, Tensors], list[Variant]]:
-    """Our results, and what each layer was given beyond nn.LSTM: the masks that were drawn are the reference's, too."""
+    """Returns our results and each layer's extended options, whose masks the reference needs, too."""
     variants: list[Variant] = []
     real = birnn_ext.LSTM._variant
-    order = None  # where each sequence is in the masks of a packed batch, which are for sorted sequences
+    order = None  # each sequence's place in the masks of a packed batch, which are for sorted sequences
     if case.packed == "unsorted":
         x = torch.empty(case.T, case.B)
         order = pack_padded_sequence(x, torch.tensor(case.lengths), enforce_sorted=False).unsorted_indices

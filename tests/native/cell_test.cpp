@@ -1,5 +1,5 @@
-// A cell of three gates on the CPU kernels, which so far know the LSTM alone: whoever counts to four is found here. Its
-// gradients are compared with differences of its forward pass, and that with a plain loop.
+// Runs a cell of three gates on the CPU kernels, which otherwise run only the LSTM. So code that assumes four gates
+// fails here. The forward pass is compared with a plain loop, and the gradients with differences of the forward pass.
 #define BIRNN_ISA of_three_gates
 #define BIRNN_ISA_BYTES 16
 #define BIRNN_ISA_ROWS 3
@@ -15,7 +15,7 @@
 namespace birnn::cpu::of_three_gates {
 namespace {
 
-// The LSTM with coupled gates, i = 1 - f: f, g, o.
+// The LSTM with coupled gates, i = 1 - f, so its gates are f, g, o.
 struct Coupled {
   static constexpr int kGates = 3, kValues = 3;
   static constexpr bool kAddsParts = true;
@@ -53,13 +53,13 @@ constexpr int64_t T = 4, B = 5, D = 2, H = 5, I = 3, G = Coupled::kGates, L = kL
 constexpr int64_t kBlocks = (H + L - 1) / L, kPanels = (G * kBlocks + kTileVectors - 1) / kTileVectors;
 constexpr int64_t kStepsAtOnce = 2, kRowsOfT = T * B * D, kStates = D * B * H;
 constexpr int64_t lengths[B] = {4, 0, 2, 4, 1}, longest_first[B] = {0, 3, 2, 4, 1};
-constexpr int64_t offsets[T + 1] = {0, 4, 7, 9, 11};  // of slots: how many sequences have had a step before t
+constexpr int64_t offsets[T + 1] = {0, 4, 7, 9, 11};  // of slots: the steps of all sequences before t
 constexpr int64_t kCount = offsets[T], kCapacity = kCount + 1;
 
 struct Free {
   void operator()(void* p) const { std::free(p); }
 };
-std::unique_ptr<double, Free> aligned(int64_t values) {  // what nobody writes is no number
+std::unique_ptr<double, Free> aligned(int64_t values) {  // filled with NaN, to find values that nobody writes
   auto* p = static_cast<double*>(std::aligned_alloc(64, static_cast<size_t>(round_up(values, 8) * 8)));
   for (int64_t k = 0; k < round_up(values, 8); ++k) p[k] = NAN;
   return std::unique_ptr<double, Free>(p);
@@ -87,7 +87,7 @@ struct Problem {
   }
 };
 
-// The packed weights of a direction.
+// Packs the weights of a direction.
 struct Packed {
   bool not_finite = false;
   std::unique_ptr<double, Free> ih = aligned(G * kBlocks * L * packed_rows<double>(I)),
@@ -158,7 +158,7 @@ Results plain_forward(const Problem& p) {
   return results;
 }
 
-struct Gradients {  // of sum(y dy) + sum(h_n dh_n) + sum(c_n dc_n)
+struct Gradients {  // the gradients of sum(y dy) + sum(h_n dh_n) + sum(c_n dc_n)
   Values w_ih = Values(D * G * H * I), w_hh = Values(D * G * H * H), bias = Values(D * G * H), x = Values(T * B * I),
          h0 = Values(kStates), c0 = Values(kStates), d_gates_x = Values(kRowsOfT * G * H, NAN);
 };
@@ -186,7 +186,7 @@ Gradients backward(const Problem& problem, const Results& results, const Values&
     };
     p.gates = results.gates.data(), p.d_gates_x = gradients.d_gates_x.data();
     run(Slots{});
-    p.gates = nullptr, p.d_gates_x = nullptr;  // as a layer: gates made anew, dz as panels
+    p.gates = nullptr, p.d_gates_x = nullptr;  // as for a layer: gates are recomputed, dz becomes panels
     run(Slots{dz.get(), kCapacity, 0, offsets});
 
     std::vector<const void*> x_rows, h_rows;

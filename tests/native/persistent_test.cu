@@ -1,10 +1,10 @@
-// The persistent kernels in a program without PyTorch, for what can't be asked of the operators:
-//   rows      every kernel of the tables once, against the cell's equations in double precision
-//   steps     one pass each way; built with -DBIRNN_WITHOUT_BARRIER, which drops the barriers between steps, a race
+// Runs the persistent kernels in a program without PyTorch, for tests that the operators can't express:
+//   rows      runs every kernel of the tables once, against the cell's equations in double precision
+//   steps     runs one pass each way. With -DBIRNN_WITHOUT_BARRIER, which drops the barriers between steps, a race
 //             detector must report it
-//   passes    grid with fewer groups than there are: the same results, bit by bit, as with all at once
-//   resident  how many CTAs of a multiprocessor, and clusters, the device can run of what was compiled
-// tests/test_cuda_persistent.py runs them.
+//   passes    runs grid with fewer groups than there are, which must give the same bits as all at once
+//   resident  prints how many CTAs of a multiprocessor, and clusters, the device can run of what was compiled
+// tests/test_cuda_persistent.py runs this program.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -35,7 +35,7 @@ struct HostMath {
   static double tanh(double x) { return std::tanh(x); }
 };
 
-// Numbers on the device and, as the type holds them, on the host. Never freed: the program is short.
+// Numbers on the device and, rounded to the type, on the host. They are never freed, as the program is short.
 template <class S>
 struct Numbers {
   S* device = nullptr;
@@ -52,7 +52,7 @@ struct Numbers {
     check(cudaMalloc(&device, count * sizeof(S) + 1), "cudaMalloc");
     check(cudaMemcpy(device, values.data(), count * sizeof(S), cudaMemcpyHostToDevice), "cudaMemcpy");
   }
-  // What the kernels have made of them, as numbers, and its bits.
+  // Returns what the device holds now, as numbers; bits() returns its bits.
   std::vector<double> now() const {
     std::vector<S> values(host.size());
     check(cudaMemcpy(values.data(), device, values.size() * sizeof(S), cudaMemcpyDeviceToHost), "cudaMemcpy");
@@ -69,7 +69,7 @@ int resident(DType dtype, const Plan& plan) {
   return count;
 }
 
-// A layer's arguments, and all that comes of it: y, h_n, c_n, gates, cells; d_gates_x, dh0, dc0.
+// A layer's arguments and results: y, h_n, c_n, gates, cells; d_gates_x, dh0, dc0.
 template <class S>
 struct Layer {
   static constexpr int kSize = sizeof(S), kGates = Lstm::kGates;
@@ -99,7 +99,7 @@ struct Layer {
     check(cudaMemcpy(device_lengths, lengths.data(), B * 8, cudaMemcpyHostToDevice), "cudaMemcpy");
   }
 
-  // The groups of CTAs that a plan has: all, or `most`.
+  // Limits a plan's groups of CTAs to `most`, if that is given.
   template <class Params>
   void place(Params& p, int turns, int sequences, int most, int64_t bytes) const {
     p.groups = int(n.D * divide_up(n.B, turns * sequences));
@@ -148,7 +148,7 @@ struct Layer {
     results = {y.now(), h_n.now(), c_n.now(), gates.now(), cells.now(), d_gates_x.now(), dh0.now(), dc0.now()};
   }
 
-  // The largest difference from the equations, all in double precision, of forward and backward.
+  // Computes the largest difference of forward and backward from the equations in double precision.
   void errors(double (&largest)[2]) const {
     largest[0] = largest[1] = 0;
     const auto note = [&](int pass, double found, double expected) {
@@ -233,7 +233,7 @@ struct Device {
   }
 };
 
-// A plan of some row for H units: with as few CTAs as the row can do with, or one with more.
+// Returns a plan of some row for H units, with the fewest CTAs that the row allows, or one with more.
 ForwardPlan some_forward(const Device& device, int size, int64_t H, Exchange exchange, int row = -1,
                          bool more = false) {
   for (int k = 0; k < kForwardCounts[size == 4]; ++k) {
@@ -258,7 +258,7 @@ BackwardPlan some_backward(const Device& device, int size, int64_t H, Exchange e
   return {exchange, -1};
 }
 
-// Every kernel once or more, with sizes that fill it and sizes that do not.
+// Runs every kernel at least once, with sizes that fill it and sizes that do not.
 template <class S>
 bool rows(DType dtype, const Device& device, int pick) {
   constexpr int kSize = sizeof(S);

@@ -1,6 +1,6 @@
-// The CPU kernels without PyTorch: for sanitizers, and for CPUs that are only emulated. Every buffer is its own
-// allocation of the exact size, so that AddressSanitizer sees each access beyond one. Results are compared with a plain
-// loop over time, units and weights. tools/native_test builds and runs it.
+// Runs the CPU kernels without PyTorch, for sanitizers and emulated CPUs. Every buffer is its own allocation of the
+// exact size, so that AddressSanitizer sees each access beyond it. Results are compared with a plain loop over time,
+// units and weights. tools/native_test builds and runs this program.
 #include "cpu/recurrence.h"
 
 #include <cmath>
@@ -34,7 +34,7 @@ using float16 = _Float16;
 struct bfloat16 {
   uint16_t bits;
   bfloat16() = default;
-  explicit bfloat16(double x) {  // truncated: the tests' own inputs may be any
+  explicit bfloat16(double x) {  // truncation is good enough for random inputs
     const auto single = static_cast<float>(x);
     uint32_t wide;
     std::memcpy(&wide, &single, sizeof(wide));
@@ -52,7 +52,7 @@ double uniform(double low, double high) { return std::uniform_real_distribution<
 int64_t integer(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(generator); }
 double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
 
-// Threads all at once, as OpenMP lends them; sometimes fewer than asked for.
+// Runs all threads at once, as OpenMP does. Sometimes there are fewer than asked for.
 int64_t parallel(int64_t asked, const std::function<void(int64_t)>& work) {
   const int64_t got = asked > 2 && integer(0, 3) == 0 ? asked - 1 : asked;
   if (got < asked) return got;
@@ -69,7 +69,7 @@ std::unique_ptr<S[]> random(int64_t n, double scale) {
   return values;
 }
 
-// What uninitialised memory must not look like.
+// Fills memory with a value that a test would notice if a kernel read it uninitialised.
 template <class S>
 std::unique_ptr<S[]> unset(int64_t n) {
   auto values = std::make_unique<S[]>(n);
@@ -92,7 +92,8 @@ void compare(const char* name, const S* found, const std::vector<double>& expect
   }
 }
 
-// One random problem in type S (A: its accumulation type). As a layer, it has an input projection of its own.
+// Checks one random problem in type S, with the accumulation type A. As a layer, it includes the input projection. The
+// function is long because it follows one problem from its buffers to the comparison.
 template <class S, class A>
 void check(DType dtype, double tolerance, bool as_layer = false) {
   const bool large = integer(0, 9) == 0;
@@ -108,7 +109,7 @@ void check(DType dtype, double tolerance, bool as_layer = false) {
   const auto y = unset<S>(rows * H), h_n = unset<S>(states), c_n = unset<S>(states), gates = unset<S>(rows * 4 * H);
   const auto cells = unset<A>(rows * H);
 
-  if (as_layer)  // what the kernels are to compute themselves
+  if (as_layer)  // the kernels compute these themselves
     for (int64_t t = 0; t < T; ++t)
       for (int64_t b = 0; b < B; ++b)
         for (int64_t d = 0; d < D; ++d)
@@ -160,7 +161,7 @@ void check(DType dtype, double tolerance, bool as_layer = false) {
   }
   birnn::cpu::recurrence_backward(dtype, backward, integer(1, 5), parallel);
 
-  // The same, plainly. In backward the saved gates and cells are the truth, as they are for the kernels.
+  // These plain loops compute the same. The backward loop reads the kernels' saved gates and cells, as the kernels do.
   std::vector<double> want_y(rows * H), want_h(states), want_c(states), want_dz(rows * 4 * H), want_dh(states),
       want_dc(states), want_dx(T * B * I), want_dw_ih(D * 4 * H * I), want_dw_hh(D * 4 * H * H), want_bias(D * 4 * H);
   for (int64_t d = 0; d < D; ++d)
@@ -187,7 +188,7 @@ void check(DType dtype, double tolerance, bool as_layer = false) {
         dh[u] = dh_n[s0 + u], dc[u] = dc_n[s0 + u];
       }
       for (int64_t s = lengths[b] - 1; s >= 0; --s) {
-        const int64_t r = row(s), step = r / D;  // step: t, b
+        const int64_t r = row(s), step = r / D;  // step counts (t, b)
         double* dz = &want_dz[r * 4 * H];
         for (int64_t u = 0; u < H; ++u) {
           const double i = double(gates[r * 4 * H + u]), f = gates[r * 4 * H + H + u], g = gates[r * 4 * H + 2 * H + u],
@@ -223,7 +224,7 @@ void check(DType dtype, double tolerance, bool as_layer = false) {
   compare("dh0", dh0.get(), want_dh, tolerance);
   compare("dc0", dc0.get(), want_dc, tolerance);
   if (!as_layer) return compare("d_gates_x", d_gates_x.get(), want_dz, tolerance);
-  tolerance *= 50;  // sums over all steps and sequences
+  tolerance *= 50;  // these are sums over all steps and sequences
   compare("dx", dx.get(), want_dx, tolerance);
   compare("dw_ih", dw_ih.get(), want_dw_ih, tolerance);
   compare("dw_hh", dw_hh.get(), want_dw_hh, tolerance);

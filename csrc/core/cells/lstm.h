@@ -1,19 +1,16 @@
-// The LSTM cell, forward and backward. These equations stand here and nowhere else: every kernel, CPU or CUDA, calls
-// them with its own value type V (a scalar on the GPU, a SIMD vector on the CPU) and its own M::sigmoid and M::tanh.
+// The LSTM cell, forward and backward. The equations stand only here: every kernel, CPU or CUDA, calls them with its
+// own value type V (a scalar on the GPU, a SIMD vector on the CPU) and its own M::sigmoid and M::tanh.
 //
-// A cell is a type, as Lstm below. What kernels know of it, whatever the cell:
-// - A unit has kGates pre-activations, in the order of the rows of W_ih and W_hh. Each has an input part, W_ih x and
-// the
-//   biases, and a recurrent part, W_hh h. combine() puts both among the kValues values with which the cell begins.
-//   Where kAddsParts, each value is the sum of a gate's parts, and a kernel may begin a sum with the one and gather the
-//   other; a gate that sees them apart (a GRU's candidate, tanh(input + r * recurrent)) takes a value more.
-// - forward() turns these values, in place, into those that the backward pass wants, which is all that is saved of a
-// step
-//   beside the state: what a unit carries from step to step and keeps in the accumulation type (a GRU's is its h).
-// - backward() makes dz, the gradients of the input parts, which go to d_gates_x. recurrent() makes of them the
-// gradient
-//   of a gate's recurrent part, which is what W_hh^T multiplies: the same where kAddsParts, another for a GRU's
-//   candidate.
+// A cell is a type such as Lstm below. Kernels use the following of it:
+// - A unit has kGates pre-activations, in the order of the rows of W_ih and W_hh. Each has an input part (W_ih x and
+//   biases) and a recurrent part (W_hh h). combine() puts both into the kValues values that the cell starts from. If
+//   kAddsParts, each value is the sum of a gate's parts, and a kernel may accumulate one part onto the other. A gate
+//   that needs its parts separately (a GRU's candidate, tanh(input + r * recurrent)) takes one value more.
+// - forward() turns these values, in place, into those that the backward pass needs. A step saves them and the state,
+//   which a unit carries from step to step in the accumulation type (for a GRU that is h).
+// - backward() computes dz, the gradients of the input parts, which go to d_gates_x. recurrent() computes from them the
+//   gradient of a gate's recurrent part, which W_hh^T multiplies. Both are the same if kAddsParts, but differ for a
+//   GRU's candidate.
 #pragma once
 
 #include "../inline.h"
@@ -23,7 +20,7 @@ namespace birnn {
 struct Lstm {
   enum Gate : int { i, f, g, o };  // nn.LSTM's order
   static constexpr int kGates = 4;
-  static constexpr int kValues = 4;  // before the cell pre-activations z, after it the activated gates
+  static constexpr int kValues = 4;  // pre-activations z before the cell, activated gates after it
   static constexpr bool kAddsParts = true;
 
   template <class V>
@@ -31,9 +28,9 @@ struct Lstm {
     values[gate] = input + recurrent;
   }
 
-  // --- all of a step
+  // --- a whole step
 
-  // c: c_{t-1} -> c_t (in place); returns h_t.
+  // Turns c from c_{t-1} into c_t; returns h_t.
   template <class M, class V>
   static BIRNN_INLINE V forward(V (&values)[kValues], V& c) {
     activate<M>(values);
@@ -41,8 +38,8 @@ struct Lstm {
     return output<M>(values, c);
   }
 
-  // dh: gradient of h_t from all its uses; dc: gradient of c_t from step t+1 -> gradient of c_{t-1} (in place).
-  // values, c and c_prev are what the forward pass saved.
+  // dh is the gradient of h_t from all its uses. dc is the gradient of c_t from step t+1, and becomes that of c_{t-1}.
+  // The forward pass saved values, c and c_prev.
   template <class M, class V>
   static BIRNN_INLINE void backward(const V (&values)[kValues], V c, V c_prev, V dh, V& dc, V (&dz)[kGates]) {
     V d_o, dc_of_h;
@@ -57,9 +54,9 @@ struct Lstm {
     return dz[gate];
   }
 
-  // --- its parts, between which variants do more
+  // --- its parts, between which the extended LSTM does more
 
-  // z -> activated gates (in place).
+  // Turns pre-activations z into activated gates.
   template <class M, class V>
   static BIRNN_INLINE void activate(V (&values)[kValues]) {
     values[i] = M::sigmoid(values[i]);
@@ -68,19 +65,19 @@ struct Lstm {
     values[o] = M::sigmoid(values[o]);
   }
 
-  // c_t, of the activated gates and c_{t-1}.
+  // Returns c_t from the activated gates and c_{t-1}.
   template <class V>
   static BIRNN_INLINE V state(const V (&values)[kValues], V c_prev) {
     return values[f] * c_prev + values[i] * values[g];
   }
 
-  // h_t, of the gate o and c_t.
+  // Returns h_t from the gate o and c_t.
   template <class M, class V>
   static BIRNN_INLINE V output(const V (&values)[kValues], V c) {
     return values[o] * M::tanh(c);
   }
 
-  // Of h_t = o tanh(c_t) with gradient dh: the gradients of o and of c_t.
+  // h_t = o tanh(c_t) has the gradient dh; this computes the gradients of o and of c_t.
   template <class M, class V>
   static BIRNN_INLINE void output_backward(const V (&values)[kValues], V c, V dh, V& d_o, V& dc) {
     using S = typename M::Scalar;
@@ -89,7 +86,7 @@ struct Lstm {
     dc = dh * values[o] * (S(1) - tanh_c * tanh_c);
   }
 
-  // d_o: gradient of the gate o; dc: gradient of c_t from all its uses -> gradient of c_{t-1} (in place).
+  // d_o is the gradient of the gate o. dc is the gradient of c_t from all its uses, and becomes that of c_{t-1}.
   template <class M, class V>
   static BIRNN_INLINE void state_backward(const V (&values)[kValues], V c_prev, V d_o, V& dc, V (&dz)[kGates]) {
     using S = typename M::Scalar;
