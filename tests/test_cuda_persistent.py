@@ -684,7 +684,7 @@ def test_one_block_always_fits_a_multiprocessor():
     )
     assert len(usage) >= 60  # three types, for each architecture
     for kind, sizes, registers, stack, shared, local in usage:
-        warps = int(re.findall(r"\d+", sizes)[3 if kind == "forward" else 6])
+        warps = int(re.findall(r"\d+", sizes)[4 if kind == "forward" else 7])
         allotted = (int(registers) + 7) // 8 * 8  # the hardware allots registers in eights
         assert 32 * warps * allotted <= 65536
         assert int(stack) == int(local) == 0
