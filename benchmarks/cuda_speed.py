@@ -241,7 +241,7 @@ def us_a_step(name: str, shape: Shape, dtype: torch.dtype, backward: bool, secon
         for size in ((shape.T, shape.B, shape.D, 4 * shape.H), (shape.D, 4 * shape.H, shape.H))
     )
     with algorithm(name), torch.no_grad():
-        run = partial(forward_op, gates_x, w_hh, None, None, None, backward)
+        run = partial(forward_op, gates_x, w_hh, None, None, None, "all" if backward else "none")
         works: list[Callable[[], object]] = [run]
         if backward:
             y, _, _, gates, cells = run()

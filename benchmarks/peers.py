@@ -403,7 +403,7 @@ def recurrence_rate(shape: Shape, rounds: int) -> tuple[float, float]:
     gates_x, w_hh = torch.randn(steps, batch, 2, 4 * hidden), torch.randn(2, 4 * hidden, hidden) / hidden**0.5
     a, b = torch.randn(2, 1024, 1024)
     works: Works = {
-        OURS: lambda: [torch.ops.birnn_ext.lstm_recurrence(gates_x, w_hh, None, None, None, False)],
+        OURS: lambda: [torch.ops.birnn_ext.lstm_recurrence(gates_x, w_hh, None, None, None, "none")],
         "sgemm": lambda: [a @ b],
     }
     figures = measure(works, rounds)

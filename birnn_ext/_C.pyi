@@ -9,7 +9,7 @@ def op_calls() -> dict[str, int]:
     """See `birnn_ext.op_calls`, which adds the calls of the reference."""
 
 def cell_math(name: str, x: int, y: int, n: int) -> None:
-    """exp, sigmoid or tanh of n float32 at address x, to address y, by the function that the CPU kernels use."""
+    """Computes exp, sigmoid or tanh of n float32 at address x, to address y, by the function of the CPU kernels."""
 
 def cuda_choice(
     dtype: str,
@@ -22,7 +22,7 @@ def cuda_choice(
     algorithm: str = "",
     largest_cluster: int = 16,
 ) -> dict[str, Any] | None:
-    """What would run a layer on a GPU.
+    """Says what would run a layer on a GPU.
 
     Args:
         dtype: "float64", "float32", "float16" or "bfloat16".

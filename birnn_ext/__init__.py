@@ -7,7 +7,7 @@ turns the LSTMs of a model that somebody else wrote.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from birnn_ext import integrations as integrations  # what other packages are told of us
+from birnn_ext import integrations as integrations  # tells other packages of us
 from birnn_ext._info import __version__, build_info, op_calls
 from birnn_ext.acceleration import Acceleration, accelerate, restore
 from birnn_ext.modules import LSTM, BiRNN

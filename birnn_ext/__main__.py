@@ -1,4 +1,4 @@
-"""`python -m birnn_ext` says what was built: why without CUDA kernels, and what a report of an error should name."""
+"""`python -m birnn_ext` prints what was built, and why without CUDA kernels. A report of an error should name it."""
 
 from birnn_ext._info import describe
 

@@ -1,6 +1,6 @@
-"""`after_import`: to add something to a module of another package without importing it.
+"""`after_import` adds something to a module of another package without importing that module.
 
-Many programs never import it, and some modules take as long as importing torch.
+Many programs never import it, and importing some modules takes as long as importing torch.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class _Finder(MetaPathFinder):
-    """Finds the modules that are waited for as Python does, and has their loaders say so once they have run."""
+    """Finds the modules that someone waits for as Python does, and calls back once their loaders have run."""
 
     def __init__(self) -> None:
         self.waiting: dict[str, list[Callable[[ModuleType], None]]] = {}
@@ -34,7 +34,7 @@ class _Finder(MetaPathFinder):
                 for then in self.waiting.pop(fullname, []):
                     then(module)
 
-            spec.loader.exec_module = exec_module  # type: ignore[method-assign]  # of this one import
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]  # for this import alone
         return spec
 
 

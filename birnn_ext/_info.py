@@ -20,7 +20,7 @@ except ImportError as error:
 
 __version__ = version("birnn_ext")
 
-# Calls of the operators' reference implementation, by name: see ops.py.
+# Counts of the calls that the reference served in place of kernels: without_kernels.py.
 reference_calls = {"reference_forward": 0, "reference_backward": 0}
 
 
@@ -37,7 +37,7 @@ def build_info() -> dict[str, Any]:
 
 
 def describe() -> str:
-    """`build_info` in lines for people to read."""
+    """Returns `build_info` as lines for people to read."""
     info = build_info()
     cuda = f"CUDA {info['cuda']}, for {info['cuda_architectures']}" if info["cuda"] else f"none: {info['cuda_missing']}"
     return "\n".join(

@@ -1,4 +1,4 @@
-"""`accelerate` makes a model's `torch.nn.LSTM` modules ours, whoever wrote the model; `restore` undoes it."""
+"""`accelerate` turns the `torch.nn.LSTM` modules of any model into ours; `restore` undoes it."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from inspect import getattr_static
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 
+from birnn_ext._torch_private import script_graphs
+from birnn_ext.flat_weights import drop_flat_weights
 from birnn_ext.modules import LSTM
 from birnn_ext.portable import beyond_nn_lstm, nn_lstm_state
 
 
 @dataclass
 class Acceleration:
-    """What `accelerate` did; printing it gives a line for each module.
+    """A report of what `accelerate` did; printing it gives a line for each module.
 
     Attributes:
         replaced: names of the modules that are ours now, as in ``model.named_modules()``; "" is the model itself.
@@ -80,7 +82,7 @@ def accelerate(model: nn.Module) -> Acceleration:
             report.left[name] = why
         elif isinstance(module, nn.LSTM):
             module.__class__ = _ours(type(module))
-            cast(LSTM, module)._drop_flat_weights()
+            drop_flat_weights(module)
             module.accelerated = True
             report.replaced.append(name)
     return report
@@ -131,7 +133,7 @@ def restore(model: nn.Module) -> list[str]:
 
 
 def _reduce_ex(module: nn.Module, protocol: Any) -> tuple[Any, ...]:
-    """For copies and pickles: in place of a class that `_ours` has made, which no import finds, it names the user's."""
+    """Pickles and copies a module by the user's class, as no import finds the class that `_ours` made of it."""
     made = next(cls for cls in type(module).__mro__ if _is_made(cls))
     theirs: Any = made.__bases__[0]
     function, arguments, *rest = theirs.__reduce_ex__(module, protocol)
@@ -145,12 +147,12 @@ def _rebuild(function: Callable[..., nn.Module], *arguments: Any) -> nn.Module:
 
 
 def _is_made(cls: type) -> bool:
-    """Whether it is a class that `_ours` has made of a user's, its first base."""
+    """Whether `_ours` has made this class, of a user's class that is its first base."""
     return vars(cls).get("__reduce_ex__") is _reduce_ex
 
 
-def _ours(cls: type) -> Any:  # a type; mypy does not see that the class of a module may change
-    """What instances of a class are once they are accelerated."""
+def _ours(cls: type) -> Any:  # it returns a type; mypy does not see that the class of a module may change
+    """Returns the class that instances of a class get when they are accelerated."""
     if cls is nn.LSTM:
         return LSTM
     if _is_pytorchs(cls):
@@ -164,7 +166,7 @@ def _ours(cls: type) -> Any:  # a type; mypy does not see that the class of a mo
 
 
 def _theirs(cls: type) -> Any:
-    """What instances of a class were before they were accelerated; None if that can't be told."""
+    """Returns the class that instances of a class had before they were accelerated; None if that can't be told."""
     if cls is LSTM:
         return nn.LSTM
     if _is_made(cls):
@@ -178,7 +180,7 @@ def _is_pytorchs(cls: type) -> bool:
 
 
 def _with_bases(cls: type, convert: Callable[[type], Any]) -> type | None:
-    """A class like cls, the LSTMs among whose bases are converted; None if one can't be."""
+    """Makes a class like cls whose bases that are LSTMs are converted; None if one can't be converted."""
     bases = tuple(convert(base) if issubclass(base, nn.LSTM) else base for base in cls.__bases__)
     if None in bases:
         return None
@@ -188,13 +190,13 @@ def _with_bases(cls: type, convert: Callable[[type], Any]) -> type | None:
 
 # --- what is left -----------------------------------------------------------------------------------------------------
 
-# nn.LSTM's inner workings: what its forward calls, and where it finds the weights. A subclass may do what it likes with
-# the rest, which is the same in ours.
+# These are nn.LSTM's inner workings: what its forward calls, and where it finds the weights. A subclass may do what it
+# likes with the rest, which is the same in ours.
 _INNER = {name for cls in (nn.RNNBase, nn.LSTM) for name in vars(cls) if not name.startswith("__")} | {
     "_VF", "_all_weights", "_flat_weight_refs", "_flat_weights", "_flat_weights_names",
 }  # fmt: skip
 _INNER -= {"forward", "reset_parameters", "extra_repr", "flatten_parameters"}
-_NAMES = {"accelerated", *dir(LSTM)} - {*dir(nn.LSTM), "_flat_weights"}  # that we give a meaning
+_NAMES = {"accelerated", *dir(LSTM)} - {*dir(nn.LSTM), "_flat_weights"}  # names that we give a meaning
 
 
 def _why_left(module: nn.LSTM) -> str | None:
@@ -202,7 +204,7 @@ def _why_left(module: nn.LSTM) -> str | None:
         return "its forward has been replaced, by a hook of another library perhaps"
     for name in sorted(_NAMES):
         if name == "recompute" and vars(module).get(name) is True:
-            continue  # as `restore` leaves it; no result depends on it
+            continue  # `restore` leaves it so; no result depends on it
         if hasattr(module, name):
             return f"it has an attribute {name}, a name that birnn_ext.LSTM uses for something else"
     mro = type(module).__mro__
@@ -214,7 +216,7 @@ def _why_left(module: nn.LSTM) -> str | None:
 
 
 def _why_class_is_left(cls: type, of: type) -> str | None:
-    """Of a class of's method resolution order before nn.LSTM."""
+    """Says why a class keeps modules of the class `of`, whose bases include it, from being accelerated; else None."""
     if type(cls) not in (type, ABCMeta) or "__init_subclass__" in vars(cls):
         return "has a metaclass or an __init_subclass__, which may not want another class"
     home = sys.modules.get(cls.__module__)
@@ -238,18 +240,18 @@ def _why_class_is_left(cls: type, of: type) -> str | None:
 
 
 def _names(forward: object, cls: type) -> Iterator[str]:
-    """All names and strings in a method's code, and in the code of what it names in its class and its package."""
+    """Yields all names and strings in a method's code, and in the code of what it names in its class and package."""
     todo, seen = [forward], set()
     while todo:
         function = todo.pop()
         if isinstance(function, property):
             todo += [function.fget, function.fset]
-        function = getattr(function, "__func__", function)  # of a staticmethod or a classmethod
+        function = getattr(function, "__func__", function)  # a staticmethod or a classmethod holds it
         if not isinstance(function, types.FunctionType) or function in seen:
             continue
         seen.add(function)
-        for cell in function.__closure__ or ():  # what a decorator has wrapped
-            with suppress(ValueError):  # an empty one
+        for cell in function.__closure__ or ():  # a decorator keeps what it wraps there
+            with suppress(ValueError):  # the cell is empty
                 todo.append(cell.cell_contents)
         codes = [function.__code__]
         while codes:
@@ -265,10 +267,9 @@ def _names(forward: object, cls: type) -> Iterator[str]:
 
 
 def _program_with_lstm(module: nn.Module) -> str | None:
-    """Says so of a module whose forward is no Python, but a program in which an LSTM is one operator."""
+    """Says why a module can't be changed whose forward is a program with an LSTM as one operator; else None."""
     if isinstance(module, torch.jit.ScriptModule):
-        methods = [module._c._get_method(name) for name in module._c._method_names()]
-        if any(method.graph.findAllNodes("aten::lstm") for method in methods):
+        if any(graph.findAllNodes("aten::lstm") for graph in script_graphs(module)):
             return (
                 "it is TorchScript, which can't be changed, and has nn.LSTM's operator: "
                 "torch.export of the accelerated Python model keeps ours"

@@ -3,55 +3,33 @@
 from __future__ import annotations
 
 import copy
-import numbers
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence
 
 from birnn_ext import portable
-from birnn_ext._compile import let_dynamo_trace
-from birnn_ext.ops import lstm_layer
-from birnn_ext.variants import Variant, Weights, lstm_variant_layer
+from birnn_ext._torch_private import let_dynamo_trace, within_torch_func
+from birnn_ext.arguments import Call, Elsewhere, State, arranged, autocast_dtype, check_probability, read_call
+from birnn_ext.flat_weights import WithoutFlatWeights
+from birnn_ext.layer import LayerWeights, Options, Results, Sequences, Variant, run_last, run_layer
+from birnn_ext.layer import State as LayerState
+from birnn_ext.signatures import with_overloads
 
-State = tuple[Tensor, Tensor]
-
-
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """What autocast turns x into; None where it leaves x alone, as it does with float64 and integers."""
-    device = x.device.type
-    # meta has no autocast, and asking about it is an error; torch 2.10's compile can't ask which have
-    if device == "meta" or not torch.is_autocast_enabled(device):
-        return None
-    return torch.get_autocast_dtype(device) if x.is_floating_point() and x.dtype != torch.float64 else None
-
-
+_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")  # the last two with bias only
 _LAYER_NORM = ("weight_ln_ih", "weight_ln_hh", "weight_ln_c", "bias_ln_c")  # the last one with bias only
 
 
 def _kept(x: Tensor, p: float, *shape: int) -> Tensor:
-    """A random mask on x's device, False with probability p. Out of place, as torch.func.vmap wants it."""
+    """Draws a mask on x's device that is False with probability p. It does so out of place, as torch.func.vmap asks."""
     return torch.rand(shape, device=x.device) >= p
 
 
-def _check_probability(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value <= 1:
-        raise ValueError(f"LSTM: {name} must be a number in [0, 1], got {value!r}")
-
-
-def _check_length_values(lengths: Tensor | Sequence[int], steps: int) -> None:
-    if torch.compiler.is_compiling():  # it would guard on each; the operator checks them, too
-        return
-    for b, length in enumerate(lengths.tolist() if isinstance(lengths, Tensor) else lengths):
-        if not 0 <= length <= steps:
-            raise ValueError(f"LSTM: lengths must be between 0 and T = {steps}, got lengths[{b}] = {length}")
-
-
-class LSTM(nn.LSTM):
+class LSTM(WithoutFlatWeights):
     """A drop-in for `torch.nn.LSTM`: same arguments, parameters, initialisation, state_dict and results.
 
     Its time steps run in birnn_ext's fused kernels. In place of nn.LSTM's flattened weights it reads the parameters as
@@ -94,7 +72,7 @@ class LSTM(nn.LSTM):
         ValueError, TypeError: as `torch.nn.LSTM`; a probability is not one.
     """
 
-    # Modules that were pickled, or made nn.LSTM, before these existed go without.
+    # Modules that were pickled before an option existed, or that were an nn.LSTM, find its default here.
     recompute = False
     recurrent_dropout = 0.0
     zoneout: tuple[float, float] = (0.0, 0.0)
@@ -125,9 +103,9 @@ class LSTM(nn.LSTM):
         learned_state: bool = False,
     ) -> None:
         zoneout_h, zoneout_c = zoneout if isinstance(zoneout, (tuple, list)) and len(zoneout) == 2 else (zoneout,) * 2
-        _check_probability("recurrent_dropout", recurrent_dropout)
-        _check_probability("zoneout", zoneout_h)
-        _check_probability("zoneout", zoneout_c)
+        check_probability("recurrent_dropout", recurrent_dropout)
+        check_probability("zoneout", zoneout_h)
+        check_probability("zoneout", zoneout_c)
         super().__init__(
             input_size,
             hidden_size,
@@ -161,12 +139,21 @@ class LSTM(nn.LSTM):
         self._reset_own_parameters()
 
     def reset_parameters(self) -> None:
-        """Gives all parameters new initial values: nn.LSTM's as nn.LSTM does, the others the values that do nothing."""
+        """Initialises nn.LSTM's parameters as nn.LSTM does, and the others with the values that change nothing."""
         super().reset_parameters()
         self._reset_own_parameters()
 
+    def _weight_kinds(self) -> tuple[str, ...]:
+        """Names the kinds of parameters of a layer's direction: nn.LSTM's in its order, then layer norm's."""
+        kinds: tuple[str, ...] = _WEIGHTS if self.bias else _WEIGHTS[:2]
+        if self.proj_size:
+            kinds += ("weight_hr",)
+        if self.layer_norm:
+            kinds += _LAYER_NORM if self.bias else _LAYER_NORM[:-1]
+        return kinds
+
     def _weight_names(self, layer: int, d: int) -> list[str]:
-        """Of one layer and direction: nn.LSTM's in its order, then layer norm's."""
+        """Names the parameters of one layer and direction, in the order of their kinds."""
         names: list[str] = self._all_weights[layer * (2 if self.bidirectional else 1) + d]
         if not self.layer_norm:
             return names
@@ -174,7 +161,7 @@ class LSTM(nn.LSTM):
         return [*names, *(f"{kind}_l{layer}{'_reverse' if d else ''}" for kind in kinds)]
 
     def _reset_own_parameters(self) -> None:
-        if not (self.layer_norm or self.learned_state):  # a subclass that was accelerated may use these names
+        if not (self.layer_norm or self.learned_state):  # then these names may be a subclass's own
             return
         for name, parameter in self.named_parameters():
             if name.startswith("weight_ln_"):
@@ -183,44 +170,18 @@ class LSTM(nn.LSTM):
                 nn.init.zeros_(parameter)
 
     def extra_repr(self) -> str:
-        """nn.LSTM's, and what is not its default of the rest."""
+        """Describes the module as nn.LSTM does, with our options that are not at their defaults."""
         default = {
             "recompute": False, "recurrent_dropout": 0, "zoneout": (0, 0), "layer_norm": False, "learned_state": False,
         }  # fmt: skip
         ours = [f"{name}={getattr(self, name)}" for name, value in default.items() if getattr(self, name) != value]
         return ", ".join([super().extra_repr(), *ours])
 
-    # What nn.LSTM does to keep its flattened weights, which we don't have.
-
     def flatten_parameters(self) -> None:
         """Does nothing: there is no flattened copy of the weights. Kept for code that calls it on an nn.LSTM."""
 
-    def _init_flat_weights(self) -> None:
-        pass
-
-    def _update_flat_weights(self) -> None:
-        pass
-
-    @property
-    def _flat_weights(self) -> list[Tensor | None]:
-        """The weights as they are now, for code of nn.LSTM's and of others that reads them here."""
-        return [getattr(self, name, None) for name in self._flat_weights_names]
-
-    @_flat_weights.setter
-    def _flat_weights(self, weights: list[Tensor | None]) -> None:
-        pass
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._drop_flat_weights()
-
-    def _drop_flat_weights(self) -> None:
-        """Of what was an nn.LSTM."""
-        vars(self).pop("_flat_weights", None)
-        self._flat_weight_refs = []  # tensors with weak references can't be swapped
-
     def __prepare_scriptable__(self) -> nn.LSTM:
-        """What torch.jit.script compiles in place of an LSTM."""
+        """Returns what torch.jit.script compiles in place of an LSTM."""
         if type(self).forward is not LSTM.forward:
             raise NotImplementedError(
                 f"LSTM: torch.jit.script would leave out the forward of {type(self).__name__}; trace it instead"
@@ -232,62 +193,7 @@ class LSTM(nn.LSTM):
         )
         return portable.scriptable(self)
 
-    @overload
-    def forward(
-        self,
-        input: Tensor,
-        hx: State | None = None,
-        *,
-        lengths: Tensor | Sequence[int] | None = None,
-        output: Literal["all"] = "all",
-        reset: Tensor | None = None,
-        return_cell_states: Literal[False] = False,
-    ) -> tuple[Tensor, State]: ...
-    @overload
-    def forward(
-        self,
-        input: PackedSequence,
-        hx: State | None = None,
-        *,
-        lengths: None = None,
-        output: Literal["all"] = "all",
-        reset: PackedSequence | None = None,
-        return_cell_states: Literal[False] = False,
-    ) -> tuple[PackedSequence, State]: ...
-    @overload
-    def forward(
-        self,
-        input: Tensor,
-        hx: State | None = None,
-        *,
-        lengths: Tensor | Sequence[int] | None = None,
-        output: Literal["all"] = "all",
-        reset: Tensor | None = None,
-        return_cell_states: Literal[True],
-    ) -> tuple[Tensor, State, Tensor]: ...
-    @overload
-    def forward(
-        self,
-        input: PackedSequence,
-        hx: State | None = None,
-        *,
-        lengths: None = None,
-        output: Literal["all"] = "all",
-        reset: PackedSequence | None = None,
-        return_cell_states: Literal[True],
-    ) -> tuple[PackedSequence, State, PackedSequence]: ...
-    @overload
-    def forward(
-        self,
-        input: Tensor | PackedSequence,
-        hx: State | None = None,
-        *,
-        lengths: Tensor | Sequence[int] | None = None,
-        output: Literal["last"],
-        reset: Tensor | PackedSequence | None = None,
-        return_cell_states: Literal[False] = False,
-    ) -> tuple[Tensor, State | None]: ...
-
+    @with_overloads
     def forward(
         self,
         input: Tensor | PackedSequence,
@@ -331,197 +237,71 @@ class LSTM(nn.LSTM):
             RuntimeError: sizes of input or hx, their devices or hx's dtype that do not fit, as `torch.nn.LSTM`.
             TypeError: an argument of a wrong type or dtype.
         """
-        tracer = portable.fx_tracer(input, hx, lengths, reset)
-        if tracer is not None:
-            if type(self).forward is not LSTM.forward:  # a leaf would be called with what this has made of the input
-                raise NotImplementedError(
-                    f"LSTM: torch.fx can't trace through the forward of {type(self).__name__}; name it a leaf in a "
-                    "torch.fx.Tracer's is_leaf_module"
-                )
-            keywords = {"lengths": lengths, "output": output, "reset": reset, "return_cell_states": return_cell_states}
-            leaf: tuple[Any, ...] = portable.as_leaf(tracer, self, (input, hx), keywords)
-            return leaf
-        if output not in ("all", "last"):
-            raise ValueError(f'LSTM: output must be "all" or "last", got {output!r}')
-        if return_cell_states and output == "last":
-            raise ValueError('LSTM: return_cell_states must be False with output="last"')
-        if reset is not None and self.learned_state:
-            raise ValueError("LSTM: reset must be None with learned_state=True: it clears the state to 0")
-        if hx is not None and not (
-            isinstance(hx, (tuple, list)) and len(hx) == 2 and all(isinstance(state, Tensor) for state in hx)
-        ):
-            raise TypeError("LSTM: hx must be None or a pair of tensors (h_0, c_0)")
-        if portable.is_recording():
-            portable.check_recordable(self, reset, return_cell_states)
-            if lengths is None and output == "all" and not self.learned_state:
-                return super().forward(input, hx)
-        if isinstance(input, PackedSequence):
-            if lengths is not None:
-                raise ValueError("LSTM: lengths must be None with a PackedSequence, which has its own")
-            return self._forward_packed(input, hx, output, reset, return_cell_states)
+        call = read_call(self, LSTM.forward, input, hx, lengths, output, reset, return_cell_states)
+        if isinstance(call, Elsewhere):
+            result: tuple[Any, ...] = call.result
+            return result
+        return arranged(self, call, *self._run(call))
 
-        if not isinstance(input, Tensor):
-            raise TypeError(f"LSTM: input must be a tensor or a PackedSequence, got {type(input).__name__}")
-        if input.dim() not in (2, 3):
-            raise ValueError(f"LSTM: Expected input to be 2D or 3D, got {input.dim()}D instead")
-        batched = input.dim() == 3
-        x = input if batched else input.unsqueeze(1)
-        if batched and self.batch_first:
-            x = x.transpose(0, 1)
-        if hx is not None:
-            self._check_state_dims(hx, batched)
-            if not batched:
-                hx = (hx[0].unsqueeze(1), hx[1].unsqueeze(1))
-        if lengths is not None:
-            if not batched:
-                raise ValueError("LSTM: lengths must be None with unbatched (2-D) input")
-            lengths = self._lengths_for(lengths, x)
-        begins = None
-        if reset is not None:
-            begins = self._check_reset(reset, input)
-            begins = begins.unsqueeze(1) if not batched else begins.transpose(0, 1) if self.batch_first else begins
-        y, states, cells = self._run(x, hx, lengths, output == "last", begins, return_cell_states)
-
-        if not batched:
-            y = y.squeeze(0 if output == "last" else 1)
-            cells = cells if cells is None else cells.squeeze(1)
-            if states is not None:
-                states = (states[0].squeeze(1), states[1].squeeze(1))
-        elif self.batch_first and output == "all":
-            y = y.transpose(0, 1)
-            cells = cells if cells is None else cells.transpose(0, 1)
-        return (y, states) if cells is None else (y, states, cells)
-
-    if TYPE_CHECKING:  # nn.Module's says Any
+    if TYPE_CHECKING:  # that of nn.Module says Any
         __call__ = forward
 
-    def _forward_packed(
-        self, packed: PackedSequence, hx: State | None, output: str, reset: Any, return_cell_states: bool
-    ) -> tuple[Any, ...]:
-        """Works on the padded batch in packed (sorted) order; hx and all results but a packed one are in the user's."""
-        if reset is not None:
-            if not isinstance(reset, PackedSequence):
-                raise TypeError(f"LSTM: reset must be a PackedSequence with a packed input, got {type(reset).__name__}")
-            same = reset.data.shape == packed.data.shape[:1] and torch.equal(reset.batch_sizes, packed.batch_sizes)
-            theirs, ours = reset.sorted_indices, packed.sorted_indices
-            in_order = theirs is ours if theirs is None or ours is None else torch.equal(theirs, ours)
-            if not (same and in_order):
-                raise ValueError("LSTM: reset must be packed as the input, with data of shape (N,)")
-            self._check_reset(reset.data, packed.data)
-            reset = pad_packed_sequence(PackedSequence(reset.data, reset.batch_sizes))[0]
-        if packed.data.dim() != 2:
-            raise ValueError(f"LSTM: data of a packed input must have shape (N, I), got {tuple(packed.data.shape)}")
-        x, lengths = pad_packed_sequence(PackedSequence(packed.data, packed.batch_sizes))
-        if hx is not None:
-            self._check_sizes(x, hx)  # before it is put into order: that may hide a wrong size
-            hx = self.permute_hidden(hx, packed.sorted_indices)
-        y, states, cells = self._run(
-            x, hx, lengths.to(x.device, non_blocking=True), output == "last", reset, return_cell_states
-        )
-        if states is not None:
-            states = self.permute_hidden(states, packed.unsorted_indices)
-        if output == "last":
-            return (y if packed.unsorted_indices is None else y[packed.unsorted_indices]), states
-
-        def pack(padded: Tensor) -> PackedSequence:
-            data = pack_padded_sequence(padded, lengths).data
-            return PackedSequence(data, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices)
-
-        return (pack(y), states) if cells is None else (pack(y), states, pack(cells))
-
-    def _check_state_dims(self, hx: State, batched: bool) -> None:
-        if hx[0].dim() != (3 if batched else 2) or hx[1].dim() != hx[0].dim():
-            dims, kind = (3, "batched 3-D") if batched else (2, "unbatched 2-D")
-            raise RuntimeError(
-                f"For {kind} input, hx and cx should also be {dims}-D "
-                f"but got ({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
-            )
-
-    @staticmethod
-    def _lengths_for(lengths: Tensor | Sequence[int], x: Tensor) -> Tensor:
-        """Lengths for x (T, B, I), on its device. Those on the host are checked there; nothing waits for a device."""
-        if isinstance(lengths, (list, tuple)):
-            for b, length in enumerate(lengths):
-                if isinstance(length, bool) or not isinstance(length, numbers.Integral):
-                    raise TypeError(f"LSTM: lengths must be integers, got lengths[{b}] of {type(length).__name__}")
-            _check_length_values(lengths, x.shape[0])  # before int64 has to hold them
-            lengths = torch.tensor(lengths, dtype=torch.int64)
-        elif not isinstance(lengths, Tensor):
-            raise TypeError(f"LSTM: lengths must be a tensor or a list of integers, got {type(lengths).__name__}")
-        if lengths.shape != x.shape[1:2]:
-            raise ValueError(f"LSTM: lengths must have shape ({x.shape[1]},), got {tuple(lengths.shape)}")
-        if lengths.dtype != torch.int64:
-            raise TypeError(f"LSTM: lengths must be int64, got {lengths.dtype}")
-        if lengths.device == x.device:
-            return lengths
-        if lengths.device.type != "cpu":
-            raise ValueError(
-                f"LSTM: lengths must be on the input's device {x.device} or on the CPU, got {lengths.device}"
-            )
-        _check_length_values(lengths, x.shape[0])
-        return lengths.to(x.device, non_blocking=True)
-
-    @staticmethod
-    def _check_reset(reset: object, input: Tensor) -> Tensor:
-        if not isinstance(reset, Tensor):
-            raise TypeError(f"LSTM: reset must be a tensor, got {type(reset).__name__}")
-        if reset.shape != input.shape[:-1]:
-            raise ValueError(f"LSTM: reset must have shape {tuple(input.shape[:-1])}, got {tuple(reset.shape)}")
-        if reset.dtype != torch.bool:
-            raise TypeError(f"LSTM: reset must be bool, got {reset.dtype}")
-        if reset.device != input.device:
-            raise ValueError(f"LSTM: reset must be on the input's device {input.device}, got {reset.device}")
-        return reset
-
-    def _run(
-        self,
-        x: Tensor,
-        hx: State | None,
-        lengths: Tensor | None,
-        last: bool,
-        reset: Tensor | None = None,
-        return_cells: bool = False,
-    ) -> tuple[Tensor, State | None, Tensor | None]:
-        """x (T, B, I), hx as in forward -> y (T, B, D * P) or, if last, (B, D * P), the final states, and the cells."""
-        if x.shape[0] == 0:
-            raise RuntimeError("LSTM: Expected sequence length to be larger than 0 in RNN")
-        if hx is None and self.learned_state:
-            h_0, c_0 = (state.unsqueeze(1).expand(-1, x.shape[1], -1) for state in (self.h_0, self.c_0))
-            hx = (h_0, c_0)
-        recording = portable.is_recording()
-        if hx is None and recording:
-            hx = portable.zero_state(self, x)
-        self._check_sizes(x, hx)
-        directions = 2 if self.bidirectional else 1
-        dtype = _autocast_dtype(x)
+    def _run(self, call: Call) -> tuple[Tensor, State | None, Tensor | None]:
+        """Runs all layers: returns y (T, B, D * P) or, with output="last", (B, D * P), the final states, and cells."""
+        sequences, hx = call.sequences, call.hx
+        dtype = autocast_dtype(sequences.x)
         if dtype is not None:
-            x = x.to(dtype)
+            sequences = sequences._replace(x=sequences.x.to(dtype))
             hx = None if hx is None else (hx[0].to(dtype), hx[1].to(dtype))
+        directions = 2 if self.bidirectional else 1
+        recorded = self if call.recorded else None
         h_ns, c_ns, cells = [], [], None
         for layer in range(self.num_layers):
-            h0, c0 = (None, None) if hx is None else (s.unflatten(0, (-1, directions))[layer] for s in hx)
-            want_cells = return_cells and layer == self.num_layers - 1
-            variant = self._variant(x, reset, want_cells)
-            if last and layer == self.num_layers - 1:
-                y, h_n, c_n = self._last_output(layer, x, h0, c0, lengths, variant)
-            else:
-                y, h_n, c_n, cells = self._layer(layer, range(directions), x, h0, c0, lengths, variant, want_cells)
-                y = y.flatten(2)
-            if self.dropout > 0 and layer < self.num_layers - 1:
+            final = layer == self.num_layers - 1
+            state: LayerState = (None, None)
+            if hx is not None:
+                state = (hx[0].unflatten(0, (-1, directions))[layer], hx[1].unflatten(0, (-1, directions))[layer])
+            options = Options(call.cells and final, self.recompute, recorded)
+            y, h_n, c_n, cells = self._layer(layer, call.last and final, sequences, state, options)
+            if self.dropout > 0 and not final:
                 y = F.dropout(y, self.dropout, self.training)
             h_ns.append(h_n)
             c_ns.append(c_n)
-            x = y
-        if last and self.bidirectional:
-            return x, None, None
-        if not (last or recording) and (x.requires_grad or torch._C._are_functorch_transforms_active()):
-            x = x.clone()  # the layer keeps its y for the backward pass, and users may change theirs in place
+            sequences = Sequences(y, sequences.lengths, sequences.reset)
+        if call.last and self.bidirectional:
+            return y, None, None
+        if not (call.last or call.recorded) and (y.requires_grad or within_torch_func()):
+            y = y.clone()  # the layer keeps its y for the backward pass, and users may change theirs in place
         if cells is not None:
-            cells = cells.flatten(2).to(x.dtype, copy=cells.requires_grad)  # likewise
-        return x, (torch.cat(h_ns), torch.cat(c_ns)), cells
+            cells = cells.flatten(2).to(y.dtype, copy=cells.requires_grad)  # likewise
+        return y, (torch.cat(h_ns), torch.cat(c_ns)), cells
+
+    def _layer(self, layer: int, last: bool, sequences: Sequences, state: LayerState, options: Options) -> Results:
+        """Runs one layer: returns y (T, B, D * P) or, if last, (B, D * P), h_n and c_n (D, B, .), and the cells."""
+        variant = self._variant(sequences.x, sequences.reset, options.cells)
+        weights = self._layer_weights(layer, sequences.x.dtype)
+        if last:
+            return *run_last(sequences, weights, state, variant, options), None
+        y, h_n, c_n, cells = run_layer(sequences, weights, state, variant, options)
+        return y.flatten(2), h_n, c_n, cells
+
+    def _layer_weights(self, layer: int, dtype: torch.dtype) -> LayerWeights:
+        """Reads a layer's parameters as they are now, and casts them to x's dtype where autocast has cast x."""
+        names = [name for d in range(2 if self.bidirectional else 1) for name in self._weight_names(layer, d)]
+        # nn.Module finds parameters here, too, but takes a microsecond for each.
+        parameters: dict[str, Any] = self._parameters
+        weights = [parameters[name] if name in parameters else getattr(self, name) for name in names]
+        first = self.weight_ih_l0
+        own, device = first.dtype, first.device
+        for name, w in zip(names, weights, strict=True):
+            if w.dtype != own or w.device != device:
+                raise ValueError(f"LSTM: {name} must be {own} on {device} as weight_ih_l0, got {w.dtype} on {w.device}")
+        if own != dtype:
+            weights = [w.to(dtype) for w in weights]
+        return LayerWeights(weights, self._weight_kinds())
 
     def _variant(self, x: Tensor, reset: Tensor | None, want_cells: bool) -> Variant | None:
-        """What a layer with input x (T, B, .) does beyond nn.LSTM, with masks drawn; None for nothing."""
+        """Draws the masks of a layer with input x (T, B, .); None if it does nothing beyond nn.LSTM."""
         zoneout = self.zoneout != (0, 0)
         dropout = self.recurrent_dropout > 0 and self.training
         if not (dropout or zoneout or self.layer_norm or self.proj_size or want_cells or reset is not None):
@@ -540,111 +320,6 @@ class LSTM(nn.LSTM):
             for p, n in zip(self.zoneout, (outputs, self.hidden_size), strict=True)
         )
         return Variant(reset, h_mask, zoneout_h, zoneout_c)
-
-    def _check_sizes(self, x: Tensor, hx: State | None) -> None:
-        weight = self.weight_ih_l0
-        if x.layout != torch.strided:
-            raise RuntimeError(f"LSTM: input must be dense, got layout {x.layout}")
-        if x.shape[2] != self.input_size:
-            raise RuntimeError(
-                f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {x.shape[2]}"
-            )
-        if x.is_quantized:
-            raise TypeError(
-                f"LSTM: input must not be quantized, got {x.dtype}; to have an LSTM quantized, make it an nn.LSTM by "
-                "birnn_ext.restore(model) before torch.ao.quantization.prepare"
-            )
-        autocasts = _autocast_dtype(x) is not None and _autocast_dtype(weight) is not None
-        if x.dtype != weight.dtype and not autocasts:
-            raise ValueError(
-                f"LSTM: RNN input dtype ({x.dtype}) does not match weight dtype ({weight.dtype}). "
-                f"Convert input: input.to({weight.dtype}), or convert model: model.to({x.dtype})"
-            )
-        if x.device != weight.device:
-            raise RuntimeError(f"LSTM: input must be on the weights' device {weight.device}, got {x.device}")
-        if hx is None:
-            return
-        for name, state, size in zip(
-            ("hidden[0]", "hidden[1]"), hx, (self.proj_size or self.hidden_size, self.hidden_size), strict=True
-        ):
-            expected = (self.num_layers * (2 if self.bidirectional else 1), x.shape[1], size)
-            if state.shape != expected:
-                raise RuntimeError(f"Expected {name} size {expected}, got {list(state.shape)}")
-            if state.dtype != x.dtype and not (autocasts and _autocast_dtype(state) is not None):
-                raise RuntimeError(f"LSTM: {name} must be {x.dtype} as the input, got {state.dtype}")
-            if state.device != x.device:
-                raise RuntimeError(f"LSTM: {name} must be on the input's device {x.device}, got {state.device}")
-
-    def _layer(
-        self,
-        layer: int,
-        directions: range,
-        x: Tensor,
-        h0: Tensor | None,
-        c0: Tensor | None,
-        lengths: Tensor | None,
-        variant: Variant | None,
-        want_cells: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """One layer's given directions: x (T, B, .) -> y (T, B, D, P), h_n and c_n (D, B, .), cells (T, B, D, H)."""
-        names = [name for d in directions for name in self._weight_names(layer, d)]
-        weights = [getattr(self, name) for name in names]
-        first = self.weight_ih_l0
-        dtype, device = first.dtype, first.device
-        for name, w in zip(names, weights, strict=True):
-            if w.dtype != dtype or w.device != device:
-                raise ValueError(
-                    f"LSTM: {name} must be {dtype} on {device} as weight_ih_l0, got {w.dtype} on {w.device}"
-                )
-        if dtype != x.dtype:  # autocast
-            weights = [w.to(x.dtype) for w in weights]
-        if portable.is_recording() and h0 is not None and c0 is not None:  # `_run` has made them
-            return *portable.lstm_layer(self, x, weights, h0, c0, lengths), None
-        if variant is None:
-            return *lstm_layer(x, weights, self.bias, h0, c0, lengths, self.recompute), None
-
-        kinds = [name.rpartition("_l")[0] for name in names[: len(names) // len(directions)]]
-        of = {kind: torch.stack(weights[k :: len(kinds)]) for k, kind in enumerate(kinds)}
-        ln_c = None
-        if self.layer_norm:
-            factor = of["weight_ln_c"]
-            ln_c = torch.stack([factor, of["bias_ln_c"] if self.bias else torch.zeros_like(factor)], 1)
-        bias = of["bias_ih"] + of["bias_hh"] if self.bias else None
-        w_hr, ln_ih, ln_hh = (of.get(kind) for kind in ("weight_hr", "weight_ln_ih", "weight_ln_hh"))
-        stacked = Weights(of["weight_ih"], of["weight_hh"], bias, w_hr, ln_ih, ln_hh, ln_c)
-        return lstm_variant_layer(x, stacked, h0, c0, lengths, variant, want_cells, self.recompute)
-
-    def _last_output(
-        self,
-        layer: int,
-        x: Tensor,
-        h0: Tensor | None,
-        c0: Tensor | None,
-        lengths: Tensor | None,
-        variant: Variant | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The last layer's output at each sequence's last step, (B, D * P), and the forward direction's h_n, c_n.
-
-        The reverse direction begins at that step, so one step of it is all that is needed.
-        """
-
-        def state_of(d: int) -> tuple[Tensor | None, Tensor | None]:
-            return (None, None) if h0 is None or c0 is None else (h0[d : d + 1], c0[d : d + 1])
-
-        share = None if variant is None else variant.direction(0)
-        _, h_n, c_n, _ = self._layer(layer, range(1), x, *state_of(0), lengths, share)
-        outputs = [h_n[0] if lengths is None else h_n[0].masked_fill((lengths == 0).unsqueeze(-1), 0)]
-        if self.bidirectional:
-            if lengths is None:
-                at_last = x[-1:]
-            else:
-                batch = torch.arange(x.shape[1], device=x.device)
-                at_last = x[(lengths - 1).clamp(min=0), batch].unsqueeze(0)
-            share = None if variant is None else variant.first_reverse_step(lengths)
-            at_most_1 = None if lengths is None else lengths.clamp(max=1)
-            y, *_ = self._layer(layer, range(1, 2), at_last, *state_of(1), at_most_1, share)
-            outputs.append(y[0, :, 0])
-        return torch.cat(outputs, -1), h_n, c_n
 
 
 let_dynamo_trace(LSTM)
@@ -684,23 +359,23 @@ class BiRNN(nn.Module):
         Raises:
             ValueError, RuntimeError, TypeError: as `LSTM.forward`.
         """
-        # The compiler leaves the other branches out, which it can't read.
+        # torch.jit.script leaves out the branches that it can't read.
         if torch.jit.is_scripting():  # type: ignore[attr-defined]
             last = self.lstm(x)[0][:, -1]
         elif isinstance(self.lstm, LSTM):
             last, _ = self.lstm(x, output="last")
-        else:  # an nn.LSTM, by `restore`
+        else:  # `restore` has made it an nn.LSTM
             last = self.lstm(x)[0][:, -1]
         scores: Tensor = self.fc(last)
         return scores
 
     def __prepare_scriptable__(self) -> BiRNN:
-        """A twin that has the nn.LSTM, as torch.jit.script would put it into this one."""
+        """Returns a twin with the nn.LSTM that torch.jit.script would otherwise leave in this one."""
         twin = copy.copy(self)
         twin._modules = dict(self._modules)
         if isinstance(self.lstm, LSTM):
             twin.lstm = portable.scriptable(self.lstm)  # type: ignore[assignment]
         return twin
 
-    if TYPE_CHECKING:  # nn.Module's says Any
+    if TYPE_CHECKING:  # that of nn.Module says Any
         __call__ = forward

@@ -1,4 +1,4 @@
-"""ONNX: `export` writes a model that contains our LSTM with ONNX's own LSTM operator, which every ONNX runtime has.
+"""`export` writes a model as an ONNX file, with our LSTM as ONNX's own LSTM operator, which every ONNX runtime has.
 
 `torch.onnx.export(..., dynamo=True)` does so as well; `export` is that with batch and time dynamic.
 """
@@ -66,18 +66,9 @@ def export(
         raise ImportError(f"birnn_ext.onnx.export needs {' and '.join(missing)}: pip install 'birnn_ext[onnx]'")
     import onnxscript.optimizer
 
-    modes = {module: module.training for module in model.modules()}
-    if any(isinstance(module, LSTM) and module.weight_ih_l0.dtype == torch.float64 for module in modes):
-        raise TypeError("birnn_ext.onnx.export: ONNX Runtime has no LSTM in float64; export model.float()")
     kwargs = dict(kwargs or {})
-    asked = ["reset"] if isinstance(model, LSTM) and kwargs.get("reset") is not None else []
-    asked += ["return_cell_states"] if isinstance(model, LSTM) and kwargs.get("return_cell_states") else []
-    for module in modes:
-        if isinstance(module, LSTM):
-            asked += [name for name in ("proj_size", "layer_norm") if getattr(module, name)]
-            asked += ["zoneout"] if module.zoneout != (0, 0) else []
-    if asked:
-        raise NotImplementedError(f"birnn_ext.onnx.export: ONNX's LSTM operator has no {', '.join(asked)}")
+    _check_model(model, kwargs)
+    modes = {module: module.training for module in model.modules()}
     if args is None:
         args = _example(model)
     if output_names is None and isinstance(model, LSTM):
@@ -99,17 +90,36 @@ def export(
     finally:
         for module, mode in modes.items():
             module.training = mode
-    # The weights as ONNX orders them become constants, whatever their size.
+    # This makes constants of the weights in ONNX's order, whatever their size.
     onnxscript.optimizer.optimize_ir(program.model, input_size_limit=2**62, output_size_limit=2**62)
+    _name_fixed_sizes(program)
+    program.save(path)
+    written: ONNXProgram = program
+    return written
+
+
+def _check_model(model: nn.Module, kwargs: Mapping[str, Any]) -> None:
+    """Raises an error for what ONNX's operator can't express, or ONNX Runtime can't run."""
+    lstms = [module for module in model.modules() if isinstance(module, LSTM)]
+    if any(lstm.weight_ih_l0.dtype == torch.float64 for lstm in lstms):
+        raise TypeError("birnn_ext.onnx.export: ONNX Runtime has no LSTM in float64; export model.float()")
+    asked = ["reset"] if isinstance(model, LSTM) and kwargs.get("reset") is not None else []
+    asked += ["return_cell_states"] if isinstance(model, LSTM) and kwargs.get("return_cell_states") else []
+    for lstm in lstms:
+        asked += [name for name in ("proj_size", "layer_norm") if getattr(lstm, name)]
+        asked += ["zoneout"] if lstm.zoneout != (0, 0) else []
+    if asked:
+        raise NotImplementedError(f"birnn_ext.onnx.export: ONNX's LSTM operator has no {', '.join(asked)}")
+
+
+def _name_fixed_sizes(program: Any) -> None:
+    """Writes the sizes that the model turned out to fix as numbers, in the file's description of its inputs."""
     ranges = program.exported_program.range_constraints.items()
     fixed = {str(symbol): int(sizes.lower) for symbol, sizes in ranges if sizes.lower == sizes.upper}
     for value in program.model.graph.inputs:
         for d, size in enumerate(value.shape or ()):
             if not isinstance(size, int) and size.value in fixed:
                 value.shape[d] = fixed[size.value]
-    program.save(path)
-    written: ONNXProgram = program
-    return written
 
 
 def _example(model: nn.Module) -> tuple[Tensor]:
@@ -121,7 +131,7 @@ def _example(model: nn.Module) -> tuple[Tensor]:
 
 
 def _all_dynamic(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Dynamic shapes that leave it to torch.export to find which dimensions the model fixes."""
+    """Makes dynamic shapes with which torch.export finds out itself which dimensions the model fixes."""
 
     def dynamic(name: str, value: Any) -> Any:
         if isinstance(value, Tensor):
@@ -138,38 +148,3 @@ def _all_dynamic(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, A
 
     bound = inspect.signature(model.forward).bind(*args, **kwargs)
     return {name: dynamic(name, value) for name, value in bound.arguments.items()}
-
-
-def standard_lstm(
-    x: Tensor, weights: list[Tensor], bias: bool, h0: Tensor | None, c0: Tensor | None, lengths: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`birnn_ext.ops.lstm_layer` as ONNX's LSTM operator: https://onnx.ai/onnx/operators/onnx__LSTM.html.
-
-    For tracing by torch.onnx alone: the operator has shapes, but does not run.
-    """
-    dtype = x.dtype
-    used = torch.float32 if dtype == torch.bfloat16 else dtype
-    stride = 4 if bias else 2
-
-    def kind(k: int) -> Tensor:
-        """Of all directions, (D, 4H, ...), in ONNX's order of gates: i, o, f, c."""
-        w = torch.stack(weights[k::stride]).to(used)
-        return torch.cat([w[:, :hidden], w[:, 3 * hidden :], w[:, hidden : 3 * hidden]], 1)
-
-    hidden = weights[1].shape[1]
-    w_ih, w_hh = kind(0), kind(1)
-    b = torch.cat([kind(2), kind(3)], 1) if bias else None
-    steps, batch, _ = x.shape
-    directions = w_hh.shape[0]
-    states = [None if s is None else s.to(used) for s in (h0, c0)]
-    y, h_n, c_n = torch.onnx.ops.symbolic_multi_out(
-        "LSTM",
-        (x.to(used), w_ih, w_hh, b, None if lengths is None else lengths.to(torch.int32), *states),
-        {"hidden_size": hidden, "direction": "bidirectional" if directions == 2 else "forward"},
-        dtypes=(used,) * 3,
-        shapes=((steps, directions, batch, hidden), *((directions, batch, hidden),) * 2),
-    )
-    if lengths is not None and h0 is not None and c0 is not None:  # ONNX Runtime gives an empty sequence a state of 0
-        empty = (lengths == 0).unsqueeze(-1)
-        h_n, c_n = torch.where(empty, h0, h_n), torch.where(empty, c0, c_n)
-    return y.transpose(1, 2).to(dtype), h_n.to(dtype), c_n.to(dtype)

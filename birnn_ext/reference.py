@@ -1,8 +1,8 @@
 """The LSTM recurrence in plain, differentiable PyTorch.
 
-Written independently of the kernels: it is the oracle that tests compare them with, the implementation for devices that
-have no kernel, and what double backward differentiates. Shapes: T steps, B sequences, D directions, H hidden units;
-the arguments are those of the operators (`birnn_ext.ops`). Values are computed in float32, or float64 for float64.
+It is written independently of the kernels: tests compare them with it, devices that have no kernel run it, and double
+backward differentiates it. Shapes: T steps, B sequences, D directions, H hidden units. The arguments are those of the
+operators (csrc/schema.cpp). Values are computed in float32, or float64 for float64.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ R = TypeVar("R")
 
 
 def _without_autocast(function: Callable[P, R]) -> Callable[P, R]:
-    """Types are settled here, whoever calls: by autograd, for instance, within the user's autocast."""
+    """Turns autocast off: the types are settled here, even where autograd calls within the user's autocast."""
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -33,12 +33,13 @@ def _without_autocast(function: Callable[P, R]) -> Callable[P, R]:
     return run
 
 
-def _accumulate_type(dtype: torch.dtype) -> torch.dtype:
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which tensors of a dtype are summed, and in which the kernels keep their cell states."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _active(lengths: Tensor | None, t: int) -> Tensor | None:
-    """(B, 1) mask of the sequences that have a step t; None stands for all."""
+    """Returns the mask (B, 1) of the sequences that have a step t; None stands for all."""
     return None if lengths is None else (lengths > t).unsqueeze(-1)
 
 
@@ -48,12 +49,12 @@ def _where(mask: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
 
 @_without_autocast
 def lstm_recurrence(
-    gates_x: Tensor, w_hh: Tensor, h0: Tensor | None, c0: Tensor | None, lengths: Tensor | None, save: bool
+    gates_x: Tensor, w_hh: Tensor, h0: Tensor | None, c0: Tensor | None, lengths: Tensor | None, save: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See `birnn_ext.ops.lstm_recurrence`; returns (y, h_n, c_n, gates, cells)."""
+    """Computes `birnn_ext.ops.lstm_recurrence`; returns (y, h_n, c_n, gates, cells), the last two as save says."""
     steps, batch, directions, size = gates_x.shape
     hidden = size // 4
-    dtype, acc = gates_x.dtype, _accumulate_type(gates_x.dtype)
+    dtype, acc = gates_x.dtype, accumulate_dtype(gates_x.dtype)
     zeros = gates_x.new_zeros(batch, hidden, dtype=acc)
     per_direction = []
     for d in range(directions):
@@ -78,8 +79,10 @@ def lstm_recurrence(
         per_direction.append((torch.stack(ys), torch.stack(gates), torch.stack(cells), h, c))
     y, all_gates, all_cells = (torch.stack(part, 2) for part in list(zip(*per_direction, strict=True))[:3])
     h_n, c_n = (torch.stack(part) for part in list(zip(*per_direction, strict=True))[3:])
-    if not save:
-        all_gates, all_cells = gates_x.new_empty(0), gates_x.new_empty(0, dtype=acc)
+    if save != "all":
+        all_gates = gates_x.new_empty(0)
+    if save == "none":
+        all_cells = gates_x.new_empty(0, dtype=acc)
     return y.to(dtype), h_n.to(dtype), c_n.to(dtype), all_gates.to(dtype), all_cells
 
 
@@ -97,7 +100,7 @@ def lstm_recurrence_backward(
     d_gates: Tensor | None = None,
     d_cells: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `birnn_ext.ops.lstm_recurrence_backward`; returns (d_gates_x, dh0, dc0).
+    """Computes the operator lstm_recurrence_backward; returns (d_gates_x, dh0, dc0).
 
     d_gates (T, B, D, 4H) and d_cells (T, B, D, H): gradients that reach the saved gates and cells directly, as happens
     in double backward; None for none.
@@ -110,7 +113,7 @@ def lstm_recurrence_backward(
     for d in range(directions):
         w = w_hh[d].to(acc)
         c_first = zeros if c0 is None else c0[d].to(acc)
-        # Gradients of the state after the step at hand. A sequence without that step passes them on untouched.
+        # dh and dc are gradients of the state after the step at hand. A sequence without that step passes them on.
         dh = zeros if dh_n is None else dh_n[d].to(acc)
         dc = zeros if dc_n is None else dc_n[d].to(acc)
         dzs: list[Tensor] = []
@@ -164,10 +167,10 @@ def lstm_variant(
     ln_c: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `birnn_ext.variants.lstm_variant`; returns (y, h_n, c_n, cells)."""
+    """Computes `birnn_ext.variants.lstm_variant`; returns (y, h_n, c_n, cells)."""
     steps, batch, directions, size = gates_x.shape
     hidden, outputs = size // 4, w_hh.shape[-1]
-    dtype, acc = gates_x.dtype, _accumulate_type(gates_x.dtype)
+    dtype, acc = gates_x.dtype, accumulate_dtype(gates_x.dtype)
     no_h, no_c = (gates_x.new_zeros(batch, n, dtype=acc) for n in (outputs, hidden))
 
     def kept(mask: Tensor | None, mean: float, t: int, d: int) -> Tensor | float:
@@ -181,10 +184,8 @@ def lstm_variant(
         for t in range(steps) if d == 0 else range(steps - 1, -1, -1):
             begins = t + d  # the step at which a new sequence begins, if this one comes to it without a state
             if reset is not None and begins < steps:
-                clear = reset[begins].unsqueeze(-1)
                 active = _active(lengths, begins)
-                if active is not None:
-                    clear = clear & active
+                clear = reset[begins].unsqueeze(-1) if active is None else reset[begins].unsqueeze(-1) & active
                 h, c = torch.where(clear, no_h, h), torch.where(clear, no_c, c)
             products = (h if h_mask is None else h * h_mask[d].to(acc)) @ w_hh[d].to(acc).T
             if ln_hh is not None:

@@ -13,6 +13,8 @@
 #include <optional>
 #include <vector>
 
+#include "layer_weights.h"
+
 namespace {
 
 using at::Tensor;
@@ -22,11 +24,11 @@ using OptionalTensor = std::optional<Tensor>;
 using FiveTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 FiveTensors call_layer(const Tensor& x, at::TensorList weights, bool bias, const OptionalTensor& h0,
-                       const OptionalTensor& c0, const OptionalTensor& lengths, int64_t save) {
+                       const OptionalTensor& c0, const OptionalTensor& lengths, c10::string_view save) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("birnn_ext::lstm_layer", "")
                              .typed<FiveTensors(const Tensor&, at::TensorList, bool, const OptionalTensor&,
-                                                const OptionalTensor&, const OptionalTensor&, int64_t)>();
+                                                const OptionalTensor&, const OptionalTensor&, c10::string_view)>();
   return op.call(x, weights, bias, h0, c0, lengths, save);
 }
 
@@ -50,15 +52,17 @@ OptionalTensor defined(const Tensor& t) { return t.defined() ? OptionalTensor(t)
 // repeatedly.
 variable_list composite(const Tensor& x, at::TensorList weights, bool bias, const OptionalTensor& h0,
                         const OptionalTensor& c0, const OptionalTensor& lengths) {
-  static const auto recurrence = c10::Dispatcher::singleton()
-                                     .findSchemaOrThrow("birnn_ext::lstm_recurrence", "")
-                                     .typed<FiveTensors(const Tensor&, const Tensor&, const OptionalTensor&,
-                                                        const OptionalTensor&, const OptionalTensor&, bool)>();
+  static const auto recurrence =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("birnn_ext::lstm_recurrence", "")
+          .typed<FiveTensors(const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
+                             const OptionalTensor&, c10::string_view)>();
+  const birnn::LayerWeights layer{weights, bias};
   std::vector<Tensor> w_ih, w_hh, biases;
-  for (size_t k = 0; k < weights.size(); k += bias ? 4 : 2) {
-    w_ih.push_back(weights[k]);
-    w_hh.push_back(weights[k + 1]);
-    if (bias) biases.push_back(weights[k + 2] + weights[k + 3]);
+  for (size_t d = 0; d < layer.directions(); ++d) {
+    w_ih.push_back(layer.w_ih(d));
+    w_hh.push_back(layer.w_hh(d));
+    if (bias) biases.push_back(layer.bias_ih(d) + layer.bias_hh(d));
   }
   const auto directions = static_cast<int64_t>(w_ih.size());
   Tensor used = x;
@@ -66,16 +70,16 @@ variable_list composite(const Tensor& x, at::TensorList weights, bool bias, cons
     used = x.masked_fill((at::arange(x.size(0), lengths->options()).unsqueeze(1) >= *lengths).unsqueeze(-1), 0);
   const Tensor gates_x = at::linear(used, at::cat(w_ih), bias ? OptionalTensor(at::cat(biases)) : std::nullopt);
   auto [y, h_n, c_n, gates, cells] =
-      recurrence.call(gates_x.unflatten(-1, {directions, -1}), at::stack(w_hh), h0, c0, lengths, true);
+      recurrence.call(gates_x.unflatten(-1, {directions, -1}), at::stack(w_hh), h0, c0, lengths, "all");
   return {y, h_n, c_n};
 }
 
 struct LayerFunction : torch::autograd::Function<LayerFunction> {
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const OptionalTensor& h0,
-                               const OptionalTensor& c0, const OptionalTensor& lengths, bool bias, bool recompute,
-                               at::TensorList weights) {
+                               const OptionalTensor& c0, const OptionalTensor& lengths, bool bias,
+                               c10::string_view save, at::TensorList weights) {
     const at::AutoDispatchBelowADInplaceOrView below;
-    auto [y, h_n, c_n, gates, cells] = call_layer(x, weights, bias, h0, c0, lengths, recompute ? 2 : 1);
+    auto [y, h_n, c_n, gates, cells] = call_layer(x, weights, bias, h0, c0, lengths, save);
     variable_list saved = {x,    h0.value_or(Tensor()), c0.value_or(Tensor()), lengths.value_or(Tensor()), y, gates,
                            cells};
     saved.insert(saved.end(), weights.begin(), weights.end());
@@ -91,7 +95,7 @@ struct LayerFunction : torch::autograd::Function<LayerFunction> {
     const bool bias = ctx->saved_data["bias"].toBool();
     const OptionalTensor h0 = defined(saved[1]), c0 = defined(saved[2]), lengths = defined(saved[3]);
     const std::vector<Tensor> weights(saved.begin() + 7, saved.end());
-    // There is one entry for each argument of forward: x, h0, c0, lengths, bias, recompute, then the weights.
+    // There is one entry for each argument of forward: x, h0, c0, lengths, bias, save, then the weights.
     variable_list result(6 + weights.size());
     if (!grads[0].defined() && !grads[1].defined() && !grads[2].defined()) return result;
     if (transformed(grads) || at::GradMode::is_enabled()) {
@@ -163,14 +167,14 @@ struct LayerFunction : torch::autograd::Function<LayerFunction> {
 };
 
 FiveTensors lstm_layer(const Tensor& x, at::TensorList weights, bool bias, const OptionalTensor& h0,
-                       const OptionalTensor& c0, const OptionalTensor& lengths, int64_t save) {
+                       const OptionalTensor& c0, const OptionalTensor& lengths, c10::string_view save) {
   bool differentiate = x.requires_grad() || (h0 && h0->requires_grad()) || (c0 && c0->requires_grad());
   for (const Tensor& w : weights) differentiate |= w.requires_grad();
   if (!differentiate || !at::GradMode::is_enabled()) {
     const at::AutoDispatchBelowADInplaceOrView below;
     return call_layer(x, weights, bias, h0, c0, lengths, save);
   }
-  const variable_list out = LayerFunction::apply(x, h0, c0, lengths, bias, save == 2, weights);
+  const variable_list out = LayerFunction::apply(x, h0, c0, lengths, bias, save, weights);
   return {out[0], out[1], out[2], out[3], out[4]};
 }
 

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cpu/isa.h"
+#include "cuda/algorithm_calls.h"
 #include "op_common.h"
 
 namespace py = pybind11;
@@ -40,7 +41,7 @@ py::dict op_calls() {
   calls["cuda_forward"] = birnn::op_calls.cuda_forward.load();
   calls["cuda_backward"] = birnn::op_calls.cuda_backward.load();
   for (int k = 0; k < birnn::cuda::kAlgorithms; ++k)
-    calls[(std::string("cuda_") + birnn::cuda::kAlgorithmNames[k]).c_str()] = birnn::op_calls.cuda_algorithms[k].load();
+    calls[(std::string("cuda_") + birnn::cuda::kAlgorithmNames[k]).c_str()] = birnn::cuda::algorithm_calls[k].load();
   return calls;
 }
 
@@ -51,10 +52,7 @@ void cell_math(const std::string& name, uintptr_t x, uintptr_t y, int64_t n) {
   function(reinterpret_cast<const float*>(x), reinterpret_cast<float*>(y), n);
 }
 
-// Describes as a dictionary how a GPU would run a layer; returns None if the algorithm that is named can't run it. It
-// assumes that the device refuses clusters of more than largest_cluster CTAs. "forward" and "backward" are bytes of
-// shared memory, and "reads" counts the bytes that a block reads from it in a step. "us" and "exchange" are the model's
-// microseconds, for a step (forward, backward) and for an exchange.
+// Says what would run a layer on a GPU, as a dictionary, which birnn_ext/_C.pyi describes.
 py::object cuda_choice(const std::string& dtype, int64_t H, int64_t B, int64_t D, int multiprocessors,
                        int shared_memory, int capability, const std::string& algorithm, int largest_cluster) {
   using namespace birnn;
@@ -93,7 +91,7 @@ PYBIND11_MODULE(_C, m) {
   birnn::cpu::chosen_isa();  // a wrong BIRNN_CPU_ISA is an error at import, not at the first call
   m.def("build_info", &build_info);
   m.def("op_calls", &op_calls);
-  m.def("cell_math", &cell_math);
+  m.def("cell_math", &cell_math, py::arg("name"), py::arg("x"), py::arg("y"), py::arg("n"));
   m.def("cuda_choice", &cuda_choice, py::arg("dtype"), py::arg("H"), py::arg("B"), py::arg("D"),
         py::arg("multiprocessors"), py::arg("shared_memory"), py::arg("capability"), py::arg("algorithm") = "",
         py::arg("largest_cluster") = birnn::cuda::kMaxCluster);

@@ -12,7 +12,6 @@
 #include <tuple>
 
 #include "core/recurrence.h"
-#include "cuda/choice.h"
 
 namespace birnn {
 
@@ -22,9 +21,18 @@ using OptionalTensor = std::optional<Tensor>;
 // birnn_ext.op_calls() reads these: they count how often each compiled operator has run in this process.
 struct OpCalls {
   std::atomic<int64_t> cpu_forward{0}, cpu_backward{0}, cuda_forward{0}, cuda_backward{0};
-  std::atomic<int64_t> cuda_algorithms[cuda::kAlgorithms] = {};  // forward and backward together
 };
 inline OpCalls op_calls;
+
+// Says what an operator keeps for its backward pass, as schema.cpp describes.
+enum class Save { none, cells, all };
+
+inline Save save_named(c10::string_view name) {
+  if (name == "none") return Save::none;
+  if (name == "cells") return Save::cells;
+  TORCH_CHECK_VALUE(name == "all", "birnn_ext: save must be \"none\", \"cells\" or \"all\", got \"", name, "\"");
+  return Save::all;
+}
 
 inline DType dtype_of(const Tensor& t, const char* name) {
   switch (t.scalar_type()) {
@@ -97,8 +105,8 @@ struct Forward {
 
   // The recurrence alone uses this constructor.
   Forward(const Tensor& gates_x, const Tensor& w_hh, const OptionalTensor& h0, const OptionalTensor& c0,
-          const OptionalTensor& lengths, bool save)
-      : Forward(dtype_of(gates_x, "gates_x"), sizes_of(gates_x), gates_x.options(), h0, c0, lengths, save, save) {
+          const OptionalTensor& lengths, Save save)
+      : Forward(dtype_of(gates_x, "gates_x"), sizes_of(gates_x), gates_x.options(), h0, c0, lengths, save) {
     check(w_hh, "w_hh", {params.D, 4 * params.H, params.H}, gates_x.scalar_type(), gates_x.device());
     params.gates_x = inputs.pointer(gates_x);
     inputs.directions(w_hh, params.w_hh);
@@ -106,8 +114,9 @@ struct Forward {
 
   // Every operator uses this constructor. The caller sets where the pre-activations come from.
   Forward(DType type, const RecurrenceSizes& sizes, const at::TensorOptions& options, const OptionalTensor& h0,
-          const OptionalTensor& c0, const OptionalTensor& lengths, bool save_gates, bool save_cells)
+          const OptionalTensor& c0, const OptionalTensor& lengths, Save save)
       : dtype(type) {
+    const bool save_gates = save == Save::all, save_cells = save != Save::none;
     const auto [T, B, D, H] = sizes;
     const auto scalar = c10::typeMetaToScalarType(options.dtype());
     const auto device = options.device();
@@ -205,7 +214,7 @@ struct Backward {
  private:
   static RecurrenceSizes sizes_of(const Tensor& gates) {
     TORCH_CHECK_VALUE(gates.dim() == 4 && gates.size(3) % 4 == 0 && gates.size(3) > 0 && gates.size(0) > 0,
-                      "lstm_recurrence_backward: gates must be those of a forward call with save=True, got shape ",
+                      "lstm_recurrence_backward: gates must be those of a forward call with save=\"all\", got shape ",
                       gates.sizes());
     TORCH_CHECK_VALUE(gates.size(2) == 1 || gates.size(2) == 2,
                       "lstm_recurrence_backward: gates must have 1 or 2 directions, got shape ", gates.sizes());

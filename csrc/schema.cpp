@@ -1,22 +1,26 @@
-// The operators' schemas. cpu/*_op.cpp and cuda/*_op.cpp implement them; birnn_ext/ops.py and birnn_ext/variants.py do
-// so for every other device, for fake tensors and for autograd.
+// The operators' schemas. cpu/*_op.cpp and cuda/*_op.cpp implement them; birnn_ext/without_kernels.py does so for every
+// other device and for fake tensors, and birnn_ext/gradients.py and layer_autograd.cpp have their gradients.
+//
+// `save` says what an operator keeps for its backward pass, and means the same in all:
+//   "none"   nothing: cells, gates, and whatever follows them are empty
+//   "cells"  the cell states of all steps; lstm_layer's backward pass can compute the gates from them, x and y
+//   "all"    all that the backward pass reads
 #include <torch/library.h>
 
 TORCH_LIBRARY(birnn_ext, m) {
-  // core/recurrence.h has shapes and meanings. save=False leaves gates and cells empty.
+  // core/recurrence.h has shapes and meanings.
   m.def(
-      "lstm_recurrence(Tensor gates_x, Tensor w_hh, Tensor? h0, Tensor? c0, Tensor? lengths, bool save)"
+      "lstm_recurrence(Tensor gates_x, Tensor w_hh, Tensor? h0, Tensor? c0, Tensor? lengths, str save)"
       " -> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)");
   // state_grads=False leaves dh0 and dc0 empty.
   m.def(
       "lstm_recurrence_backward(Tensor w_hh, Tensor? c0, Tensor? lengths, Tensor gates, Tensor cells, Tensor? dy,"
       " Tensor? dh_n, Tensor? dc_n, bool state_grads) -> (Tensor d_gates_x, Tensor dh0, Tensor dc0)");
 
-  // A layer with its input projection, on the CPU. x is (T, B, I); weights are w_ih, w_hh and, with biases, bias_ih and
-  // bias_hh of each direction. save=0 leaves gates and cells empty. In float32 and float64, 1 saves both; 2 saves only
-  // the cells, and the backward pass recomputes the gates.
+  // A layer with its input projection, on the CPU: x (T, B, I), and weights as layer_weights.h orders them. There is a
+  // backward pass for float32 and float64.
   m.def(
-      "lstm_layer(Tensor x, Tensor[] weights, bool bias, Tensor? h0, Tensor? c0, Tensor? lengths, int save)"
+      "lstm_layer(Tensor x, Tensor[] weights, bool bias, Tensor? h0, Tensor? c0, Tensor? lengths, str save)"
       " -> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)");
   // Gradients that are not wanted stay empty.
   m.def(
@@ -24,12 +28,11 @@ TORCH_LIBRARY(birnn_ext, m) {
       " Tensor gates, Tensor cells, Tensor? dy, Tensor? dh_n, Tensor? dc_n, bool x_grad, bool weight_grads,"
       " bool state_grads) -> (Tensor dx, Tensor[] d_weights, Tensor dh0, Tensor dc0)");
 
-  // The recurrence of the extended LSTM; core/variant.h has shapes and meanings. save=0 leaves cells and what follows
-  // empty, 1 returns the cells, 2 returns all that the backward pass needs.
+  // The recurrence of the extended LSTM; core/variant.h has shapes and meanings.
   m.def(
       "lstm_variant(Tensor gates_x, Tensor w_hh, Tensor? w_hr, Tensor? h0, Tensor? c0, Tensor? lengths, Tensor? reset,"
       " Tensor? h_mask, Tensor? zoneout_h, Tensor? zoneout_c, float zoneout_h_mean, float zoneout_c_mean,"
-      " Tensor? ln_hh, Tensor? ln_c, float eps, int save) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor cells,"
+      " Tensor? ln_hh, Tensor? ln_c, float eps, str save) -> (Tensor y, Tensor h_n, Tensor c_n, Tensor cells,"
       " Tensor gates, Tensor normed, Tensor rstd)");
   // dh0 and dc0 stay empty with state_grads=False, d_products if it equals d_gates_x, and every gradient whose w_hr,
   // ln_hh or ln_c is missing. The caller sums d_ln_hh (D, B, 4H) and d_ln_c (D, B, 2, H) over B.

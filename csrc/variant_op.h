@@ -20,7 +20,7 @@ namespace birnn {
 using VariantResults = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using VariantGradients = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-// The arguments that both operators have.
+// Holds the arguments that both operators share.
 struct VariantOptions {
   const OptionalTensor &lengths, &reset, &h_mask, &zoneout_h, &zoneout_c;
   double zoneout_h_mean, zoneout_c_mean;
@@ -72,13 +72,20 @@ inline Tensor running_state(const OptionalTensor& given, at::IntArrayRef shape, 
   return given ? given->to(to, /*non_blocking=*/false, /*copy=*/true).contiguous() : at::zeros(shape, to);
 }
 
+// Returns a result's shape, or that of an empty tensor if it is not wanted.
+inline at::DimVector shape_if(bool wanted, at::IntArrayRef shape) {
+  return wanted ? at::DimVector(shape) : at::DimVector{0};
+}
+
 template <class Device>
 VariantResults lstm_variant(const Tensor& gates_x, const Tensor& w_hh, const OptionalTensor& w_hr,
                             const OptionalTensor& h0, const OptionalTensor& c0, const OptionalTensor& lengths,
                             const OptionalTensor& reset, const OptionalTensor& h_mask, const OptionalTensor& zoneout_h,
                             const OptionalTensor& zoneout_c, double zoneout_h_mean, double zoneout_c_mean,
-                            const OptionalTensor& ln_hh, const OptionalTensor& ln_c, double eps, int64_t save) {
-  TORCH_CHECK_VALUE(0 <= save && save <= 2, "lstm_variant: save must be 0, 1 or 2, got ", save);
+                            const OptionalTensor& ln_hh, const OptionalTensor& ln_c, double eps,
+                            c10::string_view save_) {
+  const Save save = save_named(save_);
+  const bool save_cells = save != Save::none, save_gates = save == Save::all, save_norm = save_gates && ln_hh;
   const DType dtype = dtype_of(gates_x, "gates_x");
   const RecurrenceSizes sizes = variant_sizes(gates_x, "gates_x");
   const auto [T, B, D, H] = sizes;
@@ -97,10 +104,10 @@ VariantResults lstm_variant(const Tensor& gates_x, const Tensor& w_hh, const Opt
   Device::check(lengths, sizes);
 
   const Tensor y = Device::empty({T, B, D, P}, options),
-               cells = Device::empty(save >= 1 ? at::DimVector{T, B, D, H} : at::DimVector{0}, accumulate),
-               gates = Device::empty(save == 2 ? at::DimVector{T, B, D, 4 * H} : at::DimVector{0}, options),
-               normed = Device::empty(save == 2 && ln_hh ? at::DimVector{T, B, D, 4 * H} : at::DimVector{0}, options),
-               rstd = Device::empty(save == 2 && ln_hh ? at::DimVector{T, B, D} : at::DimVector{0}, accumulate);
+               cells = Device::empty(shape_if(save_cells, {T, B, D, H}), accumulate),
+               gates = Device::empty(shape_if(save_gates, {T, B, D, 4 * H}), options),
+               normed = Device::empty(shape_if(save_norm, {T, B, D, 4 * H}), options),
+               rstd = Device::empty(shape_if(save_norm, {T, B, D}), accumulate);
   const Tensor h = running_state(h0, {D, B, P}, accumulate), c = running_state(c0, {D, B, H}, accumulate);
   const Tensor operand = (h_mask ? h * *h_mask : h).to(operands);  // this is h itself if nothing changes
   Tensor products = at::empty({D, B, 4 * H}, accumulate);
@@ -119,9 +126,9 @@ VariantResults lstm_variant(const Tensor& gates_x, const Tensor& w_hh, const Opt
   p.c = c.mutable_data_ptr();
   p.operand = operand.is_same(h) ? nullptr : operand.mutable_data_ptr();
   p.y = y.mutable_data_ptr();
-  if (save >= 1) p.cells = cells.mutable_data_ptr();
-  if (save == 2) p.gates = gates.mutable_data_ptr();
-  if (save == 2 && ln_hh) {
+  if (save_cells) p.cells = cells.mutable_data_ptr();
+  if (save_gates) p.gates = gates.mutable_data_ptr();
+  if (save_norm) {
     p.normed = normed.mutable_data_ptr();
     p.rstd = rstd.mutable_data_ptr();
   }
@@ -197,19 +204,16 @@ VariantGradients lstm_variant_backward(const Tensor& w_hh, const OptionalTensor&
   p.dy = held.pointer(dy);
   p.d_cells = held.pointer(d_cells);
 
-  const auto where = [](bool wanted, at::IntArrayRef shape) {
-    return wanted ? at::DimVector(shape) : at::DimVector{0};
-  };
   const bool projects = w_hr.has_value(), own_products = ln_hh || reset;
   const Tensor d_gates_x = Device::empty({T, B, D, 4 * H}, options),
-               d_products = Device::empty(where(own_products, {T, B, D, 4 * H}), options),
-               d_projected = Device::empty(where(projects, {T, B, D, P}), options),
-               hidden = Device::empty(where(projects, {T, B, D, H}), options),
-               d_ln_hh = at::zeros(where(ln_hh.has_value(), {D, B, 4 * H}), accumulate),
-               d_ln_c = at::zeros(where(ln_c.has_value(), {D, B, 2, H}), accumulate);
+               d_products = Device::empty(shape_if(own_products, {T, B, D, 4 * H}), options),
+               d_projected = Device::empty(shape_if(projects, {T, B, D, P}), options),
+               hidden = Device::empty(shape_if(projects, {T, B, D, H}), options),
+               d_ln_hh = at::zeros(shape_if(ln_hh.has_value(), {D, B, 4 * H}), accumulate),
+               d_ln_c = at::zeros(shape_if(ln_c.has_value(), {D, B, 2, H}), accumulate);
   const Tensor dh = running_state(dh_n, {D, B, P}, accumulate), dc = running_state(dc_n, {D, B, H}, accumulate);
   const Tensor operand = at::empty({D, B, 4 * H}, operands),
-               d_projected_operand = at::empty(where(projects, {D, B, P}), operands);
+               d_projected_operand = at::empty(shape_if(projects, {D, B, P}), operands);
   Tensor d_hidden = at::empty({D, B, H}, accumulate), dh_products = at::empty({D, B, P}, accumulate);
   const Tensor w = Device::multiplied(w_hh), w_projection = w_hr ? Device::multiplied(*w_hr) : Tensor();
   p.dh = dh.mutable_data_ptr();

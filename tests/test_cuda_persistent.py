@@ -223,7 +223,7 @@ def random_case(rng: random.Random, dtype: torch.dtype, most: int, steps: int = 
 def run_both(algorithm: str, args, incoming: int):
     """Returns the results of forward and backward. The bits of `incoming` say which gradients come in."""
     with forced(algorithm):
-        results = forward_op(*args, True)
+        results = forward_op(*args, "all")
         y, h_n, c_n, gates, cells = results
         generator = torch.Generator().manual_seed(1)
         dy, dh_n, dc_n = (torch.randn(t.shape, generator=generator).to(t) for t in (y, h_n, c_n))
@@ -242,7 +242,7 @@ def deviations(algorithm: str, args, incoming: int) -> list[tuple[float, float]]
     """Returns each result's largest and mean square difference from float64 truth, relative to the largest value."""
     results, backward_args, grads = run_both(algorithm, args, incoming)
     expected = [
-        *reference.lstm_recurrence(*as_double(args), True),
+        *reference.lstm_recurrence(*as_double(args), "all"),
         *reference.lstm_recurrence_backward(*as_double(backward_args)),
     ]
 
@@ -343,7 +343,7 @@ def test_bitwise_repeatable(algorithm, dtype):
 def test_without_saving(algorithm):
     args = random_case(random.Random(4), torch.float32, 100, steps=5, batch=20)
     with forced(algorithm):
-        saved, not_saved = forward_op(*args, True), forward_op(*args, False)
+        saved, not_saved = forward_op(*args, "all"), forward_op(*args, "none")
     assert all(torch.equal(a, b) for a, b in zip(saved[:3], not_saved[:3], strict=True))
     assert not_saved[3].numel() == not_saved[4].numel() == 0
 
@@ -359,8 +359,8 @@ def test_misaligned_and_strided_arguments(algorithm):
         return view
 
     with forced(algorithm):
-        plain = forward_op(gates_x, w_hh, h0, h0, None, True)
-        moved = forward_op(shifted(gates_x), shifted(w_hh), shifted(h0), shifted(h0), None, True)
+        plain = forward_op(gates_x, w_hh, h0, h0, None, "all")
+        moved = forward_op(shifted(gates_x), shifted(w_hh), shifted(h0), shifted(h0), None, "all")
         assert all(torch.equal(a, b) for a, b in zip(plain, moved, strict=True))
         y, h_n, c_n, gates, cells = plain
         grads = backward_op(w_hh, h0, None, gates, cells, y, h_n, c_n, True)
@@ -428,8 +428,8 @@ def test_infinite_and_undefined_weights(algorithm, dtype):
     w_hh[0, 7, 2], w_hh[0, 50, 3], w_hh[0, 41, 19] = float("inf"), -float("inf"), float("nan")
     args = (gates_x[:1].contiguous(), w_hh, h0, None, None)
     with forced(algorithm):
-        results = forward_op(*args, True)
-    for a, e in zip(results, reference.lstm_recurrence(*as_double(args), True), strict=True):
+        results = forward_op(*args, "all")
+    for a, e in zip(results, reference.lstm_recurrence(*as_double(args), "all"), strict=True):
         if dtype == torch.float32:
             e = e.where(~a.isnan(), float("nan"))
             assert a.isnan().double().mean() < 0.3
@@ -445,8 +445,8 @@ def test_infinite_states(algorithm, dtype):
     h0[0, 1, 4] = float("inf")
     args = (gates_x, w_hh, h0, None, None)
     with forced(algorithm):
-        results = forward_op(*args, True)
-    for a, e in zip(results, reference.lstm_recurrence(*as_double(args), True), strict=True):
+        results = forward_op(*args, "all")
+    for a, e in zip(results, reference.lstm_recurrence(*as_double(args), "all"), strict=True):
         assert e.isfinite().all()
         torch.testing.assert_close(a.double(), e, rtol=0.1, atol=0.1, check_dtype=False)
 
@@ -479,8 +479,8 @@ def test_a_nan_stays_one_whatever_its_bits(algorithm, where, bits):
     # the reverse direction of the first sequence holds its state at first
     call = (*args.values(), torch.tensor([2, 4, 3], device="cuda"))
     with forced(algorithm):
-        results = forward_op(*call, True)
-    for a, e in zip(results, reference.lstm_recurrence(*as_double(call), True), strict=True):
+        results = forward_op(*call, "all")
+    for a, e in zip(results, reference.lstm_recurrence(*as_double(call), "all"), strict=True):
         assert e.isnan().any() and torch.equal(a.isnan(), e.isnan())
 
 
@@ -489,7 +489,7 @@ def test_a_nan_stays_one_whatever_its_bits(algorithm, where, bits):
 @pytest.mark.parametrize("where", ["w_hh", "dy", "dh_n", "dc_n"])
 def test_a_nan_stays_one_in_gradients(algorithm, where, bits):
     w_hh, state = torch.randn(2, 80, 20, device="cuda"), torch.randn(2, 3, 20, device="cuda")
-    y, h_n, c_n, gates, cells = forward_op(torch.randn(4, 3, 2, 80, device="cuda"), w_hh, state, state, None, True)
+    y, h_n, c_n, gates, cells = forward_op(torch.randn(4, 3, 2, 80, device="cuda"), w_hh, state, state, None, "all")
     tensors = {"w_hh": w_hh, "dy": torch.randn_like(y), "dh_n": torch.randn_like(h_n), "dc_n": torch.randn_like(c_n)}
     (tensors[where][1, 0, :] if where == "dy" else tensors[where]).view(2, -1)[:, 13] = nan_of(bits)
     call = (tensors["w_hh"], state, None, gates, cells, tensors["dy"], tensors["dh_n"], tensors["dc_n"], True)
@@ -506,7 +506,7 @@ def test_threads_with_layers_of_their_own(algorithm):
     expected = [run_both(algorithm, args, 0) for args in cases]
 
     def run(k: int):
-        results = forward_op(*cases[k], True)
+        results = forward_op(*cases[k], "all")
         return *results, *backward_op(*expected[k][1])
 
     with forced(f"{algorithm} "), ThreadPoolExecutor(4) as pool:  # the text is part of a plan's key
@@ -525,7 +525,7 @@ def test_graph_capture(algorithm):
     with forced(algorithm):
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            captured = forward_op(*args, True)
+            captured = forward_op(*args, "all")
             captured_grads = backward_op(*backward_args)
         for t in (*captured, *captured_grads):
             t.zero_()
@@ -564,20 +564,20 @@ def test_wrong_wishes_fail_loudly(monkeypatch):
     gates_x, w_hh = torch.randn(2, 2, 1, 8, device="cuda"), torch.randn(1, 8, 2, device="cuda")
     monkeypatch.setenv("BIRNN_CUDA_ALGO", "quick")
     with pytest.raises(ValueError, match=r"BIRNN_CUDA_ALGO must name some of stepwise, persistent-cta.* got 'quick'"):
-        forward_op(gates_x, w_hh, None, None, None, False)
+        forward_op(gates_x, w_hh, None, None, None, "none")
     monkeypatch.setenv("BIRNN_CUDA_ALGO", "persistent-grid")
     with pytest.raises(RuntimeError, match="BIRNN_CUDA_ALGO=persistent-grid can't run this layer: hidden_size 2"):
-        forward_op(gates_x.double(), w_hh.double(), None, None, None, False)
+        forward_op(gates_x.double(), w_hh.double(), None, None, None, "none")
     monkeypatch.setenv("BIRNN_CUDA_ALGO", "persistent-cta")
     with pytest.raises(RuntimeError, match="can't run this layer: hidden_size 200"):
         forward_op(
-            torch.zeros(2, 2, 1, 800, device="cuda"), torch.zeros(1, 800, 200, device="cuda"), None, None, None, False
+            torch.zeros(2, 2, 1, 800, device="cuda"), torch.zeros(1, 800, 200, device="cuda"), None, None, None, "none"
         )
     with pytest.raises(RuntimeError, match="BIRNN_CUDA_ALGO=persistent-cta,stepwise falls back to it"):
-        forward_op(gates_x.double(), w_hh.double(), None, None, None, False)
+        forward_op(gates_x.double(), w_hh.double(), None, None, None, "none")
     monkeypatch.setenv("BIRNN_CUDA_ALGO", " persistent-cta, stepwise,")
     before = birnn_ext.op_calls()["cuda_stepwise"]
-    forward_op(gates_x.double(), w_hh.double(), None, None, None, False)
+    forward_op(gates_x.double(), w_hh.double(), None, None, None, "none")
     assert birnn_ext.op_calls()["cuda_stepwise"] == before + 1
 
 

@@ -54,6 +54,25 @@ def test_the_tests_that_a_page_names_exist(page):
     assert [name for name in named if name not in files and f"def {name}(" not in tests] == []
 
 
+@pytest.mark.parametrize("document", ["CONTRIBUTING.md", "DESIGN.md"])
+def test_the_files_that_documents_for_contributors_name_exist(document):
+    if not (ROOT / document).exists():
+        pytest.skip("needs the repository's files")
+    text = (ROOT / document).read_text()
+    named = {
+        name
+        for name in re.findall(r"`([\w./-]+)`", text)
+        if re.search(r"\w\.(py|pyi|h|cuh?|cpp|sh|in|toml|cff)$", name)
+    }
+    assert len(named) > 10
+    files = [
+        f"/{path.relative_to(ROOT)}"
+        for folder in ("*", ".ci/*", "birnn_ext/**/*", "csrc/**/*", "tests/**/*", "tools/*")
+        for path in ROOT.glob(folder)
+    ]
+    assert [name for name in named if not any(file.endswith(f"/{name}") for file in files)] == []
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     """Returns the folder of the site that `make docs` would build."""

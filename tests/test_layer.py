@@ -83,7 +83,7 @@ def test_16_bit_inference_is_one_operator_and_the_same_for_any_number_of_threads
             for count in (1, 2, 5):
                 torch.set_num_threads(count)
                 try:
-                    assert all(map(torch.equal, results, layer_op(x, weights, *rest, 0)[:3]))
+                    assert all(map(torch.equal, results, layer_op(x, weights, *rest, "none")[:3]))
                 finally:
                     torch.set_num_threads(threads)
             for k, y in enumerate((results[0], composite(x, weights, *rest)[0])):
@@ -177,14 +177,14 @@ def test_second_order_where_one_input_depends_on_another():
     all_near(penalty(lstm_layer), penalty(composite))
 
 
-@pytest.mark.parametrize("save", [0, 1, 2])
+@pytest.mark.parametrize("save", ["none", "all", "cells"])
 @pytest.mark.parametrize("case", [0, 3, 5])
 def test_opcheck(case, save):
     x, weights, bias, h0, c0, lengths = random_layer(random.Random(case), torch.float32, (3, 4, 5, 6))
     detached = [None if t is None else t.detach() for t in (x, h0, c0)]
     plain = [w.detach() for w in weights]
-    if save == 0:
-        torch.library.opcheck(layer_op, (detached[0], plain, bias, *detached[1:], lengths, 0))
+    if save == "none":
+        torch.library.opcheck(layer_op, (detached[0], plain, bias, *detached[1:], lengths, "none"))
         return
     torch.library.opcheck(layer_op, (x, weights, bias, h0, c0, lengths, save))
     y, h_n, _, gates, cells = layer_op(detached[0], plain, bias, *detached[1:], lengths, save)
@@ -238,7 +238,7 @@ def test_infinite_weights_reach_the_same_sequences_for_any_number_of_threads():
     weights = [torch.randn(shape, generator=generator) / 4 for shape in [(32, 3), (32, 8)] * 2]
     weights[1][0, 0] = float("inf")
     x, h0 = torch.rand(6, 24, 3, generator=generator), torch.rand(2, 24, 8, generator=generator) + 0.5
-    y, _, _, gates, cells = layer_op(x, weights, False, h0, None, None, 1)
+    y, _, _, gates, cells = layer_op(x, weights, False, h0, None, None, "all")
     assert not y.isnan().any()
     dy = torch.zeros_like(y)
     dy[:, ::7] = 1
@@ -330,7 +330,7 @@ def test_saved_state_for_the_backward_pass():
     assert saved_floats(LSTM(4, hidden, bidirectional=True), x) == 6 * values  # y, cells, 4 gates
     assert saved_floats(LSTM(4, hidden, bidirectional=True, recompute=True), x) == 2 * values  # y, cells
     with torch.no_grad():
-        *_, gates, cells = layer_op(x, list(LSTM(4, hidden).parameters()), True, None, None, None, 0)
+        *_, gates, cells = layer_op(x, list(LSTM(4, hidden).parameters()), True, None, None, None, "none")
         assert gates.numel() == cells.numel() == 0
         assert saved_floats(LSTM(4, hidden, bidirectional=True), x) == 0
 
@@ -411,20 +411,20 @@ def w(*shape: int, **kwargs) -> torch.Tensor:
 
 OK = [w(8, 3), w(8, 2)]
 ERRORS = [
-    (lambda: layer_op(w(4, 3), OK, False, None, None, None, 0), ValueError, r"x must have shape \(T, B, I\), got \[4, 3\]"),
-    (lambda: layer_op(w(0, 2, 3), OK, False, None, None, None, 0), ValueError, "at least one time step"),
-    (lambda: layer_op(w(4, 2, 3, dtype=torch.float16), OK, False, None, None, None, 1), TypeError, "x must be float64 or float32 for a backward pass, got Half"),
-    (lambda: layer_op(w(4, 2, 3, dtype=torch.float16), OK, False, None, None, None, 0), TypeError, "w_ih must be Half, got Float"),
-    (lambda: layer_op(w(4, 2, 3), OK, True, None, None, None, 0), ValueError, "weights must be 4 or 8 tensors, got 2"),
-    (lambda: layer_op(w(4, 2, 3), [w(8, 3), w(8)], False, None, None, None, 0), ValueError, r"w_hh must have shape \(4H, H\), got \[8\]"),
-    (lambda: layer_op(w(4, 2, 3), [w(8, 4), w(8, 2)], False, None, None, None, 0), ValueError, r"w_ih must have shape \[8, 3\], got \[8, 4\]"),
-    (lambda: layer_op(w(4, 2, 3), [*OK, w(8), w(7)], True, None, None, None, 0), ValueError, r"bias_hh must have shape \[8\], got \[7\]"),
-    (lambda: layer_op(w(4, 2, 3), [w(8, 3), w(8, 2).double()], False, None, None, None, 0), TypeError, "w_hh must be Float, got Double"),
-    (lambda: layer_op(w(4, 2, 3), OK, False, w(1, 2, 3), None, None, 0), ValueError, r"h0 must have shape \[1, 2, 2\]"),
-    (lambda: layer_op(w(4, 2, 3), OK, False, None, None, torch.tensor([1, 5]), 0), ValueError, r"between 0 and T = 4, got lengths\[1\] = 5"),
-    (lambda: layer_op(w(4, 2, 0), [w(8, 0), w(8, 2)], False, None, None, None, 0), ValueError, "one time step and one feature"),
-    (lambda: layer_op(w(4, 2, 3), OK, False, None, None, None, 7), ValueError, "save must be 0, 1 or 2, got 7"),
-    (lambda: layer_op(w(4, 2, 3), [w(8, 3), w(8, 2, device="meta")], False, None, None, None, 0), ValueError, "all tensors must be on one device, got .'cpu', 'meta'."),
+    (lambda: layer_op(w(4, 3), OK, False, None, None, None, "none"), ValueError, r"x must have shape \(T, B, I\), got \[4, 3\]"),
+    (lambda: layer_op(w(0, 2, 3), OK, False, None, None, None, "none"), ValueError, "at least one time step"),
+    (lambda: layer_op(w(4, 2, 3, dtype=torch.float16), OK, False, None, None, None, "all"), TypeError, "x must be float64 or float32 for a backward pass, got Half"),
+    (lambda: layer_op(w(4, 2, 3, dtype=torch.float16), OK, False, None, None, None, "none"), TypeError, "w_ih must be Half, got Float"),
+    (lambda: layer_op(w(4, 2, 3), OK, True, None, None, None, "none"), ValueError, "weights must be 4 or 8 tensors, got 2"),
+    (lambda: layer_op(w(4, 2, 3), [w(8, 3), w(8)], False, None, None, None, "none"), ValueError, r"w_hh must have shape \(4H, H\), got \[8\]"),
+    (lambda: layer_op(w(4, 2, 3), [w(8, 4), w(8, 2)], False, None, None, None, "none"), ValueError, r"w_ih must have shape \[8, 3\], got \[8, 4\]"),
+    (lambda: layer_op(w(4, 2, 3), [*OK, w(8), w(7)], True, None, None, None, "none"), ValueError, r"bias_hh must have shape \[8\], got \[7\]"),
+    (lambda: layer_op(w(4, 2, 3), [w(8, 3), w(8, 2).double()], False, None, None, None, "none"), TypeError, "w_hh must be Float, got Double"),
+    (lambda: layer_op(w(4, 2, 3), OK, False, w(1, 2, 3), None, None, "none"), ValueError, r"h0 must have shape \[1, 2, 2\]"),
+    (lambda: layer_op(w(4, 2, 3), OK, False, None, None, torch.tensor([1, 5]), "none"), ValueError, r"between 0 and T = 4, got lengths\[1\] = 5"),
+    (lambda: layer_op(w(4, 2, 0), [w(8, 0), w(8, 2)], False, None, None, None, "none"), ValueError, "one time step and one feature"),
+    (lambda: layer_op(w(4, 2, 3), OK, False, None, None, None, "some"), ValueError, 'save must be "none", "cells" or "all", got "some"'),
+    (lambda: layer_op(w(4, 2, 3), [w(8, 3), w(8, 2, device="meta")], False, None, None, None, "none"), ValueError, "all tensors must be on one device, got .'cpu', 'meta'."),
     (lambda: backward_op(w(4, 2, 3), OK, False, None, None, None, w(4, 2, 1, 2), w(0), w(0), None, None, None, True, True, False), ValueError, "cells must have shape"),
     (lambda: backward_op(w(4, 2, 3), OK, False, None, None, None, w(4, 2, 1, 3), w(0), w(4, 2, 1, 2), None, None, None, True, True, False), ValueError, "y must have shape"),
 ]  # fmt: skip

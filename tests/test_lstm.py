@@ -267,7 +267,10 @@ def test_dropout_1_zeroes_the_input_of_later_layers(bidirectional, device):
 def test_dropout_has_the_right_mean():
     ours = LSTM(4, 8, 2, dropout=0.25)
     seen = []
-    ours._layer, real = lambda layer, d, x, *rest: seen.append(x) or real(layer, d, x, *rest), ours._layer
+    ours._layer, real = (
+        lambda layer, last, given, *rest: seen.append(given.x) or real(layer, last, given, *rest),
+        ours._layer,
+    )
     ours(torch.randn(50, 40, 4))
     kept = (seen[1] != 0).float().mean().item()
     assert abs(kept - 0.75) < 0.02

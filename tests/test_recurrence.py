@@ -43,14 +43,16 @@ def random_case(rng: random.Random, dtype: torch.dtype, device: str):
 def test_operators_against_the_reference(dtype, case, device):
     """The truth, forward and backward, is the reference in float64. Odd cases leave out incoming gradients."""
     args = random_case(random.Random(case), dtype, device)
-    results = forward_op(*args, True)
-    expected = reference.lstm_recurrence(*as_double(args), True)
+    results = forward_op(*args, "all")
+    expected = reference.lstm_recurrence(*as_double(args), "all")
     for name, a, e in zip(("y", "h_n", "c_n", "gates", "cells"), results, expected, strict=True):
         assert_near(a, e, name, dtype)
     assert [r.dtype for r in results] == [dtype] * 4 + [torch.float64 if dtype == torch.float64 else torch.float32]
-    without_saving = forward_op(*args, False)
+    without_saving = forward_op(*args, "none")
     assert all(torch.equal(a, b) for a, b in zip(without_saving[:3], results[:3], strict=True))
     assert without_saving[3].numel() == without_saving[4].numel() == 0
+    *_, no_gates, cells = forward_op(*args, "cells")
+    assert no_gates.numel() == 0 and torch.equal(cells, results[4])
 
     _, w_hh, _, c0, lengths = args
     y, h_n, c_n, gates, cells = results
@@ -83,7 +85,7 @@ def test_reference_agrees_with_itself():
     for case in range(12):
         args = random_case(random.Random(case), torch.float64, "cpu")
         wanted = [a.requires_grad_() for a in args[:4] if a is not None]
-        y, h_n, c_n, gates, cells = reference.lstm_recurrence(*args, True)
+        y, h_n, c_n, gates, cells = reference.lstm_recurrence(*args, "all")
         cotangents = [torch.randn_like(t) for t in (y, h_n, c_n)]
         expected = torch.autograd.grad([y, h_n, c_n], wanted, cotangents)
         ours = reference.lstm_recurrence_backward(args[1], args[3], args[4], gates, cells, *cotangents, True)
@@ -118,16 +120,16 @@ def test_gradcheck_first_and_second_order(directions, ragged, state, device):
     assert torch.autograd.gradgradcheck(run, floating, fast_mode=device == "cuda")
 
 
-@pytest.mark.parametrize("save", [True, False])
+@pytest.mark.parametrize("save", ["all", "cells", "none"])
 @pytest.mark.parametrize("state", [True, False], ids=["state", "no_state"])
 @pytest.mark.parametrize("ragged", [True, False], ids=["ragged", "full"])
 def test_opcheck(ragged, state, save, device):
     floating, lengths = small_case(2, ragged, state, device)
     args = (*floating, *[None] * (4 - len(floating)), lengths)
     detached = [a.detach() if a is not None else None for a in args]
-    torch.library.opcheck(forward_op, (*(args if save else detached), save))
-    if save:
-        y, h_n, _, gates, cells = forward_op(*detached, True)
+    torch.library.opcheck(forward_op, (*(args if save == "all" else detached), save))
+    if save == "all":
+        y, h_n, _, gates, cells = forward_op(*detached, "all")
         backward_args = (
             args[1], args[3], lengths, gates.requires_grad_(), cells.requires_grad_(), torch.randn_like(y), None,
             torch.randn_like(h_n), state,
@@ -137,8 +139,8 @@ def test_opcheck(ragged, state, save, device):
 
 def test_differentiating_what_was_not_saved_is_an_error():
     floating, _ = small_case(2, False, False, "cpu")
-    y = forward_op(*floating, None, None, None, False)[0]
-    with pytest.raises(RuntimeError, match="called with save=False, so it can't be differentiated"):
+    y = forward_op(*floating, None, None, None, "none")[0]
+    with pytest.raises(RuntimeError, match='called with save="none", so it can'):
         y.sum().backward()
 
 
@@ -146,7 +148,7 @@ def test_strided_arguments(device):
     args = random_case(random.Random(4), torch.float32, device)
     strided = [None if a is None else torch.stack([a, a], -1)[..., 0] if a.is_floating_point() else a for a in args]
     assert not strided[0].is_contiguous()
-    all_near(forward_op(*strided, True), forward_op(*args, True))
+    all_near(forward_op(*strided, "all"), forward_op(*args, "all"))
 
 
 def test_misaligned_arguments(device):
@@ -154,7 +156,7 @@ def test_misaligned_arguments(device):
     gates_x, w_hh = torch.randn(3, 2, 2, 32, device=device), torch.randn(2, 32, 8, device=device)
     shifted = torch.empty(gates_x.numel() + 1, device=device)[1:].view(gates_x.shape).copy_(gates_x)
     assert shifted.data_ptr() % 16 == 4
-    all_near(forward_op(shifted, w_hh, None, None, None, True), forward_op(gates_x, w_hh, None, None, None, True))
+    all_near(forward_op(shifted, w_hh, None, None, None, "all"), forward_op(gates_x, w_hh, None, None, None, "all"))
 
 
 def test_saturated_and_special_values(device):
@@ -162,8 +164,8 @@ def test_saturated_and_special_values(device):
     hidden = gates_x.numel()
     gates_x = gates_x.repeat(4).view(1, 1, 1, 4 * hidden).expand(3, 2, 1, -1)
     w_hh = torch.zeros(1, 4 * hidden, hidden, device=device)
-    y, _, _, gates, cells = forward_op(gates_x, w_hh, None, None, None, True)
-    expected = reference.lstm_recurrence(gates_x[..., :].double(), w_hh.double(), None, None, None, True)
+    y, _, _, gates, cells = forward_op(gates_x, w_hh, None, None, None, "all")
+    expected = reference.lstm_recurrence(gates_x[..., :].double(), w_hh.double(), None, None, None, "all")
     is_nan = torch.arange(hidden, device=device) == 5
     # In the first step the NaN stays in its own unit. After that it is everywhere, as 0 * NaN is NaN.
     assert y[0].isnan().equal(is_nan.expand_as(y[0]))
@@ -174,8 +176,8 @@ def test_saturated_and_special_values(device):
 
 def test_repeatable_bitwise(device):
     args = random_case(random.Random(8), torch.float32, device)
-    first = forward_op(*args, True)
-    assert all(torch.equal(a, b) for a, b in zip(first, forward_op(*args, True), strict=True))
+    first = forward_op(*args, "all")
+    assert all(torch.equal(a, b) for a, b in zip(first, forward_op(*args, "all"), strict=True))
 
 
 @pytest.mark.parametrize("ragged", [True, False], ids=["ragged", "full"])
@@ -187,7 +189,7 @@ def test_bitwise_the_same_for_any_number_of_threads(ragged):
     try:
         for threads in (1, 2, 3, 5, 8):
             torch.set_num_threads(threads)
-            y, h_n, c_n, gates, cells = forward_op(gates_x, w_hh, None, None, lengths, True)
+            y, h_n, c_n, gates, cells = forward_op(gates_x, w_hh, None, None, lengths, "all")
             results.append([y, *backward_op(w_hh, None, lengths, gates, cells, y, h_n, c_n, True)])
     finally:
         torch.set_num_threads(before)
@@ -202,7 +204,7 @@ import os, torch, birnn_ext
 torch.set_num_threads(3)
 before = len(os.listdir("/proc/self/task"))
 gates_x, w_hh = torch.zeros(2, 40, 2, 256), torch.zeros(2, 256, 64)
-torch.ops.birnn_ext.lstm_recurrence(gates_x, w_hh, None, None, None, False)
+torch.ops.birnn_ext.lstm_recurrence(gates_x, w_hh, None, None, None, "none")
 print("started", len(os.listdir("/proc/self/task")) - before)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -253,12 +255,12 @@ def test_reference_serves_other_devices_and_says_so_once(reference_operators):
     before = birnn_ext.op_calls()["reference_forward"]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        results = forward_op.redispatch(keys, *args, True)
-        forward_op.redispatch(keys, *args, True)
+        results = forward_op.redispatch(keys, *args, "all")
+        forward_op.redispatch(keys, *args, "all")
     assert len(caught) == 1
     assert "birnn_ext::lstm_recurrence has no compiled kernel for device 'cpu'" in str(caught[0].message)
     assert birnn_ext.op_calls()["reference_forward"] == before + 2
-    all_near(results, forward_op(*args, True))
+    all_near(results, forward_op(*args, "all"))
     y, h_n, c_n, gates, cells = results
     backward_args = (args[1], args[3], args[4], gates, cells, y, h_n, c_n, True)
     before = birnn_ext.op_calls()["reference_backward"]
@@ -284,9 +286,9 @@ ERRORS = [
     (lambda: lstm_recurrence(ok(4, 2, 1, 8), ok(1, 8, 2), lengths=ok(3, dtype=torch.int64)), ValueError, r"lengths must have shape \[2\]"),
     (lambda: lstm_recurrence(ok(4, 2, 1, 8), ok(1, 8, 2), lengths=ok(2)), TypeError, "lengths must be Long, got Float"),
     (lambda: lstm_recurrence(ok(4, 2, 1, 8), ok(1, 8, 2), lengths=torch.tensor([5, 1])), ValueError, r"between 0 and T = 4, got lengths\[0\] = 5"),
-    (lambda: backward_op(ok(1, 8, 2), None, None, ok(0), ok(0), None, None, None, False), ValueError, "those of a forward call with save=True"),
-    (lambda: backward_op(ok(1, 0, 0), None, None, ok(4, 2, 1, 0), ok(4, 2, 1, 0), None, None, None, False), ValueError, "those of a forward call with save=True"),
-    (lambda: forward_op(ok(4, 2, 1, 8), ok(1, 8, 2, device="meta"), None, None, None, False), ValueError, "all tensors must be on one device"),
+    (lambda: backward_op(ok(1, 8, 2), None, None, ok(0), ok(0), None, None, None, False), ValueError, 'those of a forward call with save="all"'),
+    (lambda: backward_op(ok(1, 0, 0), None, None, ok(4, 2, 1, 0), ok(4, 2, 1, 0), None, None, None, False), ValueError, 'those of a forward call with save="all"'),
+    (lambda: forward_op(ok(4, 2, 1, 8), ok(1, 8, 2, device="meta"), None, None, None, "none"), ValueError, "all tensors must be on one device"),
     (lambda: backward_op(ok(1, 8, 2), None, None, ok(4, 2, 1, 8), ok(4, 2, 1, 3), None, None, None, False), ValueError, "cells must have shape"),
     (lambda: backward_op(ok(1, 8, 2), None, None, ok(4, 2, 1, 8), ok(4, 2, 1, 2), ok(4, 2, 1, 1), None, None, False), ValueError, "dy must have shape"),
 ]  # fmt: skip

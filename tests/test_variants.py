@@ -97,7 +97,7 @@ def compare_operators(args: list, dtype: torch.dtype) -> None:
     truth = reference.lstm_variant(*as_double(args))
     cotangents = [torch.randn(o.shape, dtype=torch.float64).to(dtype) for o in truth]
     before = op_calls()
-    ours = results_and_gradients(lambda a: forward_op(*a, 2)[:4], args, cotangents)
+    ours = results_and_gradients(lambda a: forward_op(*a, "all")[:4], args, cotangents)
     device = args[0].device.type
     assert op_calls()[f"{device}_backward"] == before[f"{device}_backward"] + 1
     expected = results_and_gradients(lambda a: reference.lstm_variant(*a), as_double(args), cotangents)
@@ -109,10 +109,10 @@ def compare_operators(args: list, dtype: torch.dtype) -> None:
         allowed = max(small * TOLERANCE[dtype], norm * 5 * error(plain[name], e))
         assert error(ours[name], e) <= allowed, f"{name}: {error(ours[name], e):.2e} where {allowed:.2e} is allowed"
         assert ours[name].dtype == (torch.promote_types(dtype, torch.float32) if name == "cells" else dtype)
-    for save in (0, 1):
+    for save in ("none", "cells"):
         y, h_n, c_n, cells, *kept = forward_op(*args, save)
         assert all(torch.equal(a, ours[name]) for a, name in zip((y, h_n, c_n), ("y", "h_n", "c_n"), strict=True))
-        assert torch.equal(cells, ours["cells"]) if save else cells.numel() == 0
+        assert torch.equal(cells, ours["cells"]) if save == "cells" else cells.numel() == 0
         assert all(t.numel() == 0 for t in kept)
 
 
@@ -172,10 +172,10 @@ def test_gradcheck_first_and_second_order(device):
     assert torch.autograd.gradgradcheck(run, floating, fast_mode=True)
 
 
-@pytest.mark.parametrize("save", [0, 1, 2])
+@pytest.mark.parametrize("save", ["none", "cells", "all"])
 def test_opcheck(save, device):
     args = everything(device)
-    if save == 2:
+    if save == "all":
         for k in PLACES:
             args[k].requires_grad_()
     torch.library.opcheck(forward_op, (*args, save))
@@ -184,7 +184,7 @@ def test_opcheck(save, device):
 @pytest.mark.parametrize("case", range(4))
 def test_opcheck_of_the_gradient(case, device):
     args = random_case(random.Random(100 + case), torch.float64, device, (3, 2, 2, 4))
-    y, h_n, _, cells, *kept = forward_op(*args, 2)
+    y, h_n, _, cells, *kept = forward_op(*args, "all")
     arguments = (*args[1:3], *args[4:], cells, *kept, y, h_n, None, cells if case % 2 else None, case < 2)
     torch.library.opcheck(backward_op, arguments, test_utils=("test_schema", "test_faketensor"))
 
@@ -208,7 +208,7 @@ def test_batched_gradients(device):
     """A vectorised Jacobian calls autograd.grad(..., is_grads_batched=True)."""
     args = everything(device)
     args[0].requires_grad_()
-    y = forward_op(*args, 2)[0]
+    y = forward_op(*args, "all")[0]
     cotangents = torch.randn(2, *y.shape, dtype=y.dtype, device=device)
     (batched,) = torch.autograd.grad(y, args[0], cotangents, is_grads_batched=True, retain_graph=True)
     one_by_one = torch.stack([torch.autograd.grad(y, args[0], c, retain_graph=True)[0] for c in cotangents])
@@ -217,15 +217,15 @@ def test_batched_gradients(device):
 
 def test_differentiating_what_was_not_saved_is_an_error():
     args = everything("cpu")
-    y = forward_op(args[0].requires_grad_(), *args[1:], 1)[0]
-    with pytest.raises(RuntimeError, match="called with save=1, so it can't be differentiated"):
+    y = forward_op(args[0].requires_grad_(), *args[1:], "cells")[0]
+    with pytest.raises(RuntimeError, match='called with save="cells", so it can'):
         y.sum().backward()
 
 
 def test_repeatable_bitwise(device):
     args = random_case(random.Random(3), torch.float32, device, (6, 5, 2, 33))
-    cotangents = [torch.ones_like(o) for o in forward_op(*args, 1)[:4]]
-    runs = [results_and_gradients(lambda a: forward_op(*a, 2)[:4], args, cotangents) for _ in range(2)]
+    cotangents = [torch.ones_like(o) for o in forward_op(*args, "cells")[:4]]
+    runs = [results_and_gradients(lambda a: forward_op(*a, "all")[:4], args, cotangents) for _ in range(2)]
     assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
 
 
@@ -251,7 +251,7 @@ def test_errors_of_the_operator(place, spoil, kind, message):
     args = everything("cpu")
     args[place] = spoil(args[place])
     with pytest.raises(kind, match=message):
-        forward_op(*args, 0)
+        forward_op(*args, "none")
 
 
 # --- proj_size --------------------------------------------------------------------------------------------------------

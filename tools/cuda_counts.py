@@ -140,9 +140,9 @@ def measure(study: Study, algorithm: str, stats: Path, kernels: str) -> tuple[li
     for steps in STEPS:
         gates_x = torch.randn(steps, study.B, 2, 4 * study.H).to(**options)
         dy = torch.randn(steps, study.B, 2, study.H).to(**options)
-        *_, gates, cells = forward(gates_x, w_hh, None, None, None, True)
+        *_, gates, cells = forward(gates_x, w_hh, None, None, None, "all")
         if study.direction == "forward":
-            launches.append(counted(stats, kernels, lambda: forward(gates_x, w_hh, None, None, None, True)))  # noqa: B023
+            launches.append(counted(stats, kernels, lambda: forward(gates_x, w_hh, None, None, None, "all")))  # noqa: B023
         else:
             arguments = (w_hh, None, None, gates, cells, dy, None, None, False)
             launches.append(counted(stats, kernels, lambda: backward(*arguments)))  # noqa: B023

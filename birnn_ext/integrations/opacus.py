@@ -54,14 +54,7 @@ class _Outputs(torch.autograd.Function):
 
 def _watch(hooks: Any, lstm: LSTM, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
     """A forward hook that makes Opacus count the call, and asks for the gradients of all its results."""
-    input, hx, options = _arguments(*args, **kwargs)
-    x = input
-    if isinstance(input, PackedSequence):  # only a padded batch separates the samples
-        x, options["lengths"] = (t.to(input.data.device) for t in pad_packed_sequence(input, lstm.batch_first))
-        if options.get("reset") is not None:
-            options["reset"] = _padded(options["reset"], lstm)
-    if x.dim() != 3:
-        raise ValueError(f"birnn_ext.LSTM: with Opacus input must be batched, 3-D, got {x.dim()}-D")
+    x, hx, options = _padded_arguments(lstm, *args, **kwargs)
     batch = 0 if lstm.batch_first else 1
 
     calls = len(getattr(lstm, "activations", ()))
@@ -118,9 +111,16 @@ def _watch(hooks: Any, lstm: LSTM, args: tuple[Any, ...], kwargs: dict[str, Any]
     return (outputs["y"], states, outputs["cells"]) if "cells" in outputs else (outputs["y"], states)
 
 
-def _arguments(input: Any, hx: Any = None, **options: Any) -> tuple[Any, Any, dict[str, Any]]:
-    """Separates a call's arguments as `LSTM.forward` does: input, hx and the others by name."""
-    return input, hx, options
+def _padded_arguments(lstm: LSTM, input: Any, hx: Any = None, **options: Any) -> tuple[Tensor, Any, dict[str, Any]]:
+    """Separates a call's arguments as `LSTM.forward` does, and pads a PackedSequence."""
+    x = input
+    if isinstance(input, PackedSequence):  # only a padded batch separates the samples
+        x, options["lengths"] = (t.to(input.data.device) for t in pad_packed_sequence(input, lstm.batch_first))
+        if options.get("reset") is not None:
+            options["reset"] = _padded(options["reset"], lstm)
+    if x.dim() != 3:
+        raise ValueError(f"birnn_ext.LSTM: with Opacus input must be batched, 3-D, got {x.dim()}-D")
+    return x, hx, options
 
 
 def _outputs(result: Any) -> dict[str, Any]:

@@ -110,6 +110,23 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "With `torchrun --nproc-per-node N -m birnn_ext.mnist train`, N processes share each training step.",
     )
     add_data(train)
+    add_training_options(train)
+
+    evaluate = command("evaluate", "Print a checkpoint's accuracy on the test set.")
+    evaluate.add_argument("checkpoint", type=Path, metavar="CKPT", help="a model.ckpt")
+    add_data(evaluate)
+
+    predict = command("predict", "Tell which digits pictures show.")
+    predict.add_argument("checkpoint", type=Path, metavar="CKPT", help="a model.ckpt")
+    predict.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="a PNG or JPEG of one digit")
+
+    args, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        commands.choices[args.command].refuse(unknown[0])
+    return args
+
+
+def add_training_options(train: Parser) -> None:
     train.add_argument(
         "--out", type=Path, help=f"folder for results (default: that of the training to resume, else {FOLDER})"
     )
@@ -134,19 +151,6 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
             default=argparse.SUPPRESS,  # --resume must know which options were given
             help=f"{one.metadata['help']} (default: {one.default})",
         )
-
-    evaluate = command("evaluate", "Print a checkpoint's accuracy on the test set.")
-    evaluate.add_argument("checkpoint", type=Path, metavar="CKPT", help="a model.ckpt")
-    add_data(evaluate)
-
-    predict = command("predict", "Tell which digits pictures show.")
-    predict.add_argument("checkpoint", type=Path, metavar="CKPT", help="a model.ckpt")
-    predict.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="a PNG or JPEG of one digit")
-
-    args, unknown = parser.parse_known_args(arguments)
-    if unknown:
-        commands.choices[args.command].refuse(unknown[0])
-    return args
 
 
 def choose_device(name: str | None) -> torch.device:

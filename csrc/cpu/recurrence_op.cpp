@@ -9,6 +9,7 @@
 
 #include <vector>
 
+#include "../layer_weights.h"
 #include "../op_common.h"
 #include "isa.h"
 #include "memory.h"
@@ -65,8 +66,8 @@ FiveTensors run(birnn::Forward& call) {
 }
 
 FiveTensors lstm_recurrence(const Tensor& gates_x, const Tensor& w_hh, const OptionalTensor& h0,
-                            const OptionalTensor& c0, const OptionalTensor& lengths, bool save) {
-  birnn::Forward call(gates_x, w_hh, h0, c0, lengths, save);
+                            const OptionalTensor& c0, const OptionalTensor& lengths, c10::string_view save) {
+  birnn::Forward call(gates_x, w_hh, h0, c0, lengths, save_named(save));
   return run(call);
 }
 
@@ -85,50 +86,49 @@ std::tuple<Tensor, Tensor, Tensor> lstm_recurrence_backward(const Tensor& w_hh, 
 
 // --- a layer with its input projection -------------------------------------------------------------------------------
 
-// Checks the weights of a layer, and holds them.
+// Checks the arguments of a layer, and keeps them.
 struct Layer {
   int64_t T, B, I, D, H;
   DType dtype;
-  std::vector<Tensor> weights;  // contiguous; w_ih, w_hh (, bias_ih, bias_hh) of each direction
-  int64_t per_direction;
+  std::vector<Tensor> tensors;  // the parameters, contiguous
+  LayerWeights weights;         // the same
 
-  Layer(const Tensor& x, at::TensorList given, bool bias, bool saved) : per_direction(bias ? 4 : 2) {
+  Layer(const Tensor& x, const LayerWeights& given, bool saved) {
     TORCH_CHECK_VALUE(x.dim() == 3, "lstm_layer: x must have shape (T, B, I), got ", x.sizes());
     TORCH_CHECK_VALUE(x.size(0) > 0 && x.size(2) > 0,
                       "lstm_layer: x must have at least one time step and one feature, got shape ", x.sizes());
     dtype = dtype_of(x, "x");
     TORCH_CHECK_TYPE(!saved || dtype == DType::f64 || dtype == DType::f32,
                      "lstm_layer: x must be float64 or float32 for a backward pass, got ", x.scalar_type());
-    const auto count = static_cast<int64_t>(given.size());
-    TORCH_CHECK_VALUE(count == per_direction || count == 2 * per_direction, "lstm_layer: weights must be ",
-                      per_direction, " or ", 2 * per_direction, " tensors, got ", count);
-    TORCH_CHECK_VALUE(given[1].dim() == 2 && given[1].size(1) > 0, "lstm_layer: w_hh must have shape (4H, H), got ",
-                      given[1].sizes());
-    T = x.size(0), B = x.size(1), I = x.size(2), D = count / per_direction, H = given[1].size(1);
-    for (int64_t k = 0; k < count; ++k) {
-      static constexpr const char* names[] = {"w_ih", "w_hh", "bias_ih", "bias_hh"};
-      const int64_t which = k % per_direction;
-      const Tensor& w = given[k];
-      if (which < 2)
-        check(w, names[which], {4 * H, which == 0 ? I : H}, x.scalar_type(), x.device());
-      else
-        check(w, names[which], {4 * H}, x.scalar_type(), x.device());
-      weights.push_back(w.contiguous());
+    given.check_count();
+    T = x.size(0), B = x.size(1), I = x.size(2), D = int64_t(given.directions()), H = given.w_hh(0).size(1);
+    for (size_t d = 0; d < given.directions(); ++d) {
+      hold(x, given.w_ih(d), "w_ih", {4 * H, I});
+      hold(x, given.w_hh(d), "w_hh", {4 * H, H});
+      if (given.bias) hold(x, given.bias_ih(d), "bias_ih", {4 * H});
+      if (given.bias) hold(x, given.bias_hh(d), "bias_hh", {4 * H});
     }
+    weights = {tensors, given.bias};
   }
+  Layer(const Layer&) = delete;  // weights points into tensors
 
   InputProjection projection(const Tensor& x, const void* (&w_hh)[2]) const {
     InputProjection input{x.const_data_ptr(), I, x.stride(0), x.stride(1), {}, {}, {}};
     for (int64_t d = 0; d < D; ++d) {
-      const Tensor* own = &weights[d * per_direction];
-      input.w_ih[d] = own[0].const_data_ptr();
-      w_hh[d] = own[1].const_data_ptr();
-      if (per_direction == 4) {
-        input.bias_ih[d] = own[2].const_data_ptr();
-        input.bias_hh[d] = own[3].const_data_ptr();
+      input.w_ih[d] = weights.w_ih(d).const_data_ptr();
+      w_hh[d] = weights.w_hh(d).const_data_ptr();
+      if (weights.bias) {
+        input.bias_ih[d] = weights.bias_ih(d).const_data_ptr();
+        input.bias_hh[d] = weights.bias_hh(d).const_data_ptr();
       }
     }
     return input;
+  }
+
+ private:
+  void hold(const Tensor& x, const Tensor& w, const char* name, at::IntArrayRef shape) {
+    check(w, name, shape, x.scalar_type(), x.device());
+    tensors.push_back(w.contiguous());
   }
 };
 
@@ -136,12 +136,11 @@ struct Layer {
 Tensor with_dense_rows(const Tensor& t) { return t.size(-1) <= 1 || t.stride(-1) == 1 ? t : t.contiguous(); }
 
 FiveTensors lstm_layer(const Tensor& x_, at::TensorList weights, bool bias, const OptionalTensor& h0,
-                       const OptionalTensor& c0, const OptionalTensor& lengths, int64_t save) {
-  TORCH_CHECK_VALUE(0 <= save && save <= 2, "lstm_layer: save must be 0, 1 or 2, got ", save);
-  const Layer layer(x_, weights, bias, save != 0);
+                       const OptionalTensor& c0, const OptionalTensor& lengths, c10::string_view save_) {
+  const Save save = save_named(save_);
+  const Layer layer(x_, {weights, bias}, save != Save::none);
   const Tensor x = with_dense_rows(x_);
-  birnn::Forward call(layer.dtype, {layer.T, layer.B, layer.D, layer.H}, x.options(), h0, c0, lengths, save == 1,
-                      save != 0);
+  birnn::Forward call(layer.dtype, {layer.T, layer.B, layer.D, layer.H}, x.options(), h0, c0, lengths, save);
   call.params.input = layer.projection(x, call.params.w_hh);
   return run(call);
 }
@@ -150,7 +149,7 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor, Tensor> lstm_layer_backward(
     const Tensor& x_, at::TensorList weights, bool bias, const OptionalTensor& h0, const OptionalTensor& c0,
     const OptionalTensor& lengths, const Tensor& y_, const Tensor& gates, const Tensor& cells, const OptionalTensor& dy,
     const OptionalTensor& dh_n, const OptionalTensor& dc_n, bool x_grad, bool weight_grads, bool state_grads) {
-  const Layer layer(x_, weights, bias, true);
+  const Layer layer(x_, {weights, bias}, true);
   const Tensor x = with_dense_rows(x_), y = y_.contiguous();
   const auto [T, B, I, D, H] = std::tie(layer.T, layer.B, layer.I, layer.D, layer.H);
   check(y, "y", {T, B, D, H}, x.scalar_type(), x.device());
@@ -165,20 +164,20 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor, Tensor> lstm_layer_backward(
   const Tensor dx = x_grad ? at::zeros({T, B, I}, x.options()) : at::empty({0}, x.options());
   if (x_grad) p.dx = dx.mutable_data_ptr();
   std::vector<Tensor> d_weights;
-  for (size_t k = 0; k < weights.size(); ++k)
-    d_weights.push_back(weight_grads ? at::empty(weights[k].sizes(), x.options()) : at::empty({0}, x.options()));
+  for (const Tensor& w : weights)
+    d_weights.push_back(weight_grads ? at::empty(w.sizes(), x.options()) : at::empty({0}, x.options()));
+  const LayerWeights gradients{d_weights, bias};
   std::vector<Tensor> d_biases;
   for (int64_t d = 0; weight_grads && d < D; ++d) {
-    const Tensor* own = &d_weights[d * layer.per_direction];
-    p.dw_ih[d] = own[0].mutable_data_ptr();
-    p.dw_hh[d] = own[1].mutable_data_ptr();
-    d_biases.push_back(bias ? own[2] : at::empty({4 * H}, x.options()));
+    p.dw_ih[d] = gradients.w_ih(d).mutable_data_ptr();
+    p.dw_hh[d] = gradients.w_hh(d).mutable_data_ptr();
+    d_biases.push_back(bias ? gradients.bias_ih(d) : at::empty({4 * H}, x.options()));
     p.d_bias[d] = d_biases[d].mutable_data_ptr();
-    if (B == 0)
-      for (int64_t k = 0; k < layer.per_direction; ++k) own[k].zero_();
   }
+  if (B == 0 && weight_grads)
+    for (const Tensor& gradient : d_weights) gradient.zero_();
   recurrence_backward(effective(layer.dtype), p, max_threads(), parallel);
-  for (int64_t d = 0; weight_grads && bias && d < D; ++d) d_weights[4 * d + 3].copy_(d_weights[4 * d + 2]);
+  for (int64_t d = 0; weight_grads && bias && d < D; ++d) gradients.bias_hh(d).copy_(gradients.bias_ih(d));
   ++op_calls.cpu_backward;
   return {dx, d_weights, call.dh0, call.dc0};
 }

@@ -1,5 +1,5 @@
-// The CUDA implementation of the operators: by the algorithm `stepwise` (stepwise/stepwise_op.h) or `persistent`
-// (persistent/kernels.h). Both only launch, so they can be captured into a CUDA graph.
+// The operators on CUDA. The algorithm `stepwise` (stepwise/stepwise_op.h) or one of `persistent-*`
+// (persistent/kernels.h) runs them. All only launch, so they can be captured into a CUDA graph.
 #include <ATen/Context.h>
 #include <ATen/cuda/CUDAContextLight.h>
 #include <c10/cuda/CUDAException.h>
@@ -21,6 +21,7 @@
 #include <vector>
 
 #include "../op_common.h"
+#include "algorithm_calls.h"
 #include "choice.h"
 #include "persistent/kernels.h"
 #include "stepwise/stepwise_op.h"
@@ -30,7 +31,7 @@ namespace {
 
 // ---- persistent
 
-// How many groups of CTAs the device runs at once; 0 if not even one (of each direction, in grid).
+// Returns how many groups of CTAs the device runs at once; 0 if not even one (of each direction, in grid).
 template <class Plan>
 int64_t resident_groups(DType dtype, const Plan& plan, int64_t D, int multiprocessors) {
   int count = 0;
@@ -48,7 +49,7 @@ struct Run {
   int64_t forward_groups, backward_groups;  // resident at once
 };
 
-// The algorithms that BIRNN_CUDA_ALGO names, with commas between; all if it is not set.
+// Returns the algorithms that BIRNN_CUDA_ALGO names, with commas between; all if it is not set.
 std::vector<Algorithm> wished_algorithms(const char* wish) {
   std::vector<Algorithm> wished;
   std::istringstream names(wish ? wish : "");
@@ -66,7 +67,7 @@ std::vector<Algorithm> wished_algorithms(const char* wish) {
   return wished.empty() ? all_algorithms() : wished;
 }
 
-// Decides how to run a layer: the best of the algorithms that may and can.
+// Decides how to run a layer: by the best of the algorithms that may run it and can.
 Run decide(const Layer& layer) {
   const char* wish = std::getenv("BIRNN_CUDA_ALGO");
   const auto* device = at::cuda::getCurrentDeviceProperties();
@@ -99,7 +100,7 @@ Run decide(const Layer& layer) {
   return known[key] = run;
 }
 
-// The largest access, 16 bytes or less, that is allowed at all of these addresses and distances, in bytes.
+// Returns the largest access in bytes, 16 or less, that all of these addresses and distances allow.
 int access_of(std::initializer_list<const void*> pointers, std::initializer_list<int64_t> distances) {
   uintptr_t bits = kPiece;
   for (const void* p : pointers) bits |= reinterpret_cast<uintptr_t>(p);
@@ -120,7 +121,7 @@ bool full_float32(DType dtype) {
 #endif
 }
 
-// What goes from CTA to CTA through global memory, with the groups' counters before it.
+// Allocates what goes from CTA to CTA through global memory, with the groups' counters before it.
 template <class Params>
 Tensor grid_exchange(Params& p, int turns, int64_t bytes, const at::TensorOptions& options, cudaStream_t stream) {
   if (p.plan.exchange != Exchange::grid) return {};
@@ -164,8 +165,9 @@ void run_backward(birnn::Backward& call, const Run& run, cudaStream_t stream) {
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_recurrence(const Tensor& gates_x, const Tensor& w_hh,
                                                                    const OptionalTensor& h0, const OptionalTensor& c0,
-                                                                   const OptionalTensor& lengths, bool save) {
-  birnn::Forward call(gates_x, w_hh, h0, c0, lengths, save);
+                                                                   const OptionalTensor& lengths,
+                                                                   c10::string_view save) {
+  birnn::Forward call(gates_x, w_hh, h0, c0, lengths, save_named(save));
   const c10::cuda::CUDAGuard guard(gates_x.device());
   const auto [T, B, D, H] = static_cast<const RecurrenceSizes&>(call.params);
   const auto stream = c10::cuda::getCurrentCUDAStream();
@@ -177,7 +179,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_recurrence(const Tensor&
   else
     run_forward(call, run, stream);
   ++op_calls.cuda_forward;
-  ++op_calls.cuda_algorithms[int(run.choice.algorithm)];
+  count(run.choice.algorithm);
   return call.results();
 }
 
@@ -197,7 +199,7 @@ std::tuple<Tensor, Tensor, Tensor> lstm_recurrence_backward(const Tensor& w_hh, 
   else
     run_backward(call, run, stream);
   ++op_calls.cuda_backward;
-  ++op_calls.cuda_algorithms[int(run.choice.algorithm)];
+  count(run.choice.algorithm);
   return call.results();
 }
 

@@ -1,5 +1,5 @@
-// The CUDA implementation of lstm_variant: cuBLAS' batched products, and a kernel for each pass. It only launches, so
-// it can be captured into a CUDA graph.
+// The operator lstm_variant on CUDA: cuBLAS' batched products, and a kernel for each pass. It only launches, so it can
+// be captured into a CUDA graph.
 #include "../variant_op.h"
 
 #include <c10/cuda/CUDAException.h>
@@ -7,6 +7,7 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
+#include "algorithm_calls.h"
 #include "stepwise/product.h"
 #include "stepwise/variant_kernels.h"
 
@@ -17,7 +18,7 @@ struct Device {
   using Guard = c10::cuda::CUDAGuard;
   static void ran(bool forward) {
     ++(forward ? op_calls.cuda_forward : op_calls.cuda_backward);
-    ++op_calls.cuda_algorithms[int(Algorithm::stepwise)];
+    count(Algorithm::stepwise);
   }
 
   static at::ScalarType operand_type(at::ScalarType type) { return type; }

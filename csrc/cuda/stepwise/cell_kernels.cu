@@ -1,6 +1,10 @@
-// A thread owns N neighbouring hidden units of one sequence and direction, for all gates: 16 bytes of every tensor of
-// type S when H allows it, else one unit. Memory-bound: per unit and step gates_x, gates_h and c in, and y, h and c
-// (and the cell's values and c, saved) out.
+// A thread does one step of N neighbouring hidden units of one sequence and direction, all gates. N values of type S
+// fill 16 bytes where H is a multiple of N and all tensors begin at multiples of 16 bytes; else N is 1. Tensors of type
+// A (gates_h, c, cells, dh, dc) then take one or two such accesses.
+//
+// Memory bounds the time. Of each unit and step the forward kernel reads the gates' two parts and c, and writes y, h
+// and c and, if they are saved, the cell's values and c once more. The backward kernel reads dy, dh, dc, the saved
+// values, c and the c before, and writes dc and the gates' gradients twice: for the next product, and as d_gates_x.
 #include <initializer_list>
 
 #include "../../core/cells/lstm.h"

@@ -1,0 +1,94 @@
+"""All that birnn_ext uses of PyTorch without a promise that it stays: names that begin with an underscore.
+
+Tried with torch 2.10 and 2.14; where a name goes or changes its meaning, this file is the one to mend.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._C._functorch import TransformType
+from torch._VF import lstm as nn_lstm_operator
+from torch.autograd import forward_ad
+from torch.jit._trace import TracerWarning, is_tracing
+
+from birnn_ext._after_import import after_import
+
+__all__ = [
+    "TracerWarning",
+    "carries_tangent",
+    "dynamo_is_at_work",
+    "functionalizes",
+    "is_batched",
+    "is_tracing",
+    "let_dynamo_trace",
+    "nn_lstm_operator",
+    "script_graphs",
+    "within_forward_mode",
+    "within_torch_func",
+]
+
+
+def within_torch_func() -> bool:
+    """Whether a transform such as vmap or grad is at work. Transforms know no autograd formulas of operators."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def functionalizes() -> bool:
+    """Whether `torch.func.functionalize` is among the transforms at work."""
+    return TransformType.Functionalize in [level.key() for level in torch._C._functorch.get_interpreter_stack()]
+
+
+def is_batched(t: Tensor) -> bool:
+    """Whether vmap maps over a tensor."""
+    return torch._C._functorch.is_batchedtensor(t)
+
+
+def within_forward_mode() -> bool:
+    """Whether forward-mode automatic differentiation is at work."""
+    return forward_ad._current_level >= 0
+
+
+def carries_tangent(t: Tensor) -> bool:
+    """Whether a tensor has a tangent, within forward mode."""
+    return forward_ad.unpack_dual(t).tangent is not None
+
+
+def dynamo_is_at_work() -> bool:
+    """Whether torch.compile compiles this frame, or frames that it has left to Python by a graph break."""
+    return torch.compiler.is_compiling() or torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None
+
+
+def script_graphs(module: torch.jit.ScriptModule) -> Iterator[Any]:
+    """The graphs of a TorchScript module's methods."""
+    for name in module._c._method_names():
+        yield module._c._get_method(name).graph
+
+
+# Dynamo breaks the graph at any instance of nn.LSTM, unless `torch._dynamo.config.allow_rnn` is set, as it would unroll
+# nn.LSTM step by step. Ours is a few operators whatever the number of steps, so the setting is on while Dynamo looks at
+# one of ours, and only then: it treats nn.LSTM as before.
+
+_BUILDER = "torch._dynamo.variables.builder"  # decides how Dynamo represents a Python object
+
+
+def _admit(cls: type[nn.Module], builder: ModuleType) -> None:
+    wrap_module = builder.VariableBuilder.wrap_module
+
+    def wrap(self: Any, value: nn.Module) -> Any:
+        if not isinstance(value, cls):
+            return wrap_module(self, value)
+        with builder.config.patch(allow_rnn=True):
+            return wrap_module(self, value)
+
+    builder.VariableBuilder.wrap_module = wrap
+
+
+def let_dynamo_trace(cls: type[nn.Module]) -> None:
+    """Makes torch.compile trace instances of cls, a subclass of nn.LSTM whose forward is its own."""
+    after_import(_BUILDER, partial(_admit, cls))  # importing Dynamo takes as long as importing torch

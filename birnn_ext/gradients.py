@@ -1,0 +1,288 @@
+"""Gradients of the recurrences' operators: autograd formulas, and what torch.func's transforms need in their place.
+
+A first derivative comes from the backward operators; further ones, and those of batched gradients, from the reference.
+The gradients of lstm_layer are in csrc/layer_autograd.cpp, where they cost less time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from birnn_ext import reference
+from birnn_ext._torch_private import is_batched
+from birnn_ext.route import Way, choose_recurrence_route
+from birnn_ext.without_kernels import Tensors3, Tensors5, count_reference
+
+# --- what the formulas share ------------------------------------------------------------------------------------------
+
+
+def _weight_grad(dz: Tensor, y: Tensor, h0: Tensor | None, lengths: Tensor | None) -> Tensor:
+    """Computes dW_hh (D, 4H, H), the sum over steps of dz_t h_{t-1}^T, by one matrix product per direction.
+
+    dz (T, B, D, 4H) is 0 beyond a sequence's end, and so is y (T, B, D, H).
+    """
+    steps, batch, directions, _ = dz.shape
+    # A step is batch rows. torch.compile takes T - 1 steps badly, and PyTorch's older vmap knows no flatten.
+    dz_rows, y_rows = (t.reshape(steps * batch, directions, t.shape[-1]) for t in (dz, y))
+    grads = []
+    for d in range(directions):
+        if d == 0:
+            grad = dz_rows[batch:, 0].T @ y_rows[: y_rows.shape[0] - batch, 0]
+        else:
+            grad = dz_rows[: dz_rows.shape[0] - batch, 1].T @ y_rows[batch:, 1]
+        if h0 is not None:
+            if d == 0:
+                first = dz[0, :, 0]
+            elif lengths is None:
+                first = dz[-1, :, 1]
+            else:
+                first = dz[(lengths - 1).clamp(min=0), torch.arange(batch, device=dz.device), 1]
+            grad = torch.addmm(grad, first.T, h0[d])  # inductor would make one of a sum, with other bits
+        grads.append(grad)
+    return torch.stack(grads)
+
+
+def _gradients_of_reference(
+    function: Callable[..., tuple[Tensor, ...]],
+    inputs: Sequence[Any],
+    wanted: Sequence[int],
+    cotangents: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """Differentiates a recurrence through the reference, whose gradients can be differentiated and mapped over again.
+
+    Args:
+        function: the reference's function.
+        inputs: its arguments.
+        wanted: the places of those whose gradients are wanted.
+        cotangents: the gradients of its results, None for those that nothing depends on.
+
+    Returns:
+        A gradient for each input, or None.
+    """
+    given = list(inputs)
+    used = [k for k, cotangent in enumerate(cotangents) if cotangent is not None]
+
+    def run(*values: Tensor) -> tuple[Tensor, ...]:
+        for k, value in zip(wanted, values, strict=True):
+            given[k] = value
+        results = function(*given)
+        return tuple(results[k] for k in used)
+
+    grads: list[Tensor | None] = [None] * len(given)
+    if used:
+        vjp = torch.func.vjp(run, *(given[k] for k in wanted))[1]
+        found = vjp(tuple(cotangents[k] for k in used))
+        for k, grad in zip(wanted, found, strict=True):
+            grads[k] = grad
+    return grads
+
+
+# --- lstm_recurrence --------------------------------------------------------------------------------------------------
+
+
+def _save_recurrence(ctx: Any, inputs: tuple[Any, ...], output: Tensors5) -> None:
+    _, w_hh, h0, c0, lengths, ctx.save = inputs
+    y, _, _, gates, cells = output
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(w_hh, h0, c0, lengths, y, gates, cells)
+
+
+def _recurrence_grad(
+    ctx: Any,
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    dc_n: Tensor | None,
+    d_gates: Tensor | None,
+    d_cells: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    if ctx.save != "all":
+        raise RuntimeError(
+            f'birnn_ext::lstm_recurrence was called with save="{ctx.save}", so it can\'t be differentiated; '
+            'call it with save="all", or birnn_ext.ops.lstm_recurrence, which knows when to save'
+        )
+    w_hh, h0, c0, lengths, y, gates, cells = ctx.saved_tensors
+    needs_w, needs_h0, needs_c0 = ctx.needs_input_grad[1:4]
+    state_grads = needs_h0 or needs_c0
+    args = (w_hh, c0, lengths, gates, cells, dy, dh_n, dc_n, state_grads)
+    if d_gates is None and d_cells is None:
+        dz, dh0, dc0 = _recurrence_backward(*args)
+    else:  # double backward
+        dz, dh0, dc0 = reference.lstm_recurrence_backward(*args, d_gates, d_cells)
+    with torch.autocast(dz.device.type, enabled=False):  # types are settled
+        d_w_hh = _weight_grad(dz, y, h0, lengths) if needs_w else None
+    return dz, d_w_hh, dh0 if needs_h0 else None, dc0 if needs_c0 else None, None, None
+
+
+def _recurrence_backward(*args: Any) -> Tensors3:
+    route = choose_recurrence_route(args[:-1])
+    if route.way is Way.REFERENCE:
+        count_reference("lstm_recurrence_backward", "reference_backward", route.why)
+        return reference.lstm_recurrence_backward(*args)
+    function = route.way is Way.FUNCTION
+    run = _RecurrenceBackward.apply if function else torch.ops.birnn_ext.lstm_recurrence_backward
+    grads: Tensors3 = run(*args)
+    return grads
+
+
+def _save_recurrence_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensors3) -> None:
+    *tensors, ctx.state_grads = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _recurrence_backward_grad(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+    wanted = [k for k, needed in enumerate(ctx.needs_input_grad) if needed]
+    inputs = (*ctx.saved_tensors, ctx.state_grads)
+    return tuple(_gradients_of_reference(reference.lstm_recurrence_backward, inputs, wanted, cotangents))
+
+
+# --- lstm_recurrence under torch.func ---------------------------------------------------------------------------------
+
+VmapResult = tuple[tuple[Tensor, ...], tuple[int | None, ...]]  # outputs, and where their samples are
+
+
+def _vmap_rule(call: Callable[..., tuple[Tensor, ...]], w_hh_at: int, lengths_at: int) -> Callable[..., VmapResult]:
+    """Makes the rule of torch.func.vmap for one of the two operators: samples become sequences of one larger batch.
+
+    Every tensor has its batch of sequences in dimension 1, but for w_hh, which has none, and lengths, where it is 0.
+    Samples with weights of their own, as in an ensemble, can't share a batch: they take a call each.
+
+    Args:
+        call: the operator, or the Function that stands for it.
+        w_hh_at: place of w_hh among the operator's arguments.
+        lengths_at: place of lengths.
+    """
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> VmapResult:
+        samples = info.batch_size
+        if in_dims[w_hh_at] is not None:
+            results = [
+                call(*(arg if dim is None else arg.select(dim, k) for arg, dim in zip(args, in_dims, strict=True)))
+                for k in range(samples)
+            ]
+            outputs = tuple(torch.stack(parts) for parts in zip(*results, strict=True))
+            return outputs, (0,) * len(outputs)
+
+        batch = 0
+
+        def fold(place: int, arg: Any, dim: int | None) -> Any:
+            nonlocal batch
+            if place == w_hh_at or not isinstance(arg, Tensor):
+                return arg
+            at = 0 if place == lengths_at else 1
+            if dim is None:
+                arg = arg.unsqueeze(at).expand(*arg.shape[:at], samples, *arg.shape[at:])
+            else:
+                arg = arg.movedim(dim, at)
+            batch = arg.shape[at + 1]
+            return arg.flatten(at, at + 1)
+
+        folded = [fold(place, *arg_and_dim) for place, arg_and_dim in enumerate(zip(args, in_dims, strict=True))]
+        # An output of dimension 1 is one that was not asked for, and is empty.
+        outputs = tuple(out if out.dim() == 1 else out.unflatten(1, (samples, batch)) for out in call(*folded))
+        return outputs, tuple(None if out.dim() == 1 else 1 for out in outputs)
+
+    return rule
+
+
+class Recurrence(torch.autograd.Function):
+    """The operator lstm_recurrence with its autograd formula in the form that torch.func's transforms know."""
+
+    @staticmethod
+    def forward(*args: Any) -> Tensors5:
+        """Calls the operator."""
+        outputs: Tensors5 = torch.ops.birnn_ext.lstm_recurrence(*args)
+        return outputs
+
+    setup_context = staticmethod(_save_recurrence)
+    backward = staticmethod(_recurrence_grad)
+
+    @staticmethod
+    def vmap(*args: Any) -> VmapResult:
+        """Runs all samples in one call."""
+        return _vmap_rule(Recurrence.apply, w_hh_at=1, lengths_at=4)(*args)
+
+
+class _RecurrenceBackward(torch.autograd.Function):
+    """The operator lstm_recurrence_backward in the same form."""
+
+    @staticmethod
+    def forward(*args: Any) -> Tensors3:
+        grads: Tensors3 = torch.ops.birnn_ext.lstm_recurrence_backward(*args)
+        return grads
+
+    setup_context = staticmethod(_save_recurrence_backward)
+    backward = staticmethod(_recurrence_backward_grad)
+
+    @staticmethod
+    def vmap(*args: Any) -> VmapResult:
+        return _vmap_rule(_RecurrenceBackward.apply, w_hh_at=0, lengths_at=2)(*args)
+
+
+# vmap uses these for the operators themselves, called directly.
+torch.library.register_vmap(
+    "birnn_ext::lstm_recurrence", _vmap_rule(torch.ops.birnn_ext.lstm_recurrence, w_hh_at=1, lengths_at=4)
+)
+torch.library.register_vmap(
+    "birnn_ext::lstm_recurrence_backward",
+    _vmap_rule(torch.ops.birnn_ext.lstm_recurrence_backward, w_hh_at=0, lengths_at=2),
+)
+
+torch.library.register_autograd("birnn_ext::lstm_recurrence", _recurrence_grad, setup_context=_save_recurrence)
+torch.library.register_autograd(
+    "birnn_ext::lstm_recurrence_backward", _recurrence_backward_grad, setup_context=_save_recurrence_backward
+)
+
+
+# --- lstm_variant -----------------------------------------------------------------------------------------------------
+
+
+def _save_variant(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.zoneout_h_mean, ctx.zoneout_c_mean, ln_hh, ln_c, ctx.eps, ctx.save = inputs
+    y, _, _, *kept = output
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors, ln_hh, ln_c, y, *kept)
+
+
+def _variant_grad(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+    if ctx.save != "all":
+        raise RuntimeError(
+            f'birnn_ext::lstm_variant was called with save="{ctx.save}", so it can\'t be differentiated; '
+            'call it with save="all"'
+        )
+    cotangents = gradients[:4]  # of y, h_n, c_n and cells; the others are our own
+    batched = any(t is not None and is_batched(t) for t in cotangents)
+    if torch.is_grad_enabled() or batched:
+        *tensors, ln_hh, ln_c = ctx.saved_tensors[:12]
+        inputs = (*tensors, ctx.zoneout_h_mean, ctx.zoneout_c_mean, ln_hh, ln_c, ctx.eps)
+        wanted = [k for k, needed in enumerate(ctx.needs_input_grad) if needed]
+        return (*_gradients_of_reference(reference.lstm_variant, inputs, wanted, cotangents), None)
+    _, w_hh, w_hr, h0, c0, lengths, *masks, ln_hh, ln_c, y, cells, gates, normed, rstd = ctx.saved_tensors
+    needs = ctx.needs_input_grad
+    dz, d_products, dh0, dc0, d_projected, hidden, d_ln_hh, d_ln_c = torch.ops.birnn_ext.lstm_variant_backward(
+        w_hh, w_hr, c0, lengths, *masks, ctx.zoneout_h_mean, ctx.zoneout_c_mean, ln_hh, ln_c, ctx.eps,
+        cells, gates, normed, rstd, *cotangents, needs[3] or needs[4],
+    )  # fmt: skip
+    grads: list[Tensor | None] = [None] * len(needs)
+    grads[0] = dz
+    with torch.autocast(dz.device.type, enabled=False):  # types are settled
+        if needs[1]:
+            h_mask = masks[1]
+            if h_mask is not None:
+                y, h0 = y * h_mask.transpose(0, 1), None if h0 is None else h0 * h_mask
+            grads[1] = _weight_grad(dz if d_products.dim() == 1 else d_products, y, h0, lengths)
+        if needs[2]:
+            directions = range(w_hr.shape[0])
+            grads[2] = torch.stack(
+                [d_projected[:, :, d].flatten(0, 1).T @ hidden[:, :, d].flatten(0, 1) for d in directions]
+            )
+    grads[3], grads[4] = dh0 if needs[3] else None, dc0 if needs[4] else None
+    grads[12] = d_ln_hh.sum(1).to(dz.dtype) if needs[12] else None
+    grads[13] = d_ln_c.sum(1).to(dz.dtype) if needs[13] else None
+    return tuple(grads)
+
+
+torch.library.register_autograd("birnn_ext::lstm_variant", _variant_grad, setup_context=_save_variant)

@@ -1,0 +1,321 @@
+"""One layer: what it is given, as data, and `run_layer`, which runs it along its route.
+
+`LSTM` calls it for each of its layers. The functions of `birnn_ext.ops` and `birnn_ext.variants` call it, too.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from birnn_ext import reference
+from birnn_ext.gradients import Recurrence
+from birnn_ext.other_operators import nn_lstm_layer, onnx_layer
+from birnn_ext.route import Route, Way, choose_route
+from birnn_ext.without_kernels import count_reference
+
+EPS = 1e-5  # added to the variances of layer norm, as nn.LayerNorm does
+
+_BIASES = ("bias_ih", "bias_hh")
+
+State = tuple[Tensor | None, Tensor | None]  # h0 (D, B, P) and c0 (D, B, H); None stands for zeros
+Results = tuple[Tensor, Tensor, Tensor, Tensor | None]  # y, h_n, c_n, and the cell states where they are wanted
+
+
+# --- what a layer is given --------------------------------------------------------------------------------------------
+
+
+class Sequences(NamedTuple):
+    """A batch of sequences: a layer's input, and where in it the sequences end and begin."""
+
+    x: Tensor  # (T, B, I)
+    lengths: Tensor | None = None  # (B,) int64: sequence b is its first lengths[b] steps; None stands for T each
+    reset: Tensor | None = None  # (T, B) bool: step t begins a new sequence; `Variant` hands it to the operator
+
+    def without_padding(self) -> Tensor:
+        """Returns x, with zeros beyond the ends: what lies there must not reach the weights' gradients."""
+        if self.lengths is None:
+            return self.x
+        beyond = torch.arange(self.x.shape[0], device=self.x.device).unsqueeze(1) >= self.lengths
+        return self.x.masked_fill(beyond.unsqueeze(-1), 0)
+
+    def last_step(self) -> Sequences:
+        """Returns sequences of one step each, their last, and of none where they have none."""
+        if self.lengths is None:
+            return Sequences(self.x[-1:])
+        batch = torch.arange(self.x.shape[1], device=self.x.device)
+        x = self.x[(self.lengths - 1).clamp(min=0), batch].unsqueeze(0)
+        return Sequences(x, self.lengths.clamp(max=1))
+
+
+class LayerWeights(NamedTuple):
+    """A layer's parameters, as its module holds them and the operator lstm_layer takes them."""
+
+    tensors: list[Tensor]  # those of direction 0, then those of direction 1, each in nn.LSTM's order
+    kinds: tuple[str, ...]  # of one direction: "weight_ih" and so on, as nn.LSTM names them
+
+    def each(self, kind: str) -> list[Tensor]:
+        """Returns the parameters of one kind, of each direction; none if the layer has no such parameter."""
+        return self.tensors[self.kinds.index(kind) :: len(self.kinds)] if kind in self.kinds else []
+
+    def by_direction(self) -> list[list[Tensor]]:
+        """Returns the parameters of each direction."""
+        stride = len(self.kinds)
+        return [self.tensors[k : k + stride] for k in range(0, len(self.tensors), stride)]
+
+    def direction(self, d: int) -> LayerWeights:
+        """Returns one direction's share."""
+        return LayerWeights(self.by_direction()[d], self.kinds)
+
+    def stacked(self) -> Weights:
+        """Returns the parameters as the operator lstm_variant takes them."""
+        of = {kind: torch.stack(self.each(kind)) for kind in self.kinds}
+        bias = of["bias_ih"] + of["bias_hh"] if "bias_ih" in of else None
+        ln_c = of.get("weight_ln_c")
+        if ln_c is not None:
+            ln_c = torch.stack([ln_c, of["bias_ln_c"] if "bias_ln_c" in of else torch.zeros_like(ln_c)], 1)
+        w_hr, ln_ih, ln_hh = (of.get(kind) for kind in ("weight_hr", "weight_ln_ih", "weight_ln_hh"))
+        return Weights(of["weight_ih"], of["weight_hh"], bias, w_hr, ln_ih, ln_hh, ln_c)
+
+
+class Weights(NamedTuple):
+    """A layer's parameters, of D directions."""
+
+    w_ih: Tensor  # (D, 4H, I)
+    w_hh: Tensor  # (D, 4H, P)
+    bias: Tensor | None  # (D, 4H): both biases' sum
+    w_hr: Tensor | None = None  # (D, P, H): the projection; without it P is H
+    ln_ih: Tensor | None = None  # (D, 4H): layer norm's factors for W_ih x,
+    ln_hh: Tensor | None = None  # (D, 4H): for W_hh h,
+    ln_c: Tensor | None = None  # (D, 2, H): and factor and summand for c
+
+
+class Variant(NamedTuple):
+    """What a layer does beyond nn.LSTM. None, and a mean of 0, stand for nothing."""
+
+    reset: Tensor | None = None  # (T, B) bool: step t begins a new sequence, with h = c = 0
+    h_mask: Tensor | None = None  # (D, B, P): multiplies h_{t-1} on its way to W_hh
+    zoneout_h: Tensor | None = None  # (T, B, D, P) bool: where h stays as it was
+    zoneout_c: Tensor | None = None  # (T, B, D, H) bool: likewise c
+    zoneout_h_mean: float = 0.0  # without a mask: h_t is this part of h_{t-1}
+    zoneout_c_mean: float = 0.0
+
+    def direction(self, d: int) -> Variant:
+        """Returns one direction's share."""
+        return self._replace(
+            h_mask=None if self.h_mask is None else self.h_mask[d : d + 1],
+            zoneout_h=None if self.zoneout_h is None else self.zoneout_h[:, :, d : d + 1],
+            zoneout_c=None if self.zoneout_c is None else self.zoneout_c[:, :, d : d + 1],
+        )
+
+    def first_reverse_step(self, lengths: Tensor | None) -> Variant:
+        """Returns the share of the reverse direction's first step, which is each sequence's last."""
+
+        def at_last(mask: Tensor | None) -> Tensor | None:
+            if mask is None or lengths is None:
+                return mask if mask is None else mask[-1:]
+            return mask[(lengths - 1).clamp(min=0), torch.arange(mask.shape[1], device=mask.device)].unsqueeze(0)
+
+        share = self.direction(1)
+        return share._replace(reset=None, zoneout_h=at_last(share.zoneout_h), zoneout_c=at_last(share.zoneout_c))
+
+
+class Options(NamedTuple):
+    """How a layer is to be run."""
+
+    cells: bool = False  # return the cell states of all steps
+    recompute: bool = False  # keep less for the backward pass, and compute again there
+    recorded: nn.LSTM | None = None  # the module to leave as nn.LSTM's operator in a program that PyTorch records
+
+
+# --- a layer along its route ------------------------------------------------------------------------------------------
+
+
+def run_last(
+    sequences: Sequences, weights: LayerWeights, state: State, variant: Variant | None, options: Options
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Runs a layer as far as its output at each sequence's last step needs it.
+
+    The reverse direction begins at that step, so one step of it is all that is needed.
+
+    Returns:
+        The output (B, D * P), and the forward direction's h_n (1, B, P) and c_n (1, B, H).
+    """
+
+    def state_of(d: int) -> State:
+        h0, c0 = state
+        return (None, None) if h0 is None or c0 is None else (h0[d : d + 1], c0[d : d + 1])
+
+    _, lengths, _ = sequences
+    share = None if variant is None else variant.direction(0)
+    _, h_n, c_n, _ = run_layer(sequences, weights.direction(0), state_of(0), share, options)
+    outputs = [h_n[0] if lengths is None else h_n[0].masked_fill((lengths == 0).unsqueeze(-1), 0)]
+    if len(weights.by_direction()) == 2:
+        share = None if variant is None else variant.first_reverse_step(lengths)
+        y, *_ = run_layer(sequences.last_step(), weights.direction(1), state_of(1), share, options)
+        outputs.append(y[0, :, 0])
+    return torch.cat(outputs, -1), h_n, c_n
+
+
+def run_layer(
+    sequences: Sequences,
+    weights: LayerWeights | Weights,
+    state: State,
+    variant: Variant | None = None,
+    options: Options = Options(),  # noqa: B008, it is immutable
+) -> Results:
+    """Runs a layer, with its input projection, along the route that `choose_route` chooses.
+
+    Args:
+        sequences: x (T, B, I), T >= 1, with lengths.
+        weights: of x's dtype and device, as the states are; stacked ones only with a variant.
+        state: the initial state.
+        variant: what the layer does beyond nn.LSTM; None for nothing.
+        options: how it is to be run.
+
+    Returns:
+        y (T, B, D, P), h_n (D, B, P), c_n (D, B, H), and the cell states (T, B, D, H) where they are wanted.
+    """
+    x, lengths, _ = sequences
+    h0, c0 = state
+    cells, recompute, recorded = options
+    parameters = weights.tensors if isinstance(weights, LayerWeights) else weights
+    route = choose_route(
+        x, (*parameters, h0, c0), extended=variant is not None, cells=cells, recompute=recompute,
+        as_nn_lstm=recorded is not None,
+    )  # fmt: skip
+    if route.save != "none" or route.way is Way.AGAIN:
+        # As nn.LSTM's backward pass, ours keeps a copy of what is a view with the batch first. Users may then change
+        # theirs in place, or may have made it in inference mode.
+        sequences = sequences._replace(x=x.contiguous())
+    if route.way is Way.AGAIN:
+        return _run_again(sequences, weights, state, variant, options._replace(recompute=False))
+    if route.way in (Way.OPERATOR, Way.FUNCTION, Way.REFERENCE):
+        return _run_projected(route, sequences, weights, state, variant, cells)
+    assert isinstance(weights, LayerWeights)
+    if route.way is Way.LAYER:
+        bias = "bias_ih" in weights.kinds
+        y, h_n, c_n, *_ = torch.ops.birnn_ext.lstm_layer(sequences.x, parameters, bias, h0, c0, lengths, route.save)
+        return y, h_n, c_n, None
+    if route.way is Way.NN_LSTM:
+        assert recorded is not None and h0 is not None and c0 is not None
+        return *nn_lstm_layer(recorded, x, weights.by_direction(), h0, c0, lengths), None
+    biases = [weights.each(kind) for kind in _BIASES if kind in weights.kinds]
+    return *onnx_layer(x, weights.each("weight_ih"), weights.each("weight_hh"), biases, h0, c0, lengths), None
+
+
+def _run_again(
+    sequences: Sequences, weights: LayerWeights | Weights, state: State, variant: Variant | None, options: Options
+) -> Results:
+    """Runs the layer now, keeping its input alone, and once more in the backward pass."""
+
+    # A checkpoint notices a change in place of the tensors that are its arguments, not of those within others.
+    def run(x: Tensor, h0: Tensor | None, c0: Tensor | None, lengths: Tensor | None) -> Results:
+        return run_layer(sequences._replace(x=x, lengths=lengths), weights, (h0, c0), variant, options)
+
+    results: Results = checkpoint(
+        run, sequences.x, *state, sequences.lengths, use_reentrant=False, preserve_rng_state=False
+    )
+    return results
+
+
+def _run_projected(
+    route: Route,
+    sequences: Sequences,
+    weights: LayerWeights | Weights,
+    state: State,
+    variant: Variant | None,
+    cells: bool,
+) -> Results:
+    """Projects the input of all steps at once, and runs the recurrence."""
+    lengths = sequences.lengths
+    if variant is None:
+        assert isinstance(weights, LayerWeights)
+        each_w_ih = weights.each("weight_ih")
+        biases = [torch.cat(weights.each(kind)) for kind in _BIASES if kind in weights.kinds]
+        gates_x = _project(sequences, torch.cat(each_w_ih), *biases).unflatten(-1, (len(each_w_ih), -1))
+        return run_recurrence(route, gates_x, torch.stack(weights.each("weight_hh")), state, lengths)
+    stacked = weights.stacked() if isinstance(weights, LayerWeights) else weights
+    w_ih, bias = stacked.w_ih, stacked.bias
+    added = [bias.flatten()] if bias is not None and stacked.ln_ih is None else []
+    gates_x = _project(sequences, w_ih.flatten(0, 1), *added).unflatten(-1, w_ih.shape[:2])
+    if stacked.ln_ih is not None:  # autocast would leave it in float32
+        gates_x = F.layer_norm(gates_x, gates_x.shape[-1:], eps=EPS).to(sequences.x.dtype) * stacked.ln_ih
+        gates_x = gates_x if bias is None else gates_x + bias
+    return run_recurrence(
+        route, gates_x, stacked.w_hh, state, lengths, variant, stacked.w_hr, stacked.ln_hh, stacked.ln_c, cells
+    )
+
+
+def _project(sequences: Sequences, w_ih: Tensor, *biases: Tensor) -> Tensor:
+    """Multiplies the input of all steps with w_ih (n, I) and adds the biases (n,), one or two; returns (T, B, n).
+
+    In 16 bits the sum of two biases would be rounded before it is added, which makes 1.6 times nn.LSTM's error in a
+    single step. So they are columns of w_ih there, and x has columns of ones. Rows are multiples of 16 bytes, for the
+    fastest products.
+
+    It is one matrix product whatever x's strides. Of three dimensions with the batch first in memory F.linear would
+    make one product for each sequence, each with a copy of the weights, where these need no gradient.
+    """
+    x = sequences.without_padding()
+    bias = None
+    if len(biases) == 2 and x.element_size() <= 2:
+        unused = -(x.shape[-1] + 2) % 8
+        w_ih = torch.cat([w_ih, torch.stack(biases, -1), w_ih.new_zeros(len(w_ih), unused)], -1)
+        x = F.pad(x, (0, 2 + unused), value=1.0)
+    elif biases:
+        bias = biases[0] + biases[1] if len(biases) == 2 else biases[0]
+    steps, batch, features = x.shape
+    projected: Tensor = F.linear(x.reshape(steps * batch, features), w_ih, bias).unflatten(0, (steps, batch))
+    return projected
+
+
+def run_recurrence(
+    route: Route,
+    gates_x: Tensor,
+    w_hh: Tensor,
+    state: State,
+    lengths: Tensor | None,
+    variant: Variant | None = None,
+    w_hr: Tensor | None = None,
+    ln_hh: Tensor | None = None,
+    ln_c: Tensor | None = None,
+    cells: bool = False,
+) -> Results:
+    """Runs a recurrence along its route, which is one that follows a projection.
+
+    Args:
+        route: by `choose_route` or `choose_recurrence_route`.
+        gates_x: (T, B, D, 4H).
+        w_hh: (D, 4H, P).
+        state: the initial state.
+        lengths: (B,), or None for T each.
+        variant: what it does beyond nn.LSTM; without, the arguments that follow are None.
+        w_hr: (D, P, H).
+        ln_hh: (D, 4H).
+        ln_c: (D, 2, H).
+        cells: whether the cell states of all steps are wanted.
+    """
+    h0, c0 = state
+    all_cells = None
+    if route.way is Way.REFERENCE:
+        name = "lstm_recurrence" if variant is None else "lstm_variant"
+        count_reference(name, "reference_forward", route.why, stacklevel=4)
+        if variant is None:
+            y, h_n, c_n, *_ = reference.lstm_recurrence(gates_x, w_hh, h0, c0, lengths, "none")
+        else:
+            y, h_n, c_n, all_cells = reference.lstm_variant(
+                gates_x, w_hh, w_hr, h0, c0, lengths, *variant, ln_hh, ln_c, EPS
+            )
+    elif variant is None:
+        run = Recurrence.apply if route.way is Way.FUNCTION else torch.ops.birnn_ext.lstm_recurrence
+        y, h_n, c_n, *_ = run(gates_x, w_hh, h0, c0, lengths, route.save)
+    else:
+        y, h_n, c_n, all_cells, *_ = torch.ops.birnn_ext.lstm_variant(
+            gates_x, w_hh, w_hr, h0, c0, lengths, *variant, ln_hh, ln_c, EPS, route.save
+        )
+    return y, h_n, c_n, all_cells if cells else None

@@ -1,0 +1,35 @@
+// The parameters of a layer in one list, as lstm_layer takes them and returns their gradients: those of direction 0,
+// then those of direction 1, each w_ih (4H, I), w_hh (4H, H) and, if there are biases, bias_ih and bias_hh (4H).
+// birnn_ext.layer.LayerWeights makes the list.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/Exception.h>
+
+#include <vector>
+
+namespace birnn {
+
+struct LayerWeights {
+  at::TensorList tensors;
+  bool bias;
+
+  size_t per_direction() const { return bias ? 4 : 2; }
+  size_t directions() const { return tensors.size() / per_direction(); }
+
+  const at::Tensor& w_ih(size_t d) const { return tensors[d * per_direction()]; }
+  const at::Tensor& w_hh(size_t d) const { return tensors[d * per_direction() + 1]; }
+  const at::Tensor& bias_ih(size_t d) const { return tensors[d * per_direction() + 2]; }
+  const at::Tensor& bias_hh(size_t d) const { return tensors[d * per_direction() + 3]; }
+
+  // Checks that there are the parameters of one or two directions, and that H can be read from them.
+  void check_count() const {
+    const size_t count = tensors.size(), stride = per_direction();
+    TORCH_CHECK_VALUE(count == stride || count == 2 * stride, "lstm_layer: weights must be ", stride, " or ",
+                      2 * stride, " tensors, got ", count);
+    TORCH_CHECK_VALUE(w_hh(0).dim() == 2 && w_hh(0).size(1) > 0, "lstm_layer: w_hh must have shape (4H, H), got ",
+                      w_hh(0).sizes());
+  }
+};
+
+}  // namespace birnn
