@@ -1,6 +1,6 @@
-"""The arguments of `LSTM.forward`: checked, and brought into the form that the layers take; and the results, back.
+"""Checks the arguments of `LSTM.forward`, brings them into the form that the layers take, and arranges the results.
 
-Errors are nn.LSTM's where nn.LSTM has the argument. Lengths on the host are checked at once; nothing waits for a GPU.
+Errors are nn.LSTM's where nn.LSTM has the argument. It checks lengths on the host at once, and never waits for a GPU.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Call(NamedTuple):
 
 
 class Form(NamedTuple):
-    """How the user arranged the input; so are the results."""
+    """How the user arranged the input, and so how the results are to be arranged."""
 
     batched: bool = True
     batch_first: bool = False

@@ -1,4 +1,4 @@
-"""One layer: what it is given, as data, and `run_layer`, which runs it along its route.
+"""One layer: `run_layer` runs it along its route, and the types say what it is given.
 
 `LSTM` calls it for each of its layers. The functions of `birnn_ext.ops` and `birnn_ext.variants` call it, too.
 """

@@ -1,4 +1,4 @@
-"""What a type checker is told of `LSTM.forward`: what it returns depends on what it is given."""
+"""Tells type checkers of `LSTM.forward`, whose results depend on its arguments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The operators where no kernel runs: shapes of the results for fake tensors, and the reference on other devices."""
+"""The operators where no kernel runs: fake tensors get the shapes of the results, other devices the reference."""
 
 from __future__ import annotations
 
