@@ -180,7 +180,7 @@ def run_layer(
     Returns:
         y (T, B, D, P), h_n (D, B, P), c_n (D, B, H), and the cell states (T, B, D, H) where they are wanted.
     """
-    x, lengths, _ = sequences
+    x, lengths, reset = sequences
     h0, c0 = state
     cells, recompute, recorded = options
     parameters = weights.tensors if isinstance(weights, LayerWeights) else weights
@@ -191,15 +191,15 @@ def run_layer(
     if route.save != "none" or route.way is Way.AGAIN:
         # As nn.LSTM's backward pass, ours keeps a copy of what is a view with the batch first. Users may then change
         # theirs in place, or may have made it in inference mode.
-        sequences = sequences._replace(x=x.contiguous())
+        x = x.contiguous()
     if route.way is Way.AGAIN:
-        return _run_again(sequences, weights, state, variant, options._replace(recompute=False))
+        return _run_again(Sequences(x, lengths, reset), weights, state, variant, options._replace(recompute=False))
     if route.way in (Way.OPERATOR, Way.FUNCTION, Way.REFERENCE):
-        return _run_projected(route, sequences, weights, state, variant, cells)
+        return _run_projected(route, Sequences(x, lengths, reset), weights, state, variant, cells)
     assert isinstance(weights, LayerWeights)
     if route.way is Way.LAYER:
         bias = "bias_ih" in weights.kinds
-        y, h_n, c_n, *_ = torch.ops.birnn_ext.lstm_layer(sequences.x, parameters, bias, h0, c0, lengths, route.save)
+        y, h_n, c_n, *_ = torch.ops.birnn_ext.lstm_layer(x, parameters, bias, h0, c0, lengths, route.save)
         return y, h_n, c_n, None
     if route.way is Way.NN_LSTM:
         assert recorded is not None and h0 is not None and c0 is not None
