@@ -24,6 +24,9 @@ from birnn_ext._torch_private import (
 from birnn_ext.without_kernels import no_kernel
 
 
+_HAS_CUDA = bool(_C.build_info()["cuda"])
+
+
 class Way(Enum):
     """What runs a layer, or its recurrence alone after an input projection."""
 
@@ -71,13 +74,11 @@ def choose_route(
     transformed = within_torch_func()
     if (
         not (extended or transformed)
-        and x.is_cpu
-        and x.shape[-1:] != (0,)
-        and (not differentiated or x.dtype in (torch.float32, torch.float64))
+        and _has_layer_operator(x, differentiated, recompute)
         and only_plain_pytorch((x, *others), transformed) is None
     ):
         save = ("cells" if recompute else "all") if differentiated else "none"
-        return Route(Way.LAYER, "the CPU has an operator for the whole layer", save)
+        return Route(Way.LAYER, "the device has an operator for the whole layer", save)
     # Within torch.func a checkpoint does not work, and forward mode stops at one before torch 2.11. torch.compile fails
     # within a checkpoint of lstm_variant, with an internal error of torch 2.14.
     if (
@@ -88,6 +89,15 @@ def choose_route(
     ):
         return Route(Way.AGAIN, "recompute=True, where no operator computes the gates again by itself")
     return choose_recurrence_route((x, *others), extended=extended, cells=cells)
+
+
+def _has_layer_operator(x: Tensor, differentiated: bool, recompute: bool) -> bool:
+    if x.shape[-1:] == (0,):
+        return False
+    if x.is_cpu:
+        return not differentiated or x.dtype in (torch.float32, torch.float64)
+    # On CUDA it keeps the gates, so there is another way to recompute them.
+    return x.is_cuda and _HAS_CUDA and not (differentiated and recompute)
 
 
 def choose_recurrence_route(floating: Sequence[Tensor | None], *, extended: bool = False, cells: bool = False) -> Route:
@@ -104,7 +114,7 @@ def choose_recurrence_route(floating: Sequence[Tensor | None], *, extended: bool
         device = next(t.device for t in floating if t is not None)
         if transformed:
             why = "has no rule for torch.func's transforms"
-        elif device.type not in ("cpu", "meta") and not (device.type == "cuda" and _C.build_info()["cuda"]):
+        elif device.type not in ("cpu", "meta") and not (device.type == "cuda" and _HAS_CUDA):
             why = no_kernel(device)
     if why is not None:
         return Route(Way.REFERENCE, why)

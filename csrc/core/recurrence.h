@@ -27,7 +27,8 @@ struct RecurrenceSizes {
   int64_t T, B, D, H;
 };
 
-// Parameters of the input projection, where the kernels do it themselves (CPU). Weights have an entry per direction.
+// Parameters of the input projection, where the kernels do it themselves (CPU). On CUDA only its biases are used.
+// Weights have an entry per direction.
 struct InputProjection {
   const void* x;  // S (T, B, I), element (t, b, k) at t * stride_t + b * stride_b + k; null: no projection
   int64_t I;
@@ -39,7 +40,8 @@ struct InputProjection {
 
 struct ForwardParams : RecurrenceSizes {
   InputProjection input;   // used if gates_x is null
-  const void* gates_x;     // S (T, B, D, 4H): input projection with both biases added, gate order i, f, g, o
+  const void* gates_x;     // S (T, B, D, 4H): input projection, gate order i, f, g, o, with both biases added; on CUDA
+                           // without those that `input` has
   const void* w_hh[2];     // S (4H, H), one per direction
   const void* h0;          // S (D, B, H), or null: zeros
   const void* c0;          // S (D, B, H), or null: zeros

@@ -9,7 +9,7 @@
 
 #include <vector>
 
-#include "../layer_weights.h"
+#include "../layer_call.h"
 #include "../op_common.h"
 #include "isa.h"
 #include "memory.h"
@@ -86,51 +86,18 @@ std::tuple<Tensor, Tensor, Tensor> lstm_recurrence_backward(const Tensor& w_hh, 
 
 // --- a layer with its input projection -------------------------------------------------------------------------------
 
-// Checks the arguments of a layer, and keeps them.
-struct Layer {
-  int64_t T, B, I, D, H;
-  DType dtype;
-  std::vector<Tensor> tensors;  // the parameters, contiguous
-  LayerWeights weights;         // the same
+// Checks that a type has a backward pass.
+void check_saved(const LayerCall& layer, const Tensor& x) {
+  TORCH_CHECK_TYPE(layer.dtype == DType::f64 || layer.dtype == DType::f32,
+                   "lstm_layer: x must be float64 or float32 for a backward pass, got ", x.scalar_type());
+}
 
-  Layer(const Tensor& x, const LayerWeights& given, bool saved) {
-    TORCH_CHECK_VALUE(x.dim() == 3, "lstm_layer: x must have shape (T, B, I), got ", x.sizes());
-    TORCH_CHECK_VALUE(x.size(0) > 0 && x.size(2) > 0,
-                      "lstm_layer: x must have at least one time step and one feature, got shape ", x.sizes());
-    dtype = dtype_of(x, "x");
-    TORCH_CHECK_TYPE(!saved || dtype == DType::f64 || dtype == DType::f32,
-                     "lstm_layer: x must be float64 or float32 for a backward pass, got ", x.scalar_type());
-    given.check_count();
-    T = x.size(0), B = x.size(1), I = x.size(2), D = int64_t(given.directions()), H = given.w_hh(0).size(1);
-    for (size_t d = 0; d < given.directions(); ++d) {
-      hold(x, given.w_ih(d), "w_ih", {4 * H, I});
-      hold(x, given.w_hh(d), "w_hh", {4 * H, H});
-      if (given.bias) hold(x, given.bias_ih(d), "bias_ih", {4 * H});
-      if (given.bias) hold(x, given.bias_hh(d), "bias_hh", {4 * H});
-    }
-    weights = {tensors, given.bias};
-  }
-  Layer(const Layer&) = delete;  // weights points into tensors
-
-  InputProjection projection(const Tensor& x, const void* (&w_hh)[2]) const {
-    InputProjection input{x.const_data_ptr(), I, x.stride(0), x.stride(1), {}, {}, {}};
-    for (int64_t d = 0; d < D; ++d) {
-      input.w_ih[d] = weights.w_ih(d).const_data_ptr();
-      w_hh[d] = weights.w_hh(d).const_data_ptr();
-      if (weights.bias) {
-        input.bias_ih[d] = weights.bias_ih(d).const_data_ptr();
-        input.bias_hh[d] = weights.bias_hh(d).const_data_ptr();
-      }
-    }
-    return input;
-  }
-
- private:
-  void hold(const Tensor& x, const Tensor& w, const char* name, at::IntArrayRef shape) {
-    check(w, name, shape, x.scalar_type(), x.device());
-    tensors.push_back(w.contiguous());
-  }
-};
+InputProjection projection(const LayerCall& layer, const Tensor& x, const void* (&w_hh)[2]) {
+  InputProjection input{x.const_data_ptr(), layer.I, x.stride(0), x.stride(1), {}, {}, {}};
+  layer.point(w_hh, input);
+  for (int64_t d = 0; d < layer.D; ++d) input.w_ih[d] = layer.weights.w_ih(d).const_data_ptr();
+  return input;
+}
 
 // The kernels need neighbouring features side by side in memory.
 Tensor with_dense_rows(const Tensor& t) { return t.size(-1) <= 1 || t.stride(-1) == 1 ? t : t.contiguous(); }
@@ -138,10 +105,11 @@ Tensor with_dense_rows(const Tensor& t) { return t.size(-1) <= 1 || t.stride(-1)
 FiveTensors lstm_layer(const Tensor& x_, at::TensorList weights, bool bias, const OptionalTensor& h0,
                        const OptionalTensor& c0, const OptionalTensor& lengths, c10::string_view save_) {
   const Save save = save_named(save_);
-  const Layer layer(x_, {weights, bias}, save != Save::none);
+  const LayerCall layer(x_, {weights, bias});
+  if (save != Save::none) check_saved(layer, x_);
   const Tensor x = with_dense_rows(x_);
-  birnn::Forward call(layer.dtype, {layer.T, layer.B, layer.D, layer.H}, x.options(), h0, c0, lengths, save);
-  call.params.input = layer.projection(x, call.params.w_hh);
+  birnn::Forward call(layer.dtype, layer.sizes(), x.options(), h0, c0, lengths, save);
+  call.params.input = projection(layer, x, call.params.w_hh);
   return run(call);
 }
 
@@ -149,7 +117,8 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor, Tensor> lstm_layer_backward(
     const Tensor& x_, at::TensorList weights, bool bias, const OptionalTensor& h0, const OptionalTensor& c0,
     const OptionalTensor& lengths, const Tensor& y_, const Tensor& gates, const Tensor& cells, const OptionalTensor& dy,
     const OptionalTensor& dh_n, const OptionalTensor& dc_n, bool x_grad, bool weight_grads, bool state_grads) {
-  const Layer layer(x_, {weights, bias}, true);
+  const LayerCall layer(x_, {weights, bias});
+  check_saved(layer, x_);
   const Tensor x = with_dense_rows(x_), y = y_.contiguous();
   const auto [T, B, I, D, H] = std::tie(layer.T, layer.B, layer.I, layer.D, layer.H);
   check(y, "y", {T, B, D, H}, x.scalar_type(), x.device());
@@ -158,7 +127,7 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor, Tensor> lstm_layer_backward(
   check(h0, "h0", {D, B, H}, x.scalar_type(), x.device());
 
   BackwardParams& p = call.params;
-  p.input = layer.projection(x, p.w_hh);
+  p.input = projection(layer, x, p.w_hh);
   p.h0 = call.inputs.pointer(h0);
   p.y = y.const_data_ptr();
   const Tensor dx = x_grad ? at::zeros({T, B, I}, x.options()) : at::empty({0}, x.options());

@@ -1,7 +1,10 @@
 // The operators on CUDA. The algorithm `stepwise` (stepwise/stepwise_op.h) or one of `persistent-*`
 // (persistent/kernels.h) runs them. All only launch, so they can be captured into a CUDA graph.
+#include "recurrence_op.h"
+
 #include <ATen/Context.h>
 #include <ATen/cuda/CUDAContextLight.h>
+#include <ATen/ops/stack.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -138,7 +141,7 @@ int groups_of(const RecurrenceSizes& sizes, Exchange exchange, int batch, int64_
   return int(exchange == Exchange::grid ? std::min(wanted, resident) : wanted);
 }
 
-void run_forward(birnn::Forward& call, const Run& run, cudaStream_t stream) {
+void persistent(birnn::Forward& call, const Run& run, cudaStream_t stream) {
   const int size = int(call.y.element_size());
   PersistentForward p{call.params, run.choice.forward};
   const ForwardRow& row = row_of(size, p.plan);
@@ -151,7 +154,7 @@ void run_forward(birnn::Forward& call, const Run& run, cudaStream_t stream) {
   C10_CUDA_CHECK(persistent_forward(call.dtype, p, stream));
 }
 
-void run_backward(birnn::Backward& call, const Run& run, cudaStream_t stream) {
+void persistent(birnn::Backward& call, const Run& run, cudaStream_t stream) {
   const int size = int(call.d_gates_x.element_size());
   PersistentBackward p{call.params, run.choice.backward};
   const BackwardRow& row = row_of(size, p.plan);
@@ -163,23 +166,16 @@ void run_backward(birnn::Backward& call, const Run& run, cudaStream_t stream) {
   C10_CUDA_CHECK(persistent_backward(call.dtype, p, stream));
 }
 
+// Returns W_hh (D, 4H, H), for GEMMs.
+Tensor stacked(at::TensorList w_hh) { return w_hh[0].dim() == 3 ? w_hh[0] : at::stack(w_hh); }
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_recurrence(const Tensor& gates_x, const Tensor& w_hh,
                                                                    const OptionalTensor& h0, const OptionalTensor& c0,
                                                                    const OptionalTensor& lengths,
                                                                    c10::string_view save) {
   birnn::Forward call(gates_x, w_hh, h0, c0, lengths, save_named(save));
   const c10::cuda::CUDAGuard guard(gates_x.device());
-  const auto [T, B, D, H] = static_cast<const RecurrenceSizes&>(call.params);
-  const auto stream = c10::cuda::getCurrentCUDAStream();
-  check_lengths_on_device(lengths, call.params);
-
-  const Run run = B > 0 ? decide({call.dtype, T, B, D, H}) : Run{};
-  if (run.choice.algorithm == Algorithm::stepwise)
-    stepwise_forward(call, w_hh, h0, c0, stream);
-  else
-    run_forward(call, run, stream);
-  ++op_calls.cuda_forward;
-  count(run.choice.algorithm);
+  run(call, w_hh, h0, c0, lengths);
   return call.results();
 }
 
@@ -190,20 +186,38 @@ std::tuple<Tensor, Tensor, Tensor> lstm_recurrence_backward(const Tensor& w_hh, 
                                                             bool state_grads) {
   birnn::Backward call(w_hh, c0, lengths, gates, cells, dy, dh_n, dc_n, state_grads);
   const c10::cuda::CUDAGuard guard(gates.device());
-  const auto [T, B, D, H] = static_cast<const RecurrenceSizes&>(call.params);
-  const auto stream = c10::cuda::getCurrentCUDAStream();
-
-  const Run run = B > 0 ? decide({call.dtype, T, B, D, H}) : Run{};
-  if (run.choice.algorithm == Algorithm::stepwise)
-    stepwise_backward(call, w_hh, lengths, dh_n, dc_n, stream);
-  else
-    run_backward(call, run, stream);
-  ++op_calls.cuda_backward;
-  count(run.choice.algorithm);
+  run(call, w_hh, lengths, dh_n, dc_n);
   return call.results();
 }
 
 }  // namespace
+
+void run(birnn::Forward& call, at::TensorList w_hh, const OptionalTensor& h0, const OptionalTensor& c0,
+         const OptionalTensor& lengths) {
+  const auto [T, B, D, H] = static_cast<const RecurrenceSizes&>(call.params);
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  check_lengths_on_device(lengths, call.params);
+  const Run chosen = B > 0 ? decide({call.dtype, T, B, D, H}) : Run{};
+  if (chosen.choice.algorithm == Algorithm::stepwise)
+    stepwise_forward(call, stacked(w_hh), h0, c0, stream);
+  else
+    persistent(call, chosen, stream);
+  ++op_calls.cuda_forward;
+  count(chosen.choice.algorithm);
+}
+
+void run(birnn::Backward& call, at::TensorList w_hh, const OptionalTensor& lengths, const OptionalTensor& dh_n,
+         const OptionalTensor& dc_n) {
+  const auto [T, B, D, H] = static_cast<const RecurrenceSizes&>(call.params);
+  const auto stream = c10::cuda::getCurrentCUDAStream();
+  const Run chosen = B > 0 ? decide({call.dtype, T, B, D, H}) : Run{};
+  if (chosen.choice.algorithm == Algorithm::stepwise)
+    stepwise_backward(call, stacked(w_hh), lengths, dh_n, dc_n, stream);
+  else
+    persistent(call, chosen, stream);
+  ++op_calls.cuda_backward;
+  count(chosen.choice.algorithm);
+}
 
 TORCH_LIBRARY_IMPL(birnn_ext, CUDA, m) {
   m.impl("lstm_recurrence", lstm_recurrence);

@@ -115,6 +115,22 @@ struct ForwardWeights {
   }
 };
 
+// Both biases of the lane's unit, which all columns of its products have.
+struct ForwardBiases {
+  float of[Lstm::kGates];
+
+  template <class S, class Row>
+  __device__ ForwardBiases(const PersistentForward& p, const ForwardPlace<S, Row>& place) {
+#pragma unroll
+    for (int k = 0; k < Lstm::kGates; ++k) {
+      const int64_t at = k * p.H + place.unit;
+      of[k] = 0;
+      if (place.unit < p.H && p.input.bias_ih[place.d]) of[k] += load<S>(p.input.bias_ih[place.d], at);
+      if (place.unit < p.H && p.input.bias_hh[place.d]) of[k] += load<S>(p.input.bias_hh[place.d], at);
+    }
+  }
+};
+
 // Parts of sums, from the warps of a block's other splits: a lane gets the four gates of its own cells. Slot j of a
 // column is for the split that differs from the owner's by j + 1 in its bits.
 template <class Row>
@@ -136,16 +152,24 @@ struct Parts {
     return {sums[0][n].v[e], sums[0][n].v[2 + e], sums[1][n].v[e], sums[1][n].v[2 + e]};
   }
 
-  // Sums begin with the input parts z[i] of the lane's own cells; in the end z[i] has the whole sum of each. One
-  // barrier of the block's warps.
+  // Sums begin with the input parts z[i] of the lane's own cells, and the nearest other split's with the biases; in the
+  // end z[i] has the whole sum of each. One barrier of the block's warps.
   template <class S>
-  static __device__ void begin(Sums<S> (&sums)[2][Row::kEights], const float (&z)[Row::kCells][Lstm::kGates]) {
+  static __device__ void begin(Sums<S> (&sums)[2][Row::kEights], const float (&z)[Row::kCells][Lstm::kGates],
+                               const ForwardBiases& biases) {
     static_assert(Lstm::kAddsParts, "a cell that sees a gate's parts apart keeps z for itself");
 #pragma unroll
-    for (int i = 0; i < Row::kCells; ++i) {
-      const int n = i * Row::kSplits / 2, e = i * Row::kSplits % 2;
-      sums[0][n].v[e] = z[i][0], sums[0][n].v[2 + e] = z[i][1], sums[1][n].v[e] = z[i][2],
-      sums[1][n].v[2 + e] = z[i][3];
+    for (int c = 0; c < 2 * Row::kEights; ++c) {
+      const int n = c / 2, e = c % 2, i = c / Row::kSplits, distance = c % Row::kSplits;
+#pragma unroll
+      for (int k = 0; k < Lstm::kGates; ++k) {
+        float first = distance == 0 ? z[i][k] : 0;
+        if (Row::kSplits == 1)
+          first += biases.of[k];
+        else if (distance == 1)
+          first = biases.of[k];
+        sums[k / 2][n].v[k % 2 * 2 + e] = first;
+      }
     }
   }
   template <class S>
@@ -338,12 +362,12 @@ struct ForwardGroup {
         cells(p, place, this->b0),
         ring(p, place, memory, turn, this->b0) {}
 
-  __device__ void step(const PersistentForward& p, const ForwardWeights<S, Row>& weights, const int (&columns)[2],
-                       int s, int T) {
+  __device__ void step(const PersistentForward& p, const ForwardWeights<S, Row>& weights, const ForwardBiases& biases,
+                       const int (&columns)[2], int s, int T) {
     float z[Row::kCells][Lstm::kGates];
     ring.take(z, s);
     Sums<S> sums[2][Row::kEights];
-    parts.begin(sums, z);
+    parts.begin(sums, z, biases);
     if (s > 0) exchange.wait();
     const char* const h = exchange.memory + exchange.incoming;
     weights.multiply(sums, {h + columns[0], h + columns[1]}, p.full_float32);
@@ -364,6 +388,7 @@ __device__ void run_forward(const PersistentForward& p, std::integer_sequence<in
   extern __shared__ __align__(128) char memory[];
   const ForwardPlace<S, Row> place(p);
   const ForwardWeights<S, Row> weights(p, place, memory);
+  const ForwardBiases biases(p, place);
   HExchange<S, Row, Row::kExchange> exchanges[] = {HExchange<S, Row, Row::kExchange>(p, place, memory, kTurn)...};
   int columns[2];
   h_columns(columns, p.plan, place);
@@ -381,7 +406,7 @@ __device__ void run_forward(const PersistentForward& p, std::integer_sequence<in
     for (int turn = 0; turn < Row::kTurns; ++turn) groups[turn].exchange.begin();
     for (int s = 0; s < T; ++s)
 #pragma unroll
-      for (int turn = 0; turn < Row::kTurns; ++turn) groups[turn].step(p, weights, columns, s, T);
+      for (int turn = 0; turn < Row::kTurns; ++turn) groups[turn].step(p, weights, biases, columns, s, T);
 #pragma unroll
     for (int turn = 0; turn < Row::kTurns; ++turn) groups[turn].cells.store_states(p, place, groups[turn].b0);
   } while (passes.next());

@@ -93,7 +93,7 @@ struct BackwardRow {
   X(cta, 1, 1, 1, 6, 8, 2, 1, true)       \
   X(cluster, 1, 1, 2, 8, 8, 4, 1, true)   \
   X(cluster, 1, 1, 2, 16, 8, 4, 1, false) \
-  X(cluster, 2, 1, 2, 12, 8, 2, 1, false) \
+  X(cluster, 2, 1, 2, 11, 8, 2, 1, false) \
   X(cluster, 1, 2, 2, 12, 8, 2, 1, false) \
   X(grid, 1, 1, 2, 16, 8, 4, 1, false)    \
   X(grid, 2, 1, 2, 10, 8, 2, 1, false)    \

@@ -101,6 +101,12 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const CellForward p) 
   for (int g = 0; g < kGates; ++g) {
     load<S, N>(input, p.gates_x, (row * kGates + g) * p.H + unit);
     load<A, N>(recurrent, p.gates_h, gate + g * p.H);
+    for (const void* bias : {p.input.bias_ih[d], p.input.bias_hh[d]}) {
+      A added[N];
+      load<S, N>(added, bias, g * p.H + unit);
+#pragma unroll
+      for (int k = 0; k < N; ++k) input[k] += added[k];
+    }
 #pragma unroll
     for (int k = 0; k < N; ++k) Cell::combine(values[k], g, input[k], recurrent[k]);
   }
@@ -210,7 +216,9 @@ cudaError_t launch(DType dtype, const Params& p, bool all_aligned, cudaStream_t 
 }  // namespace
 
 cudaError_t cell_forward(DType dtype, const CellForward& p, cudaStream_t stream) {
-  return launch(dtype, p, aligned({p.gates_x, p.gates_h, p.y, p.h, p.c, p.gates, p.cells}), stream);
+  const bool all_aligned = aligned({p.gates_x, p.gates_h, p.y, p.h, p.c, p.gates, p.cells}) &&
+                           aligned({p.input.bias_ih[0], p.input.bias_ih[1], p.input.bias_hh[0], p.input.bias_hh[1]});
+  return launch(dtype, p, all_aligned, stream);
 }
 
 cudaError_t cell_backward(DType dtype, const CellBackward& p, cudaStream_t stream) {

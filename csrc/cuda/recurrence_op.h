@@ -1,0 +1,15 @@
+// Runs a recurrence on CUDA, for the operators: by the algorithm that suits the layer and the GPU, on the current
+// stream.
+#pragma once
+
+#include "../op_common.h"
+
+namespace birnn::cuda {
+
+// Each call has all of its params. w_hh: (D, 4H, H), or (4H, H) of each direction.
+void run(birnn::Forward& call, at::TensorList w_hh, const OptionalTensor& h0, const OptionalTensor& c0,
+         const OptionalTensor& lengths);
+void run(birnn::Backward& call, at::TensorList w_hh, const OptionalTensor& lengths, const OptionalTensor& dh_n,
+         const OptionalTensor& dc_n);
+
+}  // namespace birnn::cuda

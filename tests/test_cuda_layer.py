@@ -1,0 +1,116 @@
+"""CUDA's operator for a whole layer: against float64, what it needs no launch for, and that LSTM runs it."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from helpers import TOLERANCE, as_double, assert_near
+from test_layer import composite, random_layer, results_and_gradients
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from birnn_ext import LSTM, BiRNN, op_calls
+from birnn_ext.ops import lstm_layer
+
+pytestmark = pytest.mark.cuda
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+
+
+def to_cuda(args):
+    return [
+        [w.detach().cuda().requires_grad_() for w in arg] if isinstance(arg, list)
+        else arg.detach().cuda().requires_grad_(arg.is_floating_point()) if isinstance(arg, torch.Tensor)
+        else arg
+        for arg in args
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", range(8))
+def test_against_float64(case, dtype):
+    args = random_layer(random.Random(case), dtype)
+    x, weights, bias, *rest = args
+    truth = results_and_gradients(composite, *as_double([x]), as_double(weights), bias, *as_double(rest))
+    before = op_calls()
+    found = results_and_gradients(lstm_layer, *to_cuda(args))
+    assert op_calls()["cuda_forward"] == before["cuda_forward"] + 1
+    assert op_calls()["cuda_backward"] == before["cuda_backward"] + 1
+    for k, (a, e) in enumerate(zip(found, truth, strict=True)):
+        assert_near(a.cpu(), e, f"result {k}", dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_batch_first_input_and_values_beyond_the_ends(dtype):
+    """What lies beyond a sequence's end reaches nothing, though products read all rows."""
+    generator = torch.Generator().manual_seed(0)
+    lstm = LSTM(5, 8, bidirectional=True, batch_first=True, dtype=dtype, device="cuda")
+    x = torch.randn(3, 6, 5, generator=generator).to("cuda", dtype)
+    lengths = torch.tensor([6, 0, 4], device="cuda")
+
+    def gradients(beyond):
+        filled = x.clone()
+        for b, length in enumerate(lengths.tolist()):
+            filled[b, length:] = beyond
+        filled.requires_grad_()
+        lstm.zero_grad()
+        y, states = lstm(filled, lengths=lengths)
+        (y.sum() + states[0].sum() + 2 * states[1].sum()).backward()
+        return [y.detach(), *(p.grad.clone() for p in lstm.parameters()), filled.grad]
+
+    for a, b in zip(gradients(0.0), gradients(float("nan")), strict=True):
+        assert torch.equal(a, b)
+
+
+class Computing(TorchDispatchMode):
+    """Counts operators that compute: neither views nor allocations."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if not (func.is_view or name.startswith(("empty", "new_empty", "detach", "_unsafe_view"))):
+            self.names.append(name)
+        return out
+
+
+def test_operators_of_the_tutorials_step():
+    """Of the tutorial's model, forward, and forward and backward."""
+    model = BiRNN(28, 128, 2, 10).cuda()
+    x, target = torch.randn(100, 28, 28, device="cuda"), torch.randint(10, (100,), device="cuda")
+    with Computing() as forward:
+        outputs = model(x)
+    assert len(forward.names) <= 8, forward.names
+    loss = torch.nn.functional.cross_entropy(outputs, target)
+    with Computing() as backward:
+        loss.backward()
+    assert len(forward.names) + len(backward.names) <= 22, forward.names + backward.names  # of the loss, its backward
+
+
+def launching(call) -> list[str]:
+    """PyTorch's own operators that launch a kernel within those of ours."""
+    with profile(activities=[ProfilerActivity.CPU]) as profiled:
+        call()
+    ours = [event for event in profiled.events() if event.name.startswith("birnn_ext::")]
+    within = [child.name.removeprefix("aten::") for event in ours for child in event.cpu_children]
+    views = {"empty", "reshape", "flatten", "select", "t", "narrow", "view", "contiguous", "unsqueeze"}
+    return [name for name in within if name not in views]
+
+
+def test_what_a_layer_launches_beside_the_recurrence():
+    """A product for each direction forward; backward one each for x, W_ih and W_hh, and the biases' sums."""
+    lstm = LSTM(28, 64, bidirectional=True, device="cuda")
+    x = torch.randn(5, 16, 28, device="cuda", requires_grad=True)
+    lstm(x)[0].sum().backward()
+    outputs = []
+    assert launching(lambda: outputs.append(lstm(x)[0].sum())) == ["mm"] * 2
+    names = launching(lambda: outputs[0].backward())
+    assert sorted(names) == sorted(["mm"] * 5 + ["addmm"] + ["sum"] * 2 + ["_foreach_copy_"]), names
+
+
+def test_tolerances_name_every_dtype():
+    assert set(DTYPES) == set(TOLERANCE)
