@@ -23,7 +23,6 @@ from birnn_ext._torch_private import (
 )
 from birnn_ext.without_kernels import no_kernel
 
-
 _HAS_CUDA = bool(_C.build_info()["cuda"])
 
 
