@@ -63,6 +63,16 @@ def test_batch_first_input_and_values_beyond_the_ends(dtype):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_cells_alone_are_saved_as_with_all(dtype):
+    x, weights, bias, *rest = to_cuda(random_layer(random.Random(1), dtype))
+    with torch.no_grad():
+        _, _, _, gates, cells = torch.ops.birnn_ext.lstm_layer(x, weights, bias, *rest, "cells")
+        everything = torch.ops.birnn_ext.lstm_layer(x, weights, bias, *rest, "all")
+    assert gates.numel() == 0
+    assert torch.equal(cells, everything[4])
+
+
 class Computing(TorchDispatchMode):
     """Counts operators that compute: neither views nor allocations."""
 

@@ -72,7 +72,7 @@ struct ForwardWeights {
     return {a.x, b.x, a.y, b.y};
   }
 
-  // sums[tile][eight] += W h, with columns of h where the lane finds those of two eights that take turns.
+  // sums[tile][eight] += W h. h: where the lane finds its columns of h, of even and of odd eights (see h_columns()).
   __device__ void multiply(Sums<S> (&sums)[2][Row::kEights], const char* const (&h)[2], bool full_float32) const {
     constexpr int kStepBytes = blocks_of_step(sizeof(S)) * kBlock * int(sizeof(S)) * Row::kSequences;
     const auto column = [&](int step, int n) {
@@ -115,7 +115,7 @@ struct ForwardWeights {
   }
 };
 
-// Both biases of the lane's unit, which all columns of its products have.
+// The sum of both biases of the lane's unit: all columns of its products belong to one unit.
 struct ForwardBiases {
   float of[Lstm::kGates];
 
@@ -253,10 +253,10 @@ struct ForwardCells {
   char *y[N], *gates[N], *cells[N];
   int64_t stride[3];           // bytes of y, `gates` and `cells` from step to step
   int64_t gate[Lstm::kGates];  // where in a row of `gates` each begins
-  int saves;                   // gates and cells
+  int saves_gates, saves_cells;
 
   __device__ ForwardCells(const PersistentForward& p, const ForwardPlace<S, Row>& place, int64_t b0)
-      : saves(kept(int(p.gates != nullptr))) {
+      : saves_gates(kept(int(p.gates != nullptr))), saves_cells(kept(int(p.cells != nullptr))) {
 #pragma unroll
     for (int k = 0; k < Lstm::kGates; ++k) gate[k] = k == 0 ? 0 : kept(k * p.H * int(sizeof(S)));
     const StepOrder order{int64_t(place.d), p.T};
@@ -300,10 +300,10 @@ struct ForwardCells {
   }
   __device__ void write(int i, S h, const float (&z)[Lstm::kGates], float c) {
     *reinterpret_cast<S*>(y[i]) = h;
-    if (!saves) return;
+    if (saves_cells) *reinterpret_cast<float*>(cells[i]) = c;
+    if (!saves_gates) return;
 #pragma unroll
     for (int k = 0; k < Lstm::kGates; ++k) *reinterpret_cast<S*>(gates[i] + gate[k]) = convert(z[k], S());
-    *reinterpret_cast<float*>(cells[i]) = c;
   }
 
   __device__ void store_states(const PersistentForward& p, const ForwardPlace<S, Row>& place, int64_t b0) const {
