@@ -141,7 +141,7 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const CellBackward p
   A values[N][kValues], dz[N][kGates], recurrent[N];
   A dh[N], more[N], dc[N], c[N], c_prev[N];
   load<A, N>(dh, p.dh, state);
-  load<S, N>(more, p.dy, row * p.H + unit);
+  load<S, N>(more, p.dy, t * p.dy_stride_t + b * p.dy_stride_b + d * p.H + unit);
 #pragma unroll
   for (int k = 0; k < N; ++k) dh[k] += more[k];
   if (t == order.last(length)) {  // dh_n arrives
@@ -222,7 +222,9 @@ cudaError_t cell_forward(DType dtype, const CellForward& p, cudaStream_t stream)
 }
 
 cudaError_t cell_backward(DType dtype, const CellBackward& p, cudaStream_t stream) {
-  return launch(dtype, p, aligned({p.c0, p.gates, p.cells, p.dy, p.dh_n, p.d_gates_x, p.dh, p.dc, p.dz}), stream);
+  const bool rows_aligned = (p.dy_stride_t | p.dy_stride_b) * size_of(dtype) % 16 == 0;
+  const bool all_aligned = aligned({p.c0, p.gates, p.cells, p.dy, p.dh_n, p.d_gates_x, p.dh, p.dc, p.dz});
+  return launch(dtype, p, all_aligned && rows_aligned, stream);
 }
 
 }  // namespace birnn::cuda
