@@ -122,7 +122,8 @@ def train_ours(hp: Hyperparameters, mnist: Mnist, device: torch.device, max_step
 
     def log(line: str) -> None:
         print(line)
-        watch(run.model, seconds())
+        if line.startswith("Epoch"):  # other lines come within a step
+            watch(run.model, seconds())
 
     run.run(max_steps, Event(), log)
     taken = seconds() - watch.seconds

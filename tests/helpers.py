@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -78,6 +80,15 @@ def gradients(module: nn.Module, outputs: Iterable[Tensor], inputs: Iterable[Ten
 
 def random_state(layers_and_directions: int, batch: int, hidden: int, **kwargs) -> tuple[Tensor, Tensor]:
     return tuple(torch.randn(layers_and_directions, batch, hidden, **kwargs) for _ in range(2))
+
+
+def skip_without_triton_on_cuda() -> None:
+    """Skips a test that uses torch.compile's default backend on CUDA, which an emulator can't run.
+
+    An emulator has to turn PyTorch's caching allocator off in order to find accesses out of bounds.
+    """
+    if os.environ.get("PYTORCH_NO_CUDA_MEMORY_CACHING"):
+        pytest.skip("torch.compile's graphs live in pools of PyTorch's caching allocator, which is off")
 
 
 class TutorialBiRNN(nn.Module):

@@ -12,6 +12,9 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 import torch
+from helpers import skip_without_triton_on_cuda
+
+from birnn_ext import LSTM
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -43,6 +46,28 @@ def test_the_code_of_the_readme_runs():
 def test_the_code_of_the_page_on_other_programs_runs():
     (block,) = re.findall(r"^```python\n(.*?)^```", (DOCS / "elsewhere.md").read_text(), re.MULTILINE | re.DOTALL)
     exec(compile(block.replace("28, 28)", "3, 28)"), "elsewhere.md", "exec"), {})  # torch.export unrolls the steps
+
+
+def blocks_of_the_page_on_speed() -> list[str]:
+    text = (DOCS / "speed.md").read_text().replace("100,", "4,")  # an emulator runs it, too
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 3
+    return blocks
+
+
+@pytest.mark.cuda
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream")  # as the page tells
+@pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_the_code_of_the_page_on_speed_runs(count):
+    if count == 2:
+        skip_without_triton_on_cuda()
+    names: dict[str, object] = {}
+    for block in blocks_of_the_page_on_speed()[:count]:
+        exec(compile(block, "speed.md", "exec"), names)
+
+
+def test_the_code_for_cpus_of_the_page_on_speed_runs():
+    exec(compile(blocks_of_the_page_on_speed()[2], "speed.md", "exec"), {"torch": torch, "LSTM": LSTM})
 
 
 @pytest.mark.parametrize("page", ["elsewhere.md", "requests.md"])

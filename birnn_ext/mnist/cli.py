@@ -143,6 +143,11 @@ def add_training_options(train: Parser) -> None:
         help="go on with the training in folder or file FROM (default: the --out folder), or add epochs to it",
     )
     train.add_argument("--max-steps", type=int, metavar="N", help="stop after N training steps")
+    train.add_argument(
+        "--no-graph",
+        action="store_true",
+        help="on CUDA, launch each kernel by itself, not a training step as one CUDA graph; the numbers are the same",
+    )
     for one in fields(Hyperparameters):
         train.add_argument(
             "--" + one.name.replace("_", "-"),
@@ -193,6 +198,8 @@ def resume_command(args: argparse.Namespace) -> str:
         command += ["--device", args.device]
     if args.max_steps:
         command += ["--max-steps", str(args.max_steps)]
+    if args.no_graph:
+        command += ["--no-graph"]
     return shlex.join([*command, "--resume"])
 
 
@@ -231,7 +238,7 @@ def train(args: argparse.Namespace, device: torch.device, group: Processes) -> i
         raise UserError(f"the training to resume read its data from {state['source']}, this one from {mnist.source}")
 
     first = group.rank == 0
-    run = Training(hp, mnist, device, state, group)
+    run = Training(hp, mnist, device, state, group, graph=not args.no_graph)
     group.same(lambda: check_replaces(args, run))
     with training.interruptible() as stop:
         finished = run.run(

@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from birnn_ext import BiRNN, __version__, build_info, op_calls
 from birnn_ext.mnist.data import SOURCES, Digits, Mnist, UserError, reason, write_together
+from birnn_ext.mnist.graph import GraphedStep
 from birnn_ext.mnist.processes import Processes
 
 REPORT_STEPS = 100  # the tutorial prints the loss this often
@@ -68,8 +69,8 @@ class Hyperparameters:
     def model(self) -> BiRNN:
         return BiRNN(self.input_size, self.hidden_size, self.num_layers, self.num_classes)
 
-    def optimizer(self, model: BiRNN) -> torch.optim.Adam:
-        return torch.optim.Adam(model.parameters(), lr=self.learning_rate, fused=True)
+    def optimizer(self, model: BiRNN, capturable: bool = False) -> torch.optim.Adam:
+        return torch.optim.Adam(model.parameters(), lr=self.learning_rate, fused=True, capturable=capturable)
 
     def sequences(self, images: Tensor) -> Tensor:
         """Converts uint8 (N, 28, 28) to float32 (N, sequence_length, input_size) in 0 .. 1."""
@@ -115,8 +116,10 @@ class Training:
         state: The `state` of an earlier training, to go on from there.
         processes: The processes that train together, each with a share of every batch. All have the same seed, data and
             state, and reach the same model as a single process.
+        graph: Whether a training step on CUDA is a CUDA graph. Several processes always train without one, as they
+            exchange gradients within the step.
 
-            Raises:
+    Raises:
         UserError: The state belongs to a training on another number of digits.
     """
 
@@ -127,17 +130,21 @@ class Training:
         device: torch.device,
         state: dict[str, Any] | None = None,
         processes: Processes | None = None,
+        graph: bool = True,
     ) -> None:
         self.hyperparameters, self.mnist, self.device = hyperparameters, mnist, device
         self.processes = processes or Processes()
+        self.graph = graph and device.type == "cuda"
         torch.manual_seed(hyperparameters.seed)
         self.model = hyperparameters.model().to(device)
-        self.optimizer = hyperparameters.optimizer(self.model)
+        self.optimizer = hyperparameters.optimizer(self.model, capturable=self.graph)
         self.progress = Progress()
         self.accuracy: float | None = None  # of the finished model
         if state is not None:
             self.model.load_state_dict(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            # other groups than this optimizer's may belong to another device, or to a training without a graph
+            moments = state["optimizer"]["state"]
+            self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
             progress = self.progress = Progress(**state["progress"])
             steps = self.steps_per_epoch
             if progress.step >= steps or len(progress.losses) != progress.epoch * steps + progress.step:
@@ -174,12 +181,17 @@ class Training:
     ) -> bool:
         """Trains to the last epoch's end, for max_steps in all, or until stop is set; then it returns False."""
         hp, progress = self.hyperparameters, self.progress
+        step: Callable[[Tensor], Tensor] = self._step
+        if self.graph and self.processes.count > 1:
+            log("Several processes train without a CUDA graph, as they exchange gradients within each step")
+        elif self.graph:
+            step = GraphedStep(step, min(hp.batch_size, len(self.mnist.train)), self.device, log)
         generator = torch.Generator().manual_seed(hp.seed)
         for epoch in range(hp.num_epochs):
             order = torch.randperm(len(self.mnist.train), generator=generator)
             if epoch < progress.epoch:
                 continue  # finished before the resume; its order is drawn only to get to the next one
-            if self._epoch(order.to(self.device), max_steps, stop, log):
+            if self._epoch(step, order.to(self.device), max_steps, stop, log):
                 return not self.processes.any(stop.is_set())
             progress.accuracies.append(self._test_accuracy())
             progress.epoch_seconds.append(progress.seconds)
@@ -193,9 +205,29 @@ class Training:
         correct = (predictions(self.model, self.hyperparameters, mine) == mine.labels).sum()
         return self.processes.sum(correct).item() / len(test)
 
-    def _epoch(self, order: Tensor, max_steps: int | None, stop: Event, log: Callable[[str], None]) -> bool:
+    def _step(self, batch: Tensor) -> Tensor:
+        """Trains on the digits with these numbers. Returns this process's part of their mean loss."""
+        hp, train, processes = self.hyperparameters, self.mnist.train, self.processes
+        mine = processes.share(batch)
+        scores = self.model(hp.sequences(train.images[mine]))
+        # this process's part of the whole batch's mean, as shares may differ in size
+        loss = F.cross_entropy(scores, train.labels[mine], reduction="sum") / len(batch)
+        self.optimizer.zero_grad()
+        loss.backward()
+        processes.sum_gradients(self.model)
+        self.optimizer.step()
+        return loss.detach()
+
+    def _epoch(
+        self,
+        step: Callable[[Tensor], Tensor],
+        order: Tensor,
+        max_steps: int | None,
+        stop: Event,
+        log: Callable[[str], None],
+    ) -> bool:
         """Goes on with the current epoch; returns True if max_steps or stop ended it early."""
-        hp, progress, train, processes = self.hyperparameters, self.progress, self.mnist.train, self.processes
+        hp, progress, processes = self.hyperparameters, self.progress, self.processes
         batches = order.split(hp.batch_size)
         pending: list[Tensor] = []  # losses stay on the device, as reading each would wait for it
         begin = time.perf_counter()
@@ -215,15 +247,7 @@ class Training:
                 if processes.any(stop.is_set()) or enough:
                     settle()
                     return True
-                mine = processes.share(batch)
-                scores = self.model(hp.sequences(train.images[mine]))
-                # this process's part of the whole batch's mean, as shares may differ in size
-                loss = F.cross_entropy(scores, train.labels[mine], reduction="sum") / len(batch)
-                self.optimizer.zero_grad()
-                loss.backward()
-                processes.sum_gradients(self.model)
-                self.optimizer.step()
-                pending.append(loss.detach())
+                pending.append(step(batch))
                 progress.step += 1
                 bar.update()
                 if progress.step % REPORT_STEPS == 0 or progress.step == len(batches):
@@ -421,7 +445,7 @@ def load_state(path: Path) -> dict[str, Any]:
         model.load_state_dict(state["model"])
         moments = state["optimizer"]["state"]
         _check_moments(moments, list(model.parameters()) if state["progress"]["losses"] else [])
-        state["optimizer"] = {**hp.optimizer(model).state_dict(), "state": moments}  # the rest is in hp
+        state["optimizer"] = {"state": moments}  # the rest is in hp
         state["hyperparameters"] = asdict(hp)
     except (KeyError, TypeError, AttributeError, ValueError, IndexError, RuntimeError, UserError):
         raise UserError(f"{path} is not a training_state.pt") from None
