@@ -1,9 +1,9 @@
 // Compares the choice of a plan with all plans that could run a layer, over many layers and GPUs. Each argument is a
 // GPU: multiprocessors,bytes,capability. It prints the passes in which the choice is slower than the model's error
 // excuses, and those that it leaves although a plan exists; tests/test_cuda_persistent.py runs it.
-#include <cstdio>
-
 #include "cuda/choice.h"
+
+#include <cstdio>
 
 using namespace birnn;
 using namespace birnn::cuda;
