@@ -9,6 +9,7 @@
 
 namespace birnn::cuda {
 
+// Waiting is bounded, of an mbarrier here and of grid's counter, which GPUs before 9.0 have, too.
 constexpr long long kPatience = 20'000'000'000;  // clock ticks, of 0.5 to 1 ns, that a CTA waits for its group
 
 inline __device__ void lost_patience() {
