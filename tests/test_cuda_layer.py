@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import TOLERANCE, as_double, assert_near
 from test_layer import composite, random_layer, results_and_gradients
 from torch.profiler import ProfilerActivity, profile
@@ -39,6 +40,32 @@ def test_against_float64(case, dtype):
     assert op_calls()["cuda_backward"] == before["cuda_backward"] + 1
     for k, (a, e) in enumerate(zip(found, truth, strict=True)):
         assert_near(a.cpu(), e, f"result {k}", dtype)
+
+
+# The strides of dy: as if y's first dimension was the batch; rows that are no whole number of 16 bytes apart; one
+# gradient for all sequences.
+STRIDES = {
+    "batch first": lambda dy: dy.transpose(0, 1).contiguous().transpose(0, 1),
+    "odd rows": lambda dy: F.pad(dy.flatten(2), (0, 1))[..., :-1].unflatten(2, dy.shape[2:]),
+    "expanded": lambda dy: dy[:, :1].expand_as(dy),
+}
+
+
+@pytest.mark.parametrize("algorithm", ["stepwise", "persistent-cta"])
+@pytest.mark.parametrize("strides", STRIDES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_gradient_of_y_may_have_any_strides(dtype, strides, algorithm, monkeypatch):
+    monkeypatch.setenv("BIRNN_CUDA_ALGO", f"{algorithm},stepwise")
+    lstm = LSTM(3, 8, bidirectional=True, dtype=dtype, device="cuda")
+    x = torch.randn(4, 5, 3, dtype=dtype, device="cuda", requires_grad=True)
+    y, _ = lstm(x)
+    inputs = [x, *lstm.parameters()]
+    dy = STRIDES[strides](torch.randn(4, 5, 2, 8, dtype=dtype, device="cuda")).flatten(2)
+    assert not dy.is_contiguous()
+    found = torch.autograd.grad(y, inputs, dy, retain_graph=True)
+    dense = torch.autograd.grad(y, inputs, dy.contiguous())
+    for a, b in zip(found, dense, strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)

@@ -147,6 +147,19 @@ def test_choice_where_the_device_refuses_large_clusters():
     assert max(refused(256)[name]["ctas"] for name in ("forward", "backward")) <= 8
 
 
+def test_the_choice_is_never_clearly_slower_than_another_plan(tmp_path):
+    """Fewer blocks are preferred only to plans that the model can't tell from the fastest, not step by step to more."""
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None:
+        pytest.skip("there is no C++ compiler")
+    program = tmp_path / "choice"
+    source = ROOT / "tests/native/choice_test.cc"
+    subprocess.run([compiler, "-std=c++17", "-O1", f"-I{ROOT / 'csrc'}", source, "-o", program], check=True)
+    gpus = [",".join(map(str, numbers)) for numbers in GPUS.values()]
+    done = subprocess.run([program, *gpus], capture_output=True, text=True, check=True)
+    assert done.stdout == ""
+
+
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("hidden", [100, 200, 300, 400, 600, 650, 1000])
 def test_sizes_that_fill_no_kernel_cost_little(hidden, dtype):

@@ -148,6 +148,62 @@ bool fits_gpu(const Layer& layer, const Gpu& gpu, const Plan& plan) {
   return plan.bytes <= gpu.shared_memory && plan.ctas <= most;
 }
 
+template <class Plan>
+struct Candidate {
+  Plan plan;
+  double ticks;  // of a step
+};
+
+template <class Plan>
+using Candidates = std::vector<Candidate<Plan>>;
+
+template <class Plan>
+void add_if_fits(Candidates<Plan>& found, const Layer& layer, const Gpu& gpu, const Plan& plan, int ctas) {
+  if (fits_gpu(layer, gpu, plan)) found.push_back({plan, all_ticks(layer, gpu, ctas, plan)});
+}
+
+// Lists every plan of an exchange that can run the layer forward: rows of the table, with all numbers of blocks.
+inline Candidates<ForwardPlan> forward_candidates(Exchange exchange, const Layer& layer, const Gpu& gpu) {
+  Candidates<ForwardPlan> found;
+  const int size = size_of(layer.dtype);
+  const int64_t all = divide_up(layer.H, kBlock);
+  for_each_row(size == 2 ? kForwardRows16 : kForwardRows32, size, [&](int k, const ForwardEntry& entry) {
+    if (entry.exchange != exchange) return;
+    const ForwardRow& row = entry.row;
+    const int most = row.splits == 1 ? row.warps : std::min(row.warps / row.splits, kMaxBarriers - 1);
+    for (int blocks = 1; blocks <= most; ++blocks)
+      if (divide_up(all, divide_up(all, blocks)) == blocks)  // otherwise fewer blocks would do, in as many CTAs
+        add_if_fits(found, layer, gpu, forward_plan(size, layer.H, k, blocks), row.ctas);
+  });
+  return found;
+}
+
+// Lists every plan of an exchange that can run the layer backward. A row of the table is one plan.
+inline Candidates<BackwardPlan> backward_candidates(Exchange exchange, const Layer& layer, const Gpu& gpu) {
+  Candidates<BackwardPlan> found;
+  const int size = size_of(layer.dtype);
+  for_each_row(size == 2 ? kBackwardRows16 : kBackwardRows32, size, [&](int k, const BackwardEntry& entry) {
+    if (entry.exchange == exchange && divide_up(layer.H, kTile) <= entry.row.most_tiles())
+      add_if_fits(found, layer, gpu, backward_plan(size, layer.H, k), entry.row.ctas);
+  });
+  return found;
+}
+
+// Of the candidates that `fits` lets pass, the model can't tell those within kClear from the fastest. This returns the
+// one of them with the fewest CTAs a group, which leaves multiprocessors to others.
+template <class Plan, class Fits>
+std::optional<Candidate<Plan>> pick(Candidates<Plan> all, Fits fits) {
+  std::stable_sort(all.begin(), all.end(), [](const auto& a, const auto& b) { return a.ticks < b.ticks; });
+  std::optional<Candidate<Plan>> fastest, best;
+  for (const Candidate<Plan>& candidate : all) {
+    if (fastest && candidate.ticks > model::kClear * fastest->ticks) break;
+    if ((best && candidate.plan.ctas >= best->plan.ctas) || !fits(candidate.plan)) continue;
+    if (!fastest) fastest = candidate;
+    best = candidate;
+  }
+  return best;
+}
+
 // The best way for a persistent algorithm to run a layer, of those that `fits` lets pass.
 template <class Fits = AnyPlan>
 Choice best_of(Algorithm algorithm, const Layer& layer, const Gpu& gpu, Fits fits = {}) {
@@ -163,33 +219,13 @@ Choice best_of(Algorithm algorithm, const Layer& layer, const Gpu& gpu, Fits fit
   if (!is_persistent(layer.dtype) || gpu.capability < (exchange == Exchange::cluster ? 90 : 80) ||
       layer.T > kMostSteps || layer.B > kMostSequences || layer.H > kMostUnits)
     return best;
-  const int size = size_of(layer.dtype);
-  double forward = 0, backward = 0;  // ticks, 0: none yet
-  const auto take = [&](auto& best_plan, double& best_ticks, const auto& plan, int ctas_of_multiprocessor) {
-    if (!fits_gpu(layer, gpu, plan)) return;
-    const double ticks = all_ticks(layer, gpu, ctas_of_multiprocessor, plan);
-    // Where the model sees no clear difference, fewer CTAs leave multiprocessors to others.
-    const double handicap = plan.ctas < best_plan.ctas   ? model::kClear
-                            : plan.ctas > best_plan.ctas ? 1 / model::kClear
-                                                         : 1;
-    if ((best_ticks == 0 || ticks < best_ticks * handicap) && fits(plan)) best_plan = plan, best_ticks = ticks;
-  };
-  for_each_row(size == 2 ? kForwardRows16 : kForwardRows32, size, [&](int k, const ForwardEntry& entry) {
-    if (entry.exchange != exchange) return;
-    const int most =
-        entry.row.splits == 1 ? entry.row.warps : std::min(entry.row.warps / entry.row.splits, kMaxBarriers - 1);
-    for (int blocks = 1; blocks <= most; ++blocks) {
-      const int64_t all = divide_up(layer.H, kBlock);
-      if (divide_up(all, divide_up(all, blocks)) == blocks)  // as many CTAs with fewer blocks each would do, otherwise
-        take(best.forward, forward, forward_plan(size, layer.H, k, blocks), entry.row.ctas);
-    }
-  });
-  for_each_row(size == 2 ? kBackwardRows16 : kBackwardRows32, size, [&](int k, const BackwardEntry& entry) {
-    if (entry.exchange == exchange && divide_up(layer.H, kTile) <= entry.row.most_tiles())
-      take(best.backward, backward, backward_plan(size, layer.H, k), entry.row.ctas);
-  });
-  best.possible = forward > 0 && backward > 0;
-  best.us = (forward + backward) / model::ticks_of_us(gpu);
+  const auto forward = pick(forward_candidates(exchange, layer, gpu), fits);
+  const auto backward = pick(backward_candidates(exchange, layer, gpu), fits);
+  if (!forward || !backward) return best;
+  best.possible = true;
+  best.us = (forward->ticks + backward->ticks) / model::ticks_of_us(gpu);
+  best.forward = forward->plan;
+  best.backward = backward->plan;
   return best;
 }
 

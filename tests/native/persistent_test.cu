@@ -276,7 +276,7 @@ bool rows(DType dtype, const Device& device, int pick) {
       const BackwardPlan b = some_backward(device, kSize, H, bx, has_b ? k : -1);
       if (f.row < 0 || b.row < 0) continue;
       const int64_t B = row_of(kSize, f).batch() > 16 || row_of(kSize, b).batch() > 16 ? 19 : 11;
-      Layer<S> layer(dtype, 4, B, 2, H, H % 3 == 0);
+      Layer<S> layer(dtype, 5, B, 2, H, H % 3 == 0);  // one step more than a ring has stages
       layer.run(f, b);
       double largest[2];
       layer.errors(largest);

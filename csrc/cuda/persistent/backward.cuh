@@ -235,13 +235,15 @@ struct alignas(4 * sizeof(S)) Packed {
   S gates[4];
 };
 
+// The cells of a lane: their gradients, and where these go.
 template <class S, class Row>
 struct BackwardCells {
   static constexpr int N = Row::kCells;
-  float c[N], dc[N];  // of this step; from the step after
+  float c[N], dc[N];  // c_t of this step; the gradient of it that comes from step t + 1
   Activity activity[N];
-  int there[N];
-  Packed<S> dz[N];  // of the sequence's newest step: a sequence without one has the sum of its first for dh0
+  int there[N];     // whether the cell exists: neither its sequence nor its unit is padding
+  Packed<S> dz[N];  // of the last step that the sequence had; kept in iterations without one, so that the last product
+                    // makes dh0 even if the sequence ended before
   int dz_at[N];
   char* d_gates_x[N];
   int64_t stride, gate[Lstm::kGates];  // bytes of d_gates_x from step to step; where in a row each gate begins
@@ -335,7 +337,7 @@ __device__ float whole_sum(const Exchange& exchange, const BackwardPlace<S, Row>
   return (odd ? odd_sequence : even_sequence) + __shfl_xor_sync(~0u, odd ? even_sequence : odd_sequence, 8);
 }
 
-// What a group of sequences has for itself, and its step.
+// What a group of sequences has for itself, in one pass, and its step. docs/cuda.md tells a step's data flow.
 template <class S, class Row>
 struct BackwardGroup {
   static constexpr int kDz = dz_bytes(Row::kSteps * Row::kSplits, Row::kSequences);
@@ -351,11 +353,11 @@ struct BackwardGroup {
         cells(p, place, this->b0),
         ring(p, place, memory, turn, this->b0) {}
 
-  // Two buffers of dz are enough: who writes one has passed the barrier after the other was written, before which
-  // everybody was done with this one.
+  // Two buffers of dz are enough. A warp that writes one has passed the barrier after the other was written, and before
+  // that barrier all warps had multiplied this one. One group alternates between them; of two groups, each has one.
   __device__ void step(const PersistentBackward& p, const BackwardPlace<S, Row>& place,
                        const BackwardWeights<S, Row>& weights, char* memory, int turn, int s, int T) {
-    const int dz = exchange.kBuffers == 1 ? 0 : (Row::kTurns == 1 ? s & 1 : turn) * kDz;  // the buffer
+    const int dz = exchange.kBuffers == 1 ? 0 : (Row::kTurns == 1 ? s & 1 : turn) * kDz;  // the buffer's offset
     typename BackwardRing<S, Row>::Input x[Row::kCells];
     ring.take(x, s);
     if (s > 0) exchange.wait();

@@ -1,11 +1,13 @@
-// How the CTAs of a group hand things to each other, by the three ways of Exchange. Each type has the same functions:
-//   begin()   once, before the first step: everyone may be sent something
-//   send()    without waiting for anyone
-//   sent()    all has been sent that this CTA sends in this round
-//   wait()    all of a round is here, from the whole group; it takes the place of what came before
-//   end()     before the kernel ends
-// There are two buffers: who sends for round r + 1 has waited for round r, to which everybody sent after having read
-// what came in round r - 1, and that is whose place it takes.
+// How the CTAs of a group hand h (forward) or parts of sums (backward) to each other: HExchange and PartsExchange, each
+// for the three ways of Exchange. A round is what the CTAs send in one step and receive in the next. Both types have
+// the same functions:
+//   begin()   is called before a pass's first step; then all CTAs may be sent something
+//   send()    sends a piece, and waits for nobody
+//   sent()    tells that this CTA has sent all of this round
+//   wait()    returns when all of the round is here, from the whole group
+//   end()     is called once, before the kernel ends
+// Two buffers suffice. A CTA that sends for round r + 1 has waited for round r. Everybody sent to round r after having
+// read round r - 1, in whose buffer round r + 1 goes.
 #pragma once
 
 #include "../sm90/cluster.cuh"
@@ -13,7 +15,7 @@
 
 namespace birnn::cuda {
 
-// A count that the CTAs of a group of a grid make in global memory.
+// The count of CTAs that have arrived, of a group in grid: it is in global memory, and grows by `ctas` each round.
 struct Arrivals {
   unsigned* count;
   int ctas;
@@ -21,12 +23,12 @@ struct Arrivals {
   __device__ Arrivals(const GridExchange& grid, int group, int ctas)
       : count(grid.arrivals + group * (kCounter / int(sizeof(unsigned)))), ctas(ctas) {}
 
-  // What all threads of the CTA have stored before is seen by whoever waits.
+  // Called by all threads. What they have stored before is seen by whoever waits.
   __device__ void arrive() const {
     __syncthreads();
     if (threadIdx.x == 0) asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(count) : "memory");
   }
-  // One thread: until all have arrived for the given round, the first being 1.
+  // Called by one thread: returns when all CTAs have arrived for this round. The first is 1.
   __device__ void wait(int round) const {
     const unsigned expected = unsigned(round) * ctas;
     const long long start = clock64();
@@ -39,11 +41,13 @@ struct Arrivals {
   }
 };
 
-// Two buffers take turns: one is read while the other is filled, in the next round.
+// Two buffers take turns (not to be confused with two groups in turn): one is read while the next round fills the
+// other.
 struct Turns {
   int stride;                    // bytes from the first to the second
   int incoming = 0;              // offset of the one that is read
-  uint32_t phases = 0xcccccccc;  // of mbarriers, in the rounds to come: each buffer's alternates, as it is filled
+  uint32_t phases = 0xcccccccc;  // the parities to wait for, from the last bit on: 0, 0, 1, 1 and again, as each of the
+                                 // two mbarriers alternates
 
   __device__ explicit Turns(int stride) : stride(kept(stride)) {}
   __device__ int outgoing() const { return stride - incoming; }
@@ -66,7 +70,7 @@ inline __device__ void mbarriers_init(uint32_t first, int stride) {
 
 // ---- forward: h, in pieces of 16 bytes
 
-// The lanes of a piece, which hold its units (or half of them, in float32), all get the whole of it.
+// Lanes that share a piece: each has h of one of its units, and gather() gives all of them the whole piece.
 template <class S>
 constexpr int kSharers = kPiece / int(sizeof(S));
 
@@ -139,7 +143,7 @@ struct HExchange<S, Row, Exchange::cluster> : HBuffers<S, Row> {
   static constexpr int kCopies = kMaxCluster / kSharers<S>;  // that a lane sends, of a piece
   // Shared addresses: of the first buffer, of its mbarrier, of the second one's. Pieces are at `at` of the second.
   uint32_t to, mbarrier, other_mbarrier;
-  int ranks, expected;  // CTAs from this lane's first on; bytes of a round
+  int ranks, expected;  // CTAs from the lane's first on (lanes of a piece share out its copies); bytes of a round
 
   template <class P>
   __device__ HExchange(const PersistentForward& p, const P& place, char* shared, int turn)
@@ -179,7 +183,7 @@ struct HExchange<S, Row, Exchange::cluster> : HBuffers<S, Row> {
 template <class S, class Row>
 struct HExchange<S, Row, Exchange::grid> : HBuffers<S, Row> {
   Arrivals arrivals;
-  char* grid;  // the group's two buffers
+  char* grid;  // the group's two buffers, in global memory
   int filled;  // bytes of a buffer that a round fills
   uint32_t to, mbarrier;
   int round = 0;
@@ -198,7 +202,7 @@ struct HExchange<S, Row, Exchange::grid> : HBuffers<S, Row> {
   }
   __device__ void begin() {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-    acquired_for_bulk_copy();  // h0 was stored where bulk copies will store
+    stored_before_bulk_copy();  // zeros and h0, where bulk copies will store h
 #endif
     __syncthreads();
   }
@@ -270,8 +274,8 @@ struct PartSlots {
   }
 };
 
-// All functions send() take a tile by the distance of its owner from that of the warp's first, and an eight of
-// sequences.
+// send(further, eight, part): the tile belongs to the CTA that is `further` ranks beyond `owner`.
+// part(i, further): what the lane adds for its cell i, `further` bytes beyond its first part.
 template <class S, class Row, Exchange kExchange>
 struct PartsExchange;
 

@@ -10,9 +10,6 @@
 
 namespace birnn::cuda {
 
-// Where a warp's work lies: block of units, split of the sum, and the cells of its lanes. Columns of the products are
-// in an order in which a warp's own come first, whichever its split: column c of them is sequence c ^ split of the
-// group, as far as their last bits go. So no register is chosen at run time.
 template <Exchange exchange, int eights, int turns, int splits, int resident, int warps, int stages, int ctas,
           bool ahead>
 struct ForwardTraits {  // ForwardRow, as a type
@@ -26,6 +23,9 @@ struct ForwardTraits {  // ForwardRow, as a type
   static constexpr int kStageBytes = kRow.stage_bytes(sizeof(S));
 };
 
+// Where a warp's work lies: its block of units, its split of the sum, and the cells of its lanes. Columns of the
+// products are in an order in which a warp's own come first, whichever its split: column c is sequence c ^ split of the
+// group, as far as their last bits go. So no register is chosen at run time.
 template <class S, class Row>
 struct ForwardPlace : Place {
   int block, split, unit;
@@ -229,7 +229,7 @@ struct GatesRing : Ring<S, Row> {
     this->clear();
   }
 
-  // Into z, of step s; then the stage is filled anew.
+  // Reads step s into z, and starts to fill its stage anew.
   __device__ void take(float (&z)[Row::kCells][Lstm::kGates], int s) {
     const int stage = this->acquire(s);
     const S* const values = reinterpret_cast<const S*>(this->memory + (at + stage));
@@ -249,7 +249,7 @@ struct ForwardCells {
   float c[N];
   S h[N];
   Activity activity[N];
-  int there[N];
+  int there[N];  // whether the cell exists: neither its sequence nor its unit is padding
   char *y[N], *gates[N], *cells[N];
   int64_t stride[3];           // bytes of y, `gates` and `cells` from step to step
   int64_t gate[Lstm::kGates];  // where in a row of `gates` each begins
@@ -317,7 +317,7 @@ struct ForwardCells {
   }
 };
 
-// All of h0 into this CTA's buffer, from where the first step multiplies it.
+// Loads all of h0 into this CTA's buffer, where the first step multiplies it.
 template <class S, class Row>
 __device__ void load_h0(const PersistentForward& p, int d, int64_t b0, char* buffer) {
   const int elements = p.plan.h_blocks * Row::kSequences * kBlock;
@@ -344,7 +344,7 @@ __device__ void h_columns(int (&at)[2], const ForwardPlan& plan, const ForwardPl
   at[1] = Row::kSplits > 2 ? kept(column + (place.split >> 1 ^ 1) * kEightBytes) : at[0] + kEightBytes;
 }
 
-// What a group of sequences has for itself, and its step.
+// What a group of sequences has for itself, in one pass, and its step. docs/cuda.md tells a step's data flow.
 template <class S, class Row>
 struct ForwardGroup {
   HExchange<S, Row, Row::kExchange>& exchange;
@@ -398,7 +398,7 @@ __device__ void run_forward(const PersistentForward& p, std::integer_sequence<in
   do {
     ForwardGroup<S, Row> groups[] = {ForwardGroup<S, Row>(p, place, memory, kTurn, passes.b0, exchanges[kTurn])...};
     fill_rings(groups);
-    __syncthreads();  // nobody uses the buffers any more
+    __syncthreads();  // nobody uses h's buffers of the last pass any more
 #pragma unroll
     for (int turn = 0; turn < Row::kTurns; ++turn)
       load_h0<S, Row>(p, place.d, groups[turn].b0, groups[turn].exchange.memory + groups[turn].exchange.incoming);

@@ -17,7 +17,7 @@ struct GridExchange {
 
 struct PersistentForward : ForwardParams {
   ForwardPlan plan;
-  int groups;            // of CTAs, a multiple of D; in grid, where all are resident at once, they go through the batch
+  int groups;            // of CTAs, a multiple of D; in grid all are resident, and go through the batch in passes
   int access;            // bytes by which gates_x may be read: 16, 8, 4, or those of an element
   bool weights_aligned;  // rows of w_hh may be read by 8 bytes
   bool full_float32;     // float32: three TF32 products for one of float32 accuracy; else one

@@ -44,11 +44,15 @@ BIRNN_INLINE constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b -
 // ---- The kernels that are compiled: rows of small tables. What a warp keeps of its weights in registers is
 // `resident`; the rest is in shared memory.
 
-// eights: of sequences in a group. turns: groups that the same CTAs serve, a step of each in turn: while one is
-// computed, what the other has sent is under way. splits: of the sum over h. resident: steps of the sum, an mma deep
-// and two tiles high. warps: at most. stages: steps of gates_x that are under way. ctas: that share a multiprocessor,
-// if they fit. ahead: float32 is split into TF32 when it is loaded, which takes two registers for one, not each time it
-// is used.
+// eights: of sequences in a group. turns: groups of sequences that the same CTAs serve, a step of each in turn: while
+// one is computed, what the other has sent is under way. splits: of the sum over h. resident: steps of the sum (each an
+// mma deep and two tiles high) whose weights a warp keeps in registers. warps: the most that a CTA may have. stages:
+// steps of gates_x that are under way. ctas: those that share a multiprocessor, if they fit. ahead: whether float32
+// weights are split into two TF32 when they are loaded, which takes twice the registers, rather than each time they are
+// used.
+//
+// "Step" has two meanings: a time step, and a step of a sum, which is as deep as one mma. Members of rows and plans
+// mean the latter.
 struct ForwardRow {
   int eights, turns, splits, resident, warps, stages, ctas;
   bool ahead = false;
@@ -58,8 +62,9 @@ struct ForwardRow {
   constexpr int stage_bytes(int size) const { return cells() * 4 * 4 * kBlock * size; }  // of a warp
 };
 
-// cells: of a lane. splits: of the sum over a CTA's dz. steps: of one split. tiles: of the layer's units, of a warp.
-// resident: of its tiles * steps fragments.
+// cells: those of a lane. splits: of the sum over a CTA's dz. steps: of one split. tiles: those of the layer's units
+// that a warp multiplies. resident: how many of its tiles * steps fragments are in registers. warps: those that a CTA
+// has. stages: steps of gates, dy and cells that are under way. The rest is as above.
 struct BackwardRow {
   int eights, turns, cells, splits, steps, tiles, resident, warps, stages, ctas;
   bool ahead = false;

@@ -20,11 +20,12 @@ constexpr int kArchitecture = 90;
 template <Exchange kExchange>
 constexpr bool kCanRun = kArchitecture >= (kExchange == Exchange::cluster ? 90 : 80);
 
-// A thread's place: in its warp (g and t as in mma.cuh), its CTA, and the CTA in its group.
+// A thread's place: its lane (g and t as in mma.cuh; t is not a time step), its warp in the CTA, the CTA's rank in its
+// group, the group of CTAs, and the direction d that this group runs.
 struct Place {
   int lane, g, t, warp;
   int rank, group;
-  int d;  // direction
+  int d;
 
   template <class Params>
   __device__ explicit Place(const Params& p)
@@ -45,12 +46,14 @@ struct Activity {
   __device__ bool ends_at(int s) const { return s + 1 == first + length; }
 };
 
+// The length of sequence b, as the cell of one unit sees it: 0 if sequence or unit is padding.
 template <class Params>
 __device__ int length_of(const Params& p, int64_t b, int unit) {
   return b < p.B && unit < p.H ? int(birnn::length_of(p.lengths, b, p.T)) : 0;
 }
 
-// Keeps the compiler from computing anew, in each step, what does not change from step to step.
+// Returns x, but hides from the compiler where it comes from. So the compiler keeps it in a register, rather than
+// compute it anew in each step.
 template <class V>
 __device__ V kept(V x) {
   if constexpr (sizeof(V) == 8)
@@ -62,8 +65,8 @@ __device__ V kept(V x) {
 
 // --- values
 
-// The cell's functions. In 16 bits what they are off, 1e-7, is far below the rounding of a result; they take a third of
-// the instructions.
+// The cell's functions. Those for 16 bits are wrong by up to 1e-7, far less than the rounding of a result, and take a
+// third of the instructions.
 template <class S>
 struct CellMath {
   using Scalar = float;
@@ -86,7 +89,7 @@ struct CellMath {
 template <>
 struct CellMath<float> : Math<float> {};
 
-// As products take them.
+// Returns x as products may take it: in float32 a NaN must be the one of quiet(), see mma.cuh.
 template <class S>
 __device__ float factor(float x) {
   return sizeof(S) == 4 ? quiet(x) : x;
@@ -109,7 +112,7 @@ __device__ uint32_t pair_of(S a, S b) {
 
 // --- a ring of stages, filled some steps ahead of those that read them
 
-// 16 bytes of a row, of which `valid` exist, where the row can't be read by 16 bytes.
+// Copies 16 bytes of a row, of which `valid` exist, where the row can't be read by 16 bytes.
 template <class S>
 __device__ void copy_parts(char* to, const char* from, int valid, int access) {
   if (access == 8) {
@@ -138,8 +141,8 @@ struct Ring {
   const char* from[kOfLane];
   int64_t stride[kOfLane];  // bytes from step to step
   int valid[kOfLane];       // bytes of the piece that exist
-  int until[kOfLane];       // steps that have it
-  int access;
+  int until[kOfLane];       // the piece exists in steps below this
+  int access;               // bytes by which memory may be read
 
   __device__ Ring(char* shared, int rings, int warps, int turn, const Place& place, int access)
       : memory(shared),
@@ -181,8 +184,9 @@ struct Ring {
     commit_copies();
   }
 
-  // The offset of step s's stage, when it is there; release() lets it be filled anew. Rings of two groups are filled in
-  // turn: a thread's copies are waited for in their order.
+  // acquire() waits for the stage of step s, and returns its offset. release() starts to fill it with step s + kStages.
+  // A thread's copies complete in the order in which it commits them, and with two groups it fills their rings in turn:
+  // so all but the newest kTurns * kStages - 1 commits must be there.
   __device__ int acquire(int s) const {
     wait_for_copies<Row::kTurns * kStages - 1>();
     __syncwarp();
@@ -194,10 +198,13 @@ struct Ring {
   }
 };
 
-// The batch, as the CTAs of a group go through it: once, but in grid, where all CTAs are resident at once.
+// The passes in which a group of CTAs goes through the batch. There is one pass, except in grid: all CTAs are resident
+// there, and may be too few for the whole batch at once.
 template <class Row>
 struct Passes {
-  int64_t b0, batch, B;  // the first sequence; how many all CTAs have at once, of a direction; all there are
+  int64_t b0;     // the first sequence of this group of CTAs, in this pass
+  int64_t batch;  // sequences of a pass
+  int64_t B;      // sequences in all
 
   template <class Params>
   __device__ Passes(const Params& p, const Place& place)
@@ -210,7 +217,7 @@ struct Passes {
   }
 };
 
-// The first stages of all groups.
+// Starts the copies of the first kStages steps, for all groups in turn, in the order in which acquire() waits.
 template <class Group, size_t kTurns>
 __device__ void fill_rings(Group (&groups)[kTurns]) {
 #pragma unroll 1
@@ -221,8 +228,9 @@ __device__ void fill_rings(Group (&groups)[kTurns]) {
 
 // --- weights
 
-// 8 bytes of a row of `count` elements, from element k on; 0 beyond. aligned: rows may be read by 8 bytes. A loop,
-// which keeps the compiler from making all loads of a kernel's weights at once, for which there are no registers.
+// Returns 8 bytes of a row of `count` elements, from element k on; 0 beyond. aligned: rows may be read by 8 bytes. The
+// loop is not unrolled, as the compiler would make all loads of a kernel's weights at once, for which it lacks
+// registers.
 template <class S>
 __device__ uint2 row_part(const S* row, int k, int count, bool aligned) {
   constexpr int kOfLane = 8 / int(sizeof(S));

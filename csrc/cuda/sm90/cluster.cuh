@@ -9,6 +9,7 @@
 
 namespace birnn::cuda {
 
+// Waiting is bounded, of an mbarrier here and of grid's counter, which GPUs before 9.0 have, too.
 constexpr long long kPatience = 20'000'000'000;  // clock ticks, of 0.5 to 1 ns, that a CTA waits for its group
 
 inline __device__ void lost_patience() {
@@ -29,7 +30,7 @@ inline __device__ uint32_t remote(uint32_t address, int rank) {
   return there;
 }
 
-// Stores 16 bytes, and counts them at an mbarrier of the same CTA when they are there.
+// Stores 16 bytes in the CTA that `to` is in; an mbarrier of that CTA counts them when they are there.
 inline __device__ void store_async(uint32_t to, const uint4& v, uint32_t mbarrier) {
   asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.b32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(to),
                "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w), "r"(mbarrier)
@@ -65,10 +66,12 @@ inline __device__ void mbarrier_wait(uint32_t mbarrier, int parity) {
     if (clock64() - start > kPatience) lost_patience();
 }
 
-// From global to this CTA's shared memory, counted at an mbarrier; multiples of 16 bytes. What other threads of the
-// device wrote, and this one has acquired, must have been passed to the copying unit's view by
-// acquired_for_bulk_copy().
+// bulk_copy() copies from global to this CTA's shared memory, counted at an mbarrier; bytes is a multiple of 16. The
+// copying unit has a view of memory of its own. acquired_for_bulk_copy() passes to it what other threads wrote to
+// global memory and this one has acquired; stored_before_bulk_copy() what this thread wrote to shared memory, so that
+// it comes before what a copy will write there.
 inline __device__ void acquired_for_bulk_copy() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+inline __device__ void stored_before_bulk_copy() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 inline __device__ void bulk_copy(uint32_t to, const void* from, int bytes, uint32_t mbarrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
                "l"(from), "r"(bytes), "r"(mbarrier)
