@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -211,14 +211,23 @@ def run_layer(
 def _run_again(
     sequences: Sequences, weights: LayerWeights | Weights, state: State, variant: Variant | None, options: Options
 ) -> Results:
-    """Runs the layer now, keeping its input alone, and once more in the backward pass."""
+    """Runs the layer now, keeping its arguments alone, and once more in the backward pass."""
+    parameters = weights.tensors if isinstance(weights, LayerWeights) else weights
+    count = len(parameters)
 
     # A checkpoint notices a change in place of the tensors that are its arguments, not of those within others.
-    def run(x: Tensor, h0: Tensor | None, c0: Tensor | None, lengths: Tensor | None) -> Results:
-        return run_layer(sequences._replace(x=x, lengths=lengths), weights, (h0, c0), variant, options)
+    def run(x: Tensor, lengths: Tensor | None, h0: Tensor | None, c0: Tensor | None, *others: Any) -> Results:
+        own: LayerWeights | Weights
+        if isinstance(weights, LayerWeights):
+            own = LayerWeights(list(others[:count]), weights.kinds)
+        else:
+            own = Weights(*others[:count])
+        masks = None if variant is None else Variant(*others[count:])
+        return run_layer(Sequences(x, lengths, sequences.reset), own, (h0, c0), masks, options)
 
+    x, lengths, _ = sequences
     results: Results = checkpoint(
-        run, sequences.x, *state, sequences.lengths, use_reentrant=False, preserve_rng_state=False
+        run, x, lengths, *state, *parameters, *(variant or ()), use_reentrant=False, preserve_rng_state=False
     )
     return results
 
