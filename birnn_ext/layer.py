@@ -270,6 +270,7 @@ def _project(sequences: Sequences, w_ih: Tensor, *biases: Tensor) -> Tensor:
     It is one matrix product whatever x's strides. Of three dimensions with the batch first in memory F.linear would
     make one product for each sequence, each with a copy of the weights, where these need no gradient.
     """
+    _check_projection(sequences.x, w_ih, biases)
     x = sequences.without_padding()
     bias = None
     if len(biases) == 2 and x.element_size() <= 2:
@@ -281,6 +282,20 @@ def _project(sequences: Sequences, w_ih: Tensor, *biases: Tensor) -> Tensor:
     steps, batch, features = x.shape
     projected: Tensor = F.linear(x.reshape(steps * batch, features), w_ih, bias).unflatten(0, (steps, batch))
     return projected
+
+
+def _check_projection(x: Tensor, w_ih: Tensor, biases: tuple[Tensor, ...]) -> None:
+    """Checks what the product takes, with the names of the arguments, and what it would broadcast."""
+    if x.dim() != 3:
+        raise ValueError(f"birnn_ext: x must have shape (T, B, I), got {list(x.shape)}")
+    rows = w_ih.shape[:1]
+    for name, t, shape in [("w_ih", w_ih, (*rows, x.shape[2])), *(("bias", bias, rows) for bias in biases)]:
+        if t.shape != shape:
+            raise ValueError(f"birnn_ext: {name} of all directions must have shape {list(shape)}, got {list(t.shape)}")
+        if t.dtype != x.dtype:
+            raise TypeError(f"birnn_ext: {name} must be {x.dtype} as x, got {t.dtype}")
+        if t.device != x.device:
+            raise ValueError(f"birnn_ext: {name} must be on x's device {x.device}, got {t.device}")
 
 
 def run_recurrence(
