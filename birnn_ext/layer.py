@@ -95,7 +95,7 @@ class Weights(NamedTuple):
 
 
 class Variant(NamedTuple):
-    """What a layer does beyond nn.LSTM. None, and a mean of 0, stand for nothing."""
+    """Masks and factors by which a layer goes beyond nn.LSTM. None, and a mean of 0, stand for nothing."""
 
     reset: Tensor | None = None  # (T, B) bool: step t begins a new sequence, with h = c = 0
     h_mask: Tensor | None = None  # (D, B, P): multiplies h_{t-1} on its way to W_hh
@@ -267,8 +267,8 @@ def _project(sequences: Sequences, w_ih: Tensor, *biases: Tensor) -> Tensor:
     single step. So they are columns of w_ih there, and x has columns of ones. Rows are multiples of 16 bytes, for the
     fastest products.
 
-    It is one matrix product whatever x's strides. Of three dimensions with the batch first in memory F.linear would
-    make one product for each sequence, each with a copy of the weights, where these need no gradient.
+    It is one matrix product whatever x's strides. If x had three dimensions, with the batch first in memory, and the
+    weights needed no gradient, F.linear would make one product for each sequence, each with a copy of the weights.
     """
     _check_projection(sequences.x, w_ih, biases)
     x = sequences.without_padding()
