@@ -288,14 +288,15 @@ def _check_projection(x: Tensor, w_ih: Tensor, biases: tuple[Tensor, ...]) -> No
     """Checks what the product takes, with the names of the arguments, and what it would broadcast."""
     if x.dim() != 3:
         raise ValueError(f"birnn_ext: x must have shape (T, B, I), got {list(x.shape)}")
-    rows = w_ih.shape[:1]
-    for name, t, shape in [("w_ih", w_ih, (*rows, x.shape[2])), *(("bias", bias, rows) for bias in biases)]:
+    rows, dtype, device = w_ih.shape[:1], x.dtype, x.device
+    for t in (w_ih, *biases):
+        name, shape = ("w_ih", (*rows, x.shape[2])) if t is w_ih else ("bias", rows)
         if t.shape != shape:
             raise ValueError(f"birnn_ext: {name} of all directions must have shape {list(shape)}, got {list(t.shape)}")
-        if t.dtype != x.dtype:
-            raise TypeError(f"birnn_ext: {name} must be {x.dtype} as x, got {t.dtype}")
-        if t.device != x.device:
-            raise ValueError(f"birnn_ext: {name} must be on x's device {x.device}, got {t.device}")
+        if t.dtype != dtype:
+            raise TypeError(f"birnn_ext: {name} must be {dtype} as x, got {t.dtype}")
+        if t.device != device:
+            raise ValueError(f"birnn_ext: {name} must be on x's device {device}, got {t.device}")
 
 
 def run_recurrence(
