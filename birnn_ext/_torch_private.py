@@ -35,32 +35,32 @@ __all__ = [
 
 
 def within_torch_func() -> bool:
-    """Whether a transform such as vmap or grad is at work. Transforms know no autograd formulas of operators."""
+    """Tells whether a transform such as vmap or grad is at work. Transforms know no autograd formulas of operators."""
     return torch._C._are_functorch_transforms_active()
 
 
 def functionalizes() -> bool:
-    """Whether `torch.func.functionalize` is among the transforms at work."""
+    """Tells whether `torch.func.functionalize` is among the transforms at work."""
     return TransformType.Functionalize in [level.key() for level in torch._C._functorch.get_interpreter_stack()]
 
 
 def is_batched(t: Tensor) -> bool:
-    """Whether vmap maps over a tensor."""
+    """Tells whether vmap maps over a tensor."""
     return torch._C._functorch.is_batchedtensor(t)
 
 
 def within_forward_mode() -> bool:
-    """Whether forward-mode automatic differentiation is at work."""
+    """Tells whether forward-mode automatic differentiation is at work."""
     return forward_ad._current_level >= 0
 
 
 def carries_tangent(t: Tensor) -> bool:
-    """Whether a tensor has a tangent, within forward mode."""
+    """Tells whether a tensor has a tangent, within forward mode."""
     return forward_ad.unpack_dual(t).tangent is not None
 
 
 def dynamo_is_at_work() -> bool:
-    """Whether torch.compile compiles this frame, or frames that it has left to Python by a graph break."""
+    """Tells whether torch.compile compiles this frame, or frames that it has left to Python by a graph break."""
     return torch.compiler.is_compiling() or torch._C._dynamo.eval_frame.get_eval_frame_callback() is not None
 
 

@@ -147,7 +147,7 @@ def _rebuild(function: Callable[..., nn.Module], *arguments: Any) -> nn.Module:
 
 
 def _is_made(cls: type) -> bool:
-    """Whether `_ours` has made this class, of a user's class that is its first base."""
+    """Tells whether `_ours` has made this class, of a user's class that is its first base."""
     return vars(cls).get("__reduce_ex__") is _reduce_ex
 
 
@@ -175,7 +175,7 @@ def _theirs(cls: type) -> Any:
 
 
 def _is_pytorchs(cls: type) -> bool:
-    """Whether PyTorch has derived this class from a module's, as parametrizations and fully_shard do at run time."""
+    """Tells whether PyTorch has derived this class from a module's at run time, as parametrizations do."""
     return cls.__module__.startswith("torch.")
 
 

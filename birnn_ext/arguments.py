@@ -295,7 +295,7 @@ def _check_reset(reset: object, input: Tensor) -> Tensor:
 
 
 def _autocast(*tensors: Tensor) -> bool:
-    """Whether autocast gives all of them one dtype, so that theirs may differ."""
+    """Tells whether autocast gives all of them one dtype, so that theirs may differ."""
     return all(autocast_dtype(t) is not None for t in tensors)
 
 

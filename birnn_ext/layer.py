@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -95,7 +95,7 @@ class Weights(NamedTuple):
 
 
 class Variant(NamedTuple):
-    """What a layer does beyond nn.LSTM. None, and a mean of 0, stand for nothing."""
+    """Masks and factors by which a layer goes beyond nn.LSTM. None, and a mean of 0, stand for nothing."""
 
     reset: Tensor | None = None  # (T, B) bool: step t begins a new sequence, with h = c = 0
     h_mask: Tensor | None = None  # (D, B, P): multiplies h_{t-1} on its way to W_hh
@@ -211,14 +211,23 @@ def run_layer(
 def _run_again(
     sequences: Sequences, weights: LayerWeights | Weights, state: State, variant: Variant | None, options: Options
 ) -> Results:
-    """Runs the layer now, keeping its input alone, and once more in the backward pass."""
+    """Runs the layer now, keeping its arguments alone, and once more in the backward pass."""
+    parameters = weights.tensors if isinstance(weights, LayerWeights) else weights
+    count = len(parameters)
 
     # A checkpoint notices a change in place of the tensors that are its arguments, not of those within others.
-    def run(x: Tensor, h0: Tensor | None, c0: Tensor | None, lengths: Tensor | None) -> Results:
-        return run_layer(sequences._replace(x=x, lengths=lengths), weights, (h0, c0), variant, options)
+    def run(x: Tensor, lengths: Tensor | None, h0: Tensor | None, c0: Tensor | None, *others: Any) -> Results:
+        own: LayerWeights | Weights
+        if isinstance(weights, LayerWeights):
+            own = LayerWeights(list(others[:count]), weights.kinds)
+        else:
+            own = Weights(*others[:count])
+        masks = None if variant is None else Variant(*others[count:])
+        return run_layer(Sequences(x, lengths, sequences.reset), own, (h0, c0), masks, options)
 
+    x, lengths, _ = sequences
     results: Results = checkpoint(
-        run, sequences.x, *state, sequences.lengths, use_reentrant=False, preserve_rng_state=False
+        run, x, lengths, *state, *parameters, *(variant or ()), use_reentrant=False, preserve_rng_state=False
     )
     return results
 
@@ -258,9 +267,10 @@ def _project(sequences: Sequences, w_ih: Tensor, *biases: Tensor) -> Tensor:
     single step. So they are columns of w_ih there, and x has columns of ones. Rows are multiples of 16 bytes, for the
     fastest products.
 
-    It is one matrix product whatever x's strides. Of three dimensions with the batch first in memory F.linear would
-    make one product for each sequence, each with a copy of the weights, where these need no gradient.
+    It is one matrix product whatever x's strides. If x had three dimensions, with the batch first in memory, and the
+    weights needed no gradient, F.linear would make one product for each sequence, each with a copy of the weights.
     """
+    _check_projection(sequences.x, w_ih, biases)
     x = sequences.without_padding()
     bias = None
     if len(biases) == 2 and x.element_size() <= 2:
@@ -272,6 +282,21 @@ def _project(sequences: Sequences, w_ih: Tensor, *biases: Tensor) -> Tensor:
     steps, batch, features = x.shape
     projected: Tensor = F.linear(x.reshape(steps * batch, features), w_ih, bias).unflatten(0, (steps, batch))
     return projected
+
+
+def _check_projection(x: Tensor, w_ih: Tensor, biases: tuple[Tensor, ...]) -> None:
+    """Checks what the product takes, with the names of the arguments, and what it would broadcast."""
+    if x.dim() != 3:
+        raise ValueError(f"birnn_ext: x must have shape (T, B, I), got {list(x.shape)}")
+    rows, dtype, device = w_ih.shape[:1], x.dtype, x.device
+    for t in (w_ih, *biases):
+        name, shape = ("w_ih", (*rows, x.shape[2])) if t is w_ih else ("bias", rows)
+        if t.shape != shape:
+            raise ValueError(f"birnn_ext: {name} of all directions must have shape {list(shape)}, got {list(t.shape)}")
+        if t.dtype != dtype:
+            raise TypeError(f"birnn_ext: {name} must be {dtype} as x, got {t.dtype}")
+        if t.device != device:
+            raise ValueError(f"birnn_ext: {name} must be on x's device {device}, got {t.device}")
 
 
 def run_recurrence(

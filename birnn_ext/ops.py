@@ -79,6 +79,9 @@ def lstm_layer(
     Raises:
         ValueError, TypeError: as `lstm_recurrence`.
     """
-    given = LayerWeights(weights, _KINDS if bias else _KINDS[:2])
+    kinds = _KINDS if bias else _KINDS[:2]
+    if len(weights) not in (len(kinds), 2 * len(kinds)):
+        raise ValueError(f"lstm_layer: weights must be {len(kinds)} or {2 * len(kinds)} tensors, got {len(weights)}")
+    given = LayerWeights(weights, kinds)
     y, h_n, c_n, _ = run_layer(Sequences(x, lengths), given, (h0, c0), options=Options(recompute=recompute))
     return y, h_n, c_n

@@ -47,7 +47,7 @@ def as_nn_lstm() -> Iterator[None]:
 
 
 def is_recording() -> bool:
-    """Whether an LSTM must leave nn.LSTM's operator now."""
+    """Tells whether an LSTM must leave nn.LSTM's operator now."""
     return _asked or is_tracing()
 
 

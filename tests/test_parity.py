@@ -272,6 +272,28 @@ def test_an_input_may_change_in_place_where_it_may_with_nn_lstm(options, batch, 
     assert allowed == allowed_in_all(options, batch, batch_first)
 
 
+@pytest.mark.parametrize("changed", ["weight_ih_l0", "weight_hh_l0", "bias_hh_l0", "state"])
+@pytest.mark.parametrize("options", [*KEEPING, {"layer_norm": True, "recompute": True}], ids=str)
+def test_what_changed_in_place_never_gives_wrong_gradients(options, changed, device):
+    """nn.LSTM raises. So do ours, unless they keep a copy, whose gradients are those of the values before."""
+    lstm = LSTM(3, 4, bidirectional=True, device=device, **options)
+    x = torch.randn(5, 2, 3, device=device, dtype=options.get("dtype"), requires_grad=True)
+    state = random_state(2, 2, 4, device=device, dtype=options.get("dtype"))
+    y, _ = lstm(x, state)
+    inputs = [x, *lstm.parameters()]
+    expected = torch.autograd.grad(y.sum(), inputs, retain_graph=True)
+    with torch.no_grad():
+        (state[0] if changed == "state" else getattr(lstm, changed)).add_(1)
+    try:
+        assert all(map(torch.equal, torch.autograd.grad(y.sum(), inputs), expected))
+        kept_a_copy = True
+    except RuntimeError as error:
+        assert "modified by an inplace operation" in str(error)
+        kept_a_copy = False
+    if options.get("recompute"):
+        assert not kept_a_copy
+
+
 @pytest.mark.parametrize(("batch", "batch_first"), [(4, True), (1, True), (4, False)])
 @pytest.mark.parametrize("options", KEEPING, ids=str)
 def test_an_input_made_in_inference_mode_trains_where_it_does_with_nn_lstm(options, batch, batch_first):

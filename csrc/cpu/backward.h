@@ -44,7 +44,7 @@ struct Backward {
                sizeof(Factor<S>);
   }
 
-  // How many values rows of n values take as factors.
+  // Counts the values that rows of n values take as factors.
   static int64_t row_values(int64_t n, int64_t rows) {
     return round_up(rows, kTileRows<S>) * packed_rows<S>(n) * kPlanes<S>;
   }

@@ -111,7 +111,7 @@ int access_of(std::initializer_list<const void*> pointers, std::initializer_list
   return int(bits & (~bits + 1));
 }
 
-// Whether float32 products are to be of float32's accuracy, or PyTorch's switches allow TF32.
+// Tells whether float32 products must have float32's accuracy; otherwise PyTorch's switches allow TF32.
 bool full_float32(DType dtype) {
   if (dtype != DType::f32) return true;
 #if TORCH_VERSION_MAJOR > 2 || TORCH_VERSION_MINOR >= 10

@@ -2,7 +2,7 @@
 // fill 16 bytes where H is a multiple of N and all tensors begin at multiples of 16 bytes; else N is 1. Tensors of type
 // A (gates_h, c, cells, dh, dc) then take one or two such accesses.
 //
-// Memory bounds the time. Of each unit and step the forward kernel reads the gates' two parts and c, and writes y, h
+// Memory bounds the time. For each unit and step the forward kernel reads the gates' two parts and c, and writes y, h
 // and c and, if they are saved, the cell's values and c once more. The backward kernel reads dy, dh, dc, the saved
 // values, c and the c before, and writes dc and the gates' gradients twice: for the next product, and as d_gates_x.
 #include <initializer_list>
@@ -45,7 +45,7 @@ __device__ void store(void* base, int64_t offset, const A (&from)[N]) {
   *reinterpret_cast<Packet<T, N>*>(static_cast<T*>(base) + offset) = packet;
 }
 
-// Where a thread works.
+// The place at which a thread works.
 struct Place {
   int64_t d, b, unit;
   bool valid;
