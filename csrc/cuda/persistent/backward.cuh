@@ -277,8 +277,8 @@ struct BackwardCells {
     return states ? load<S>(states, (place.d * p.B + b0 + place.sequence(i)) * p.H + unit) : 0.f;
   }
 
-  // Runs cell i backwards in step s; dh: the gradient of h_t from step t + 1. What only a sequence's last and first step take is
-  // read when it is: registers are for weights.
+  // Runs cell i backwards in step s; dh: the gradient of h_t from step t + 1. What only a sequence's last and first
+  // step take is read when it is: registers are for weights.
   __device__ void step(const PersistentBackward& p, const BackwardPlace<S, Row>& place, int64_t b0, int i, int s,
                        const typename BackwardRing<S, Row>::Input& x, float dh) {
     if (activity[i].at(s)) {

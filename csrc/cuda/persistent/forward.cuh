@@ -280,8 +280,8 @@ struct ForwardCells {
     }
   }
 
-  // Runs cell i in step s: z -> activations. A sequence keeps its state where it has no step, and so does padding, whose
-  // state is 0: infinity times its weights of 0 must not reach others.
+  // Runs cell i in step s: z -> activations. A sequence keeps its state where it has no step, and so does padding,
+  // whose state is 0: infinity times its weights of 0 must not reach others.
   __device__ void step(int i, int s, float (&z)[Lstm::kGates]) {
     float next = c[i];
     const S out = convert(factor<S>(Lstm::forward<CellMath<S>>(z, next)), S());
