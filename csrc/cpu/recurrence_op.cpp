@@ -87,8 +87,9 @@ std::tuple<Tensor, Tensor, Tensor> lstm_recurrence_backward(const Tensor& w_hh, 
 // --- a layer with its input projection -------------------------------------------------------------------------------
 
 // Checks that a type has a backward pass.
-void check_saved(const LayerCall& layer, const Tensor& x) {
-  TORCH_CHECK_TYPE(layer.dtype == DType::f64 || layer.dtype == DType::f32,
+void check_saved(const Tensor& x) {
+  const DType dtype = dtype_of(x, "x");
+  TORCH_CHECK_TYPE(dtype == DType::f64 || dtype == DType::f32,
                    "lstm_layer: x must be float64 or float32 for a backward pass, got ", x.scalar_type());
 }
 
@@ -105,8 +106,8 @@ Tensor with_dense_rows(const Tensor& t) { return t.size(-1) <= 1 || t.stride(-1)
 FiveTensors lstm_layer(const Tensor& x_, at::TensorList weights, bool bias, const OptionalTensor& h0,
                        const OptionalTensor& c0, const OptionalTensor& lengths, c10::string_view save_) {
   const Save save = save_named(save_);
+  if (save != Save::none) check_saved(x_);
   const LayerCall layer(x_, {weights, bias});
-  if (save != Save::none) check_saved(layer, x_);
   const Tensor x = with_dense_rows(x_);
   birnn::Forward call(layer.dtype, layer.sizes(), x.options(), h0, c0, lengths, save);
   call.params.input = projection(layer, x, call.params.w_hh);
@@ -117,8 +118,8 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor, Tensor> lstm_layer_backward(
     const Tensor& x_, at::TensorList weights, bool bias, const OptionalTensor& h0, const OptionalTensor& c0,
     const OptionalTensor& lengths, const Tensor& y_, const Tensor& gates, const Tensor& cells, const OptionalTensor& dy,
     const OptionalTensor& dh_n, const OptionalTensor& dc_n, bool x_grad, bool weight_grads, bool state_grads) {
+  check_saved(x_);
   const LayerCall layer(x_, {weights, bias});
-  check_saved(layer, x_);
   const Tensor x = with_dense_rows(x_), y = y_.contiguous();
   const auto [T, B, I, D, H] = std::tie(layer.T, layer.B, layer.I, layer.D, layer.H);
   check(y, "y", {T, B, D, H}, x.scalar_type(), x.device());
