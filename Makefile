@@ -48,7 +48,7 @@ $(VENV)/ready: pyproject.toml
 # The install is editable, so Python uses the files of this folder. The extension is rebuilt when its sources change.
 # This shows downloads, the target of the build, and a line for each compiled file; if it fails, all of pip's output.
 $(VENV)/installed: $(VENV)/ready setup.py $(shell find csrc -type f)
-	@echo "== Step 2 of 2: compiles birnn_ext: 2 minutes on two cores, 3 with CUDA kernels; the whole output: $(VENV)/build.log"
+	@echo "== Step 2 of 2: compiles birnn_ext: 2 to 3 minutes on two cores, 5 to 6 with CUDA kernels; the whole output: $(VENV)/build.log"
 	@NINJA_STATUS='[%f of %t, %e s] ' $(BIN)/python -m pip install --no-build-isolation -v -e '.[mnist,test]' 2>&1 \
 		| tee $(VENV)/build.log \
 		| sed -unE -e 's/^ *(birnn_ext: |Downloading |Installing )/  \1/p' \
