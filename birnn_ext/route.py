@@ -24,6 +24,9 @@ from birnn_ext._torch_private import (
 from birnn_ext.without_kernels import no_kernel
 
 
+BUILT_FOR_CUDA = bool(_C.build_info()["cuda"])  # a constant, as torch.compile can't trace the question
+
+
 class Way(Enum):
     """What runs a layer, or its recurrence alone after an input projection."""
 
@@ -94,7 +97,7 @@ def _has_layer_operator(x: Tensor, differentiated: bool, recompute: bool) -> boo
     if x.is_cpu:
         return not differentiated or x.dtype in (torch.float32, torch.float64)
     # On CUDA it keeps the gates, so there is another way to recompute them.
-    return x.is_cuda and bool(_C.build_info()["cuda"]) and not (differentiated and recompute)
+    return x.is_cuda and BUILT_FOR_CUDA and not (differentiated and recompute)
 
 
 def choose_recurrence_route(floating: Sequence[Tensor | None], *, extended: bool = False, cells: bool = False) -> Route:
@@ -111,7 +114,7 @@ def choose_recurrence_route(floating: Sequence[Tensor | None], *, extended: bool
         device = next(t.device for t in floating if t is not None)
         if transformed:
             why = "has no rule for torch.func's transforms"
-        elif device.type not in ("cpu", "meta") and not (device.type == "cuda" and _C.build_info()["cuda"]):
+        elif device.type not in ("cpu", "meta") and not (device.type == "cuda" and BUILT_FOR_CUDA):
             why = no_kernel(device)
     if why is not None:
         return Route(Way.REFERENCE, why)

@@ -19,7 +19,7 @@ import torch.utils.cpp_extension
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import birnn_ext
-from birnn_ext import variants
+from birnn_ext import route, variants
 
 ROOT = Path(__file__).parents[1]
 SETUP = ROOT / "setup.py"
@@ -154,6 +154,7 @@ def no_nvcc(monkeypatch):
     assert name == "BIRNN_CUDA_MISSING"
     missing = json.loads(value)
     monkeypatch.setattr(birnn_ext._C, "build_info", lambda: {"cuda": None, "cuda_missing": missing})
+    monkeypatch.setattr(route, "BUILT_FOR_CUDA", False)
     return missing
 
 
