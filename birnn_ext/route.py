@@ -23,7 +23,6 @@ from birnn_ext._torch_private import (
 )
 from birnn_ext.without_kernels import no_kernel
 
-
 BUILT_FOR_CUDA = bool(_C.build_info()["cuda"])  # a constant, as torch.compile can't trace the question
 
 
