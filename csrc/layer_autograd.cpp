@@ -2,7 +2,6 @@
 // kernels.
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/alias.h>
-#include <ATen/ops/arange.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/stack.h>
@@ -65,9 +64,7 @@ variable_list composite(const Tensor& x, at::TensorList weights, bool bias, cons
     if (bias) biases.push_back(layer.bias_ih(d) + layer.bias_hh(d));
   }
   const auto directions = static_cast<int64_t>(w_ih.size());
-  Tensor used = x;
-  if (lengths)  // values beyond a sequence's end must not reach the weights' gradients
-    used = x.masked_fill((at::arange(x.size(0), lengths->options()).unsqueeze(1) >= *lengths).unsqueeze(-1), 0);
+  const Tensor used = birnn::without_padding(x, lengths);
   const Tensor gates_x = at::linear(used, at::cat(w_ih), bias ? OptionalTensor(at::cat(biases)) : std::nullopt);
   auto [y, h_n, c_n, gates, cells] =
       recurrence.call(gates_x.unflatten(-1, {directions, -1}), at::stack(w_hh), h0, c0, lengths, "all");

@@ -3,12 +3,21 @@
 // birnn_ext.layer.LayerWeights makes the list.
 #pragma once
 
+#include <ATen/TensorOperators.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/arange.h>
 #include <c10/util/Exception.h>
 
+#include <optional>
 #include <vector>
 
 namespace birnn {
+
+// Returns x (T, B, I) with zeros beyond the sequences' ends: what lies there must not reach the weights' gradients.
+inline at::Tensor without_padding(const at::Tensor& x, const std::optional<at::Tensor>& lengths) {
+  if (!lengths) return x;
+  return x.masked_fill((at::arange(x.size(0), lengths->options()).unsqueeze(1) >= *lengths).unsqueeze(-1), 0);
+}
 
 struct LayerWeights {
   at::TensorList tensors;

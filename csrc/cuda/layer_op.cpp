@@ -81,12 +81,7 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor, Tensor> lstm_layer_backward(
   std::vector<Tensor> d_weights;
   for (const Tensor& w : weights)
     d_weights.push_back(at::empty(weight_grads ? w.sizes() : at::IntArrayRef{0}, x.options()));
-  Tensor rows;
-  if (weight_grads) {  // whatever lies beyond a sequence's end must not reach the weights' gradients
-    rows = x;
-    if (lengths) rows = x.masked_fill((at::arange(T, lengths->options()).unsqueeze(1) >= *lengths).unsqueeze(-1), 0);
-    rows = rows.reshape({T * B, layer.I});
-  }
+  const Tensor rows = weight_grads ? without_padding(x, lengths).reshape({T * B, layer.I}) : Tensor();
   const LayerWeights gradients{d_weights, bias};
   std::vector<Tensor> d_bias_ih, d_bias_hh;
   for (int64_t d = 0; d < D; ++d) {
