@@ -18,6 +18,7 @@ from birnn_ext.arguments import Call, Elsewhere, State, arranged, autocast_dtype
 from birnn_ext.flat_weights import WithoutFlatWeights
 from birnn_ext.layer import LayerWeights, Options, Results, Sequences, Variant, run_last, run_layer
 from birnn_ext.layer import State as LayerState
+from birnn_ext.route import Way, choose_route
 from birnn_ext.signatures import with_overloads
 
 _WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")  # the last two with bias only
@@ -253,6 +254,15 @@ class LSTM(WithoutFlatWeights):
         if dtype is not None:
             sequences = sequences._replace(x=sequences.x.to(dtype))
             hx = None if hx is None else (hx[0].to(dtype), hx[1].to(dtype))
+        if not self._needs_python_between(call):
+            weights = self._weights(self._flat_weights_names)
+            route = choose_route(sequences.x, (*weights, *(hx or ())), recompute=self.recompute)
+            if route.way is Way.LAYER:
+                y, h_n, c_n = torch.ops.birnn_ext.lstm(
+                    sequences.x, weights, self.bias, *(hx or (None, None)), sequences.lengths, self.num_layers,
+                    call.last, self.recompute,
+                )  # fmt: skip
+                return y, None if call.last and self.bidirectional else (h_n, c_n), None
         directions = 2 if self.bidirectional else 1
         recorded = self if call.recorded else None
         h_ns, c_ns, cells = [], [], None
@@ -285,18 +295,30 @@ class LSTM(WithoutFlatWeights):
         y, h_n, c_n, cells = run_layer(sequences, weights, state, variant, options)
         return y.flatten(2), h_n, c_n, cells
 
-    def _layer_weights(self, layer: int, dtype: torch.dtype) -> LayerWeights:
-        """Reads a layer's parameters as they are now, and casts them to x's dtype where autocast has cast x."""
-        names = [name for d in range(2 if self.bidirectional else 1) for name in self._weight_names(layer, d)]
+    def _needs_python_between(self, call: Call) -> bool:
+        """Tells whether there is something to do between layers, or in one of them, that the operator lstm can't."""
+        drops = self.training and (self.recurrent_dropout > 0 or (self.dropout > 0 and self.num_layers > 1))
+        beyond = self.zoneout != (0, 0) or self.layer_norm or self.proj_size > 0
+        return drops or beyond or call.cells or call.recorded or call.sequences.reset is not None
+
+    def _weights(self, names: Sequence[str]) -> list[Tensor]:
+        """Reads parameters as they are now, which must all be of one dtype and on one device."""
         # nn.Module finds parameters here, too, but takes a microsecond for each.
         parameters: dict[str, Any] = self._parameters
-        weights = [parameters[name] if name in parameters else getattr(self, name) for name in names]
+        weights: list[Tensor] = [parameters[name] if name in parameters else getattr(self, name) for name in names]
         first = self.weight_ih_l0
         own, device = first.dtype, first.device
         for name, w in zip(names, weights, strict=True):
             if w.dtype != own or w.device != device:
                 raise ValueError(f"LSTM: {name} must be {own} on {device} as weight_ih_l0, got {w.dtype} on {w.device}")
-        if own != dtype:
+        return weights
+
+    def _layer_weights(self, layer: int, dtype: torch.dtype) -> LayerWeights:
+        """Reads a layer's parameters, and casts them to x's dtype where autocast has cast x."""
+        weights = self._weights(
+            [name for d in range(2 if self.bidirectional else 1) for name in self._weight_names(layer, d)]
+        )
+        if weights[0].dtype != dtype:
             weights = [w.to(dtype) for w in weights]
         return LayerWeights(weights, self._weight_kinds())
 

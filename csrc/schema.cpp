@@ -1,5 +1,5 @@
 // The operators' schemas. cpu/*_op.cpp and cuda/*_op.cpp implement them; birnn_ext/without_kernels.py does so for every
-// other device and for fake tensors, and birnn_ext/gradients.py and layer_autograd.cpp have their gradients.
+// other device and for fake tensors, and birnn_ext/gradients.py and lstm_autograd.cpp have their gradients.
 //
 // `save` says what an operator keeps for its backward pass, and means the same in all:
 //   "none"   nothing: cells, gates, and whatever follows them are empty
@@ -27,6 +27,14 @@ TORCH_LIBRARY(birnn_ext, m) {
       "lstm_layer_backward(Tensor x, Tensor[] weights, bool bias, Tensor? h0, Tensor? c0, Tensor? lengths, Tensor y,"
       " Tensor gates, Tensor cells, Tensor? dy, Tensor? dh_n, Tensor? dc_n, bool x_grad, bool weight_grads,"
       " bool state_grads) -> (Tensor dx, Tensor[] d_weights, Tensor dh0, Tensor dc0)");
+
+  // A stack of layers: weights are those of layer 0, then those of layer 1 and so on; h0 and c0 (layers * D, B, H). It
+  // calls lstm_layer, and differentiates as one operator. If x has a 16-bit type, it converts weights of others. With last,
+  // y is the final layer's output at each sequence's last step, (B, D * H); with two directions h_n and c_n are then
+  // empty. recompute: a backward pass computes the gates again.
+  m.def(
+      "lstm(Tensor x, Tensor[] weights, bool bias, Tensor? h0, Tensor? c0, Tensor? lengths, int layers, bool last,"
+      " bool recompute) -> (Tensor y, Tensor h_n, Tensor c_n)");
 
   // The recurrence of the extended LSTM; core/variant.h has shapes and meanings.
   m.def(

@@ -1,0 +1,479 @@
+// birnn_ext::lstm, a stack of layers that calls lstm_layer for each, and the gradients of both. They are in C++
+// because, for a single sequence, Python would take longer than the kernels.
+#include <ATen/TensorOperators.h>
+#include <ATen/ops/_foreach_copy.h>
+#include <ATen/ops/alias.h>
+#include <ATen/ops/arange.h>
+#include <ATen/ops/cat.h>
+#include <ATen/ops/empty_like.h>
+#include <ATen/ops/index.h>
+#include <ATen/ops/index_put.h>
+#include <ATen/ops/linear.h>
+#include <ATen/ops/stack.h>
+#include <ATen/ops/zeros_like.h>
+#include <torch/csrc/autograd/autograd.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include <optional>
+#include <vector>
+
+#include "layer_weights.h"
+
+namespace {
+
+using at::Tensor;
+using birnn::LayerWeights;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+using OptionalTensor = std::optional<Tensor>;
+using ThreeTensors = std::tuple<Tensor, Tensor, Tensor>;
+using FiveTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+FiveTensors call_layer(const Tensor& x, at::TensorList weights, bool bias, const OptionalTensor& h0,
+                       const OptionalTensor& c0, const OptionalTensor& lengths, c10::string_view save) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("birnn_ext::lstm_layer", "")
+                             .typed<FiveTensors(const Tensor&, at::TensorList, bool, const OptionalTensor&,
+                                                const OptionalTensor&, const OptionalTensor&, c10::string_view)>();
+  return op.call(x, weights, bias, h0, c0, lengths, save);
+}
+
+std::tuple<Tensor, std::vector<Tensor>, Tensor, Tensor> call_backward(
+    const Tensor& x, at::TensorList weights, bool bias, const OptionalTensor& h0, const OptionalTensor& c0,
+    const OptionalTensor& lengths, const Tensor& y, const Tensor& gates, const Tensor& cells, const OptionalTensor& dy,
+    const OptionalTensor& dh_n, const OptionalTensor& dc_n, bool x_grad, bool weight_grads, bool state_grads) {
+  static const auto op =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("birnn_ext::lstm_layer_backward", "")
+          .typed<std::tuple<Tensor, std::vector<Tensor>, Tensor, Tensor>(
+              const Tensor&, at::TensorList, bool, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
+              const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
+              const OptionalTensor&, bool, bool, bool)>();
+  return op.call(x, weights, bias, h0, c0, lengths, y, gates, cells, dy, dh_n, dc_n, x_grad, weight_grads, state_grads);
+}
+
+// Computes a layer as an input projection and birnn_ext::lstm_recurrence, which autograd can differentiate repeatedly.
+ThreeTensors differentiable_layer(const Tensor& x, at::TensorList weights, bool bias, const OptionalTensor& h0,
+                                  const OptionalTensor& c0, const OptionalTensor& lengths) {
+  static const auto recurrence =
+      c10::Dispatcher::singleton()
+          .findSchemaOrThrow("birnn_ext::lstm_recurrence", "")
+          .typed<FiveTensors(const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
+                             const OptionalTensor&, c10::string_view)>();
+  const LayerWeights layer{weights, bias};
+  std::vector<Tensor> w_ih, w_hh, biases;
+  for (size_t d = 0; d < layer.directions(); ++d) {
+    w_ih.push_back(layer.w_ih(d));
+    w_hh.push_back(layer.w_hh(d));
+    if (bias) biases.push_back(layer.bias_ih(d) + layer.bias_hh(d));
+  }
+  const auto directions = static_cast<int64_t>(w_ih.size());
+  const Tensor used = birnn::without_padding(x, lengths);
+  const Tensor gates_x = at::linear(used, at::cat(w_ih), bias ? OptionalTensor(at::cat(biases)) : std::nullopt);
+  auto [y, h_n, c_n, gates, cells] =
+      recurrence.call(gates_x.unflatten(-1, {directions, -1}), at::stack(w_hh), h0, c0, lengths, "all");
+  return {y, h_n, c_n};
+}
+
+OptionalTensor defined(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
+
+// --- a stack of layers
+// ------------------------------------------------------------------------------------------------
+
+// A call of lstm_layer: a layer, or one direction of it.
+struct Part {
+  int64_t layer, direction, directions;
+  bool of_last;    // one direction of a final layer of which only the last outputs are wanted
+  bool last_step;  // only each sequence's last step runs: the reverse direction of such a layer
+};
+
+// A stack of layers, as the operator lstm is given it.
+struct Stack {
+  at::TensorList weights;  // each layer's, one after the other
+  bool bias;
+  int64_t layers;
+  bool last;  // whether only the final layer's output at each sequence's last step is wanted
+
+  LayerWeights layer(int64_t k) const {
+    const size_t count = weights.size() / layers;
+    return {weights.slice(k * count, count), bias};
+  }
+  int64_t directions() const { return static_cast<int64_t>(layer(0).directions()); }
+
+  // Finds the calls that run the stack, in their order.
+  std::vector<Part> parts() const {
+    const int64_t D = directions();
+    std::vector<Part> all;
+    for (int64_t k = 0; k < layers - last; ++k) all.push_back({k, 0, D, false, false});
+    for (int64_t d = 0; last && d < D; ++d) all.push_back({layers - 1, d, 1, true, d == 1});
+    return all;
+  }
+  size_t first_weight(const Part& part) const {
+    return part.layer * (weights.size() / layers) + part.direction * layer(0).per_direction();
+  }
+  at::TensorList weights_of(const Part& part) const {
+    return weights.slice(first_weight(part), part.directions * layer(0).per_direction());
+  }
+  // Returns a part's share of a state (layers * D, B, H), or of its gradient.
+  OptionalTensor share(const OptionalTensor& state, const Part& part) const {
+    if (!state) return state;
+    return state->narrow(0, part.layer * directions() + part.direction, part.directions);
+  }
+};
+
+// Where the last steps (B, .) of sequences are in a tensor (T, B, .); of empty sequences it is step 0.
+c10::List<OptionalTensor> last_steps(const Tensor& lengths) {
+  c10::List<OptionalTensor> places;
+  places.push_back((lengths - 1).clamp_min(0));
+  places.push_back(at::arange(lengths.size(0), lengths.options()));
+  return places;
+}
+
+// Returns values or gradients (B, H) with zeros for empty sequences, whose last output is 0 while h_n is h0.
+Tensor without_empty(const Tensor& t, const OptionalTensor& lengths) {
+  return lengths ? t.masked_fill((*lengths == 0).unsqueeze(-1), 0) : t;
+}
+
+// Runs the parts of a stack, each by run_part(part, x, h0, c0, lengths), which returns y, h_n and c_n. Returns
+// y (T, B, D, H), or the last outputs (B, D * H), and the final states; none with the last outputs of two directions.
+template <class RunPart>
+ThreeTensors run_stack(const Stack& stack, const Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
+                       const OptionalTensor& lengths, const RunPart& run_part) {
+  Tensor input = x, output;
+  std::vector<Tensor> last_outputs, h_ns, c_ns;
+  for (const Part& part : stack.parts()) {
+    Tensor part_x = input;
+    OptionalTensor part_lengths = lengths;
+    if (part.last_step) {
+      part_x = lengths ? at::index(input, last_steps(*lengths)).unsqueeze(0) : input.narrow(0, -1, 1);
+      if (lengths) part_lengths = lengths->clamp_max(1);
+    }
+    const auto [y, h_n, c_n] = run_part(part, part_x, stack.share(h0, part), stack.share(c0, part), part_lengths);
+    h_ns.push_back(h_n), c_ns.push_back(c_n);
+    if (part.last_step) {
+      last_outputs.push_back(y.select(0, 0).select(1, 0));
+    } else if (part.of_last) {
+      last_outputs.push_back(without_empty(h_n.select(0, 0), lengths));
+    } else {
+      output = y;
+      input = y.flatten(2);
+    }
+  }
+  if (stack.last) output = at::cat(last_outputs, -1);
+  if (stack.last && stack.directions() == 2) return {output, x.new_empty({0}), x.new_empty({0})};
+  if (stack.layers == 1) return {output, h_ns[0], c_ns[0]};
+  return {output, at::cat(h_ns), at::cat(c_ns)};
+}
+
+// --- autograd
+// ---------------------------------------------------------------------------------------------------------
+
+// Kernels see plain values only. This finds gradients that are a batch, as with autograd.grad(...,
+// is_grads_batched=True) or torch.func.vmap, or that carry tangents.
+bool transformed(const variable_list& grads) {
+  constexpr c10::DispatchKeySet batched({c10::DispatchKey::Batched, c10::DispatchKey::FuncTorchBatched});
+  bool found = false;
+  for (const Tensor& grad : grads) {
+    if (!grad.defined()) continue;
+    TORCH_CHECK_NOT_IMPLEMENTED(!grad.key_set().has(c10::DispatchKey::FuncTorchGradWrapper),
+                                "birnn_ext: torch.func's grad, vjp and jvp can't follow a graph that was made outside "
+                                "of them; call the LSTM within the function that they transform");
+    found |= grad.key_set().has_any(batched) || grad._fw_grad(/*level=*/0).defined();
+  }
+  return found;
+}
+
+struct StackFunction : torch::autograd::Function<StackFunction> {
+  // The places of the arguments of forward, and of their gradients.
+  static constexpr size_t kX = 0, kH0 = 1, kC0 = 2, kWeights = 8;
+  static constexpr size_t kSavedOfPart = 4;  // tensors: its x, y, gates and cells
+
+  // Returns y, h_n and c_n, then the gates and cells of the last part.
+  static variable_list forward(AutogradContext* ctx, const Tensor& x, const OptionalTensor& h0,
+                               const OptionalTensor& c0, const OptionalTensor& lengths, bool bias, int64_t layers,
+                               bool last, c10::string_view save, at::TensorList weights) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    const Stack stack{weights, bias, layers, last};
+    variable_list saved = {h0.value_or(Tensor()), c0.value_or(Tensor()), lengths.value_or(Tensor())};
+    Tensor last_gates, last_cells;
+    bool wanted = x.requires_grad() || (h0 && h0->requires_grad()) || (c0 && c0->requires_grad());
+    const auto run_part = [&](const Part& part, const Tensor& part_x, const OptionalTensor& part_h0,
+                              const OptionalTensor& part_c0, const OptionalTensor& part_lengths) -> ThreeTensors {
+      // Layers below the first that is trained keep nothing.
+      for (const Tensor& w : stack.weights_of(part)) wanted |= w.requires_grad();
+      auto [y, h_n, c_n, gates, cells] =
+          call_layer(part_x, stack.weights_of(part), bias, part_h0, part_c0, part_lengths, wanted ? save : "none");
+      saved.insert(saved.end(), {part_x, y, gates, cells});
+      last_gates = gates, last_cells = cells;
+      return {y, h_n, c_n};
+    };
+    const auto [y, h_n, c_n] = run_stack(stack, x, h0, c0, lengths, run_part);
+    saved.insert(saved.end(), weights.begin(), weights.end());
+    ctx->save_for_backward(saved);
+    ctx->saved_data["weights"] = static_cast<int64_t>(weights.size());
+    ctx->saved_data["bias"] = bias;
+    ctx->saved_data["layers"] = layers;
+    ctx->saved_data["last"] = last;
+    ctx->mark_non_differentiable({last_gates, last_cells});
+    ctx->set_materialize_grads(false);
+    return {y, h_n, c_n, last_gates, last_cells};
+  }
+
+  // What forward was given, and has kept.
+  struct Saved {
+    variable_list all;
+    Stack stack;
+    OptionalTensor h0, c0, lengths;
+    std::vector<Part> parts;
+
+    explicit Saved(AutogradContext* ctx) : all(ctx->get_saved_variables()) {
+      h0 = defined(all[0]), c0 = defined(all[1]), lengths = defined(all[2]);
+      const size_t weights = ctx->saved_data["weights"].toInt();
+      stack = {at::TensorList(all).slice(all.size() - weights), ctx->saved_data["bias"].toBool(),
+               ctx->saved_data["layers"].toInt(), ctx->saved_data["last"].toBool()};
+      parts = stack.parts();
+    }
+    Saved(const Saved&) = delete;  // stack points into `all`
+
+    const Tensor& x() const { return all[3]; }
+    const Tensor& of_part(size_t n, size_t k) const { return all[3 + kSavedOfPart * n + k]; }
+  };
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const Saved saved(ctx);
+    variable_list result(kWeights + saved.stack.weights.size());
+    if (!grads[0].defined() && !grads[1].defined() && !grads[2].defined()) return result;
+    if (transformed(grads) || at::GradMode::is_enabled())
+      differentiable_backward(saved, grads, result);
+    else
+      kernels_backward(ctx, saved, grads, result);
+    return result;
+  }
+
+  struct ResultGradients {
+    OptionalTensor dy, dh_n, dc_n;
+  };
+
+  // Finds the gradients of a part's results. grads are those of the stack's results, d_input is that of the input of
+  // the layer above.
+  static ResultGradients gradients_of_results(const Saved& saved, const Part& part, const variable_list& grads,
+                                              const Tensor& d_input) {
+    const Stack& stack = saved.stack;
+    ResultGradients found{std::nullopt, stack.share(defined(grads[1]), part), stack.share(defined(grads[2]), part)};
+    const OptionalTensor output = part.layer == stack.layers - 1 ? defined(grads[0]) : defined(d_input);
+    if (!output) return found;
+    const int64_t D = stack.directions(), H = output->size(-1) / (output->dim() == 4 ? 1 : D);
+    if (!part.of_last) {
+      found.dy = output->dim() == 4 ? *output : output->unflatten(-1, {D, H});
+      return found;
+    }
+    const Tensor own = output->narrow(-1, part.direction * H, H);  // (B, H)
+    if (part.last_step) {
+      found.dy = own.unsqueeze(0).unsqueeze(2);
+    } else {
+      const Tensor d = without_empty(own, saved.lengths).unsqueeze(0);
+      found.dh_n = found.dh_n ? *found.dh_n + d : d;
+    }
+    return found;
+  }
+
+  // Adds gradients (B, I) of the sequences' last steps to those of all steps (T, B, I).
+  static void add_to_last_steps(Tensor& all, const Tensor& last, const OptionalTensor& lengths) {
+    if (!lengths) {
+      all.select(0, -1).add_(last);
+      return;
+    }
+    const auto places = last_steps(*lengths);
+    all.index_put_(places, at::index(all, places) + last);
+  }
+
+  // Joins the parts' gradients of a state, of which some may have none.
+  static Tensor of_all_parts(const Saved& saved, const Tensor& state, std::vector<Tensor>& gradients) {
+    for (size_t n = 0; n < gradients.size(); ++n)
+      if (!gradients[n].defined()) gradients[n] = at::zeros_like(*saved.stack.share(state, saved.parts[n]));
+    return gradients.size() == 1 ? gradients[0] : at::cat(gradients);
+  }
+
+  static void kernels_backward(AutogradContext* ctx, const Saved& saved, const variable_list& grads,
+                               variable_list& result) {
+    const Stack& stack = saved.stack;
+    // Inputs that are there count as variables, in the order of forward's arguments.
+    const size_t variable = 1 + saved.h0.has_value() + saved.c0.has_value() + saved.lengths.has_value();
+    const bool h0_grad = saved.h0 && ctx->needs_input_grad(1);
+    const bool c0_grad = saved.c0 && ctx->needs_input_grad(1 + saved.h0.has_value());
+    const auto any_weight = [&](size_t begin, size_t end) {
+      for (size_t k = begin; k < end; ++k)
+        if (ctx->needs_input_grad(variable + k)) return true;
+      return false;
+    };
+    const bool x_grad = ctx->needs_input_grad(0);
+    Tensor d_input, d_last_step;  // gradients of a part's x
+    std::vector<Tensor> dh0(saved.parts.size()), dc0(saved.parts.size());
+    for (size_t n = saved.parts.size(); n-- > 0;) {
+      const Part& part = saved.parts[n];
+      const auto [dy, dh_n, dc_n] = gradients_of_results(saved, part, grads, d_input);
+      if (!part.last_step) d_input = Tensor();
+      if (!dy && !dh_n && !dc_n) continue;
+      const size_t first = stack.first_weight(part);
+      const at::TensorList weights = stack.weights_of(part);
+      const bool input_grad =
+          x_grad || (part.layer > 0 && (h0_grad || c0_grad || any_weight(0, stack.first_weight({part.layer}))));
+      const bool weight_grads = any_weight(first, first + weights.size()), state_grads = h0_grad || c0_grad;
+      if (!input_grad && !weight_grads && !state_grads) continue;
+      OptionalTensor lengths = saved.lengths;
+      if (part.last_step && lengths) lengths = lengths->clamp_max(1);
+      auto [dx, d_weights, part_dh0, part_dc0] =
+          call_backward(saved.of_part(n, 0), weights, stack.bias, stack.share(saved.h0, part),
+                        stack.share(saved.c0, part), lengths, saved.of_part(n, 1), saved.of_part(n, 2),
+                        saved.of_part(n, 3), dy, dh_n, dc_n, input_grad, weight_grads, state_grads);
+      for (size_t k = 0; k < weights.size(); ++k)
+        if (ctx->needs_input_grad(variable + first + k)) result[kWeights + first + k] = d_weights[k];
+      dh0[n] = part_dh0, dc0[n] = part_dc0;
+      if (!input_grad) continue;
+      if (part.last_step) {
+        d_last_step = dx.select(0, 0);
+      } else {
+        d_input = dx;
+        if (d_last_step.defined() && part.of_last) add_to_last_steps(d_input, d_last_step, saved.lengths);
+      }
+    }
+    if (x_grad) result[kX] = d_input;
+    if (h0_grad) result[kH0] = of_all_parts(saved, *saved.h0, dh0);
+    if (c0_grad) result[kC0] = of_all_parts(saved, *saved.c0, dc0);
+  }
+
+  // With create_graph, or transformed gradients, autograd differentiates the recurrence's operator. Aliases keep the
+  // paths apart if one input depends on another.
+  static void differentiable_backward(const Saved& saved, const variable_list& grads, variable_list& result) {
+    const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);  // forward has cast already
+    const bool create_graph = at::GradMode::is_enabled();
+    const at::AutoGradMode enable(true);
+    variable_list inputs;
+    std::vector<size_t> places;
+    const auto input = [&](const Tensor& t, size_t place) {
+      if (!t.requires_grad()) return t;
+      inputs.push_back(at::alias(t));
+      places.push_back(place);
+      return inputs.back();
+    };
+    const auto optional_input = [&](const OptionalTensor& t, size_t place) {
+      return t ? OptionalTensor(input(*t, place)) : t;
+    };
+    const Tensor x = input(saved.x(), kX);
+    const OptionalTensor h0 = optional_input(saved.h0, kH0), c0 = optional_input(saved.c0, kC0);
+    std::vector<Tensor> weights;
+    for (const Tensor& w : saved.stack.weights) weights.push_back(input(w, kWeights + weights.size()));
+    const Stack stack{weights, saved.stack.bias, saved.stack.layers, saved.stack.last};
+    const auto run_part = [&](const Part& part, const Tensor& part_x, const OptionalTensor& part_h0,
+                              const OptionalTensor& part_c0, const OptionalTensor& part_lengths) {
+      return differentiable_layer(part_x, stack.weights_of(part), stack.bias, part_h0, part_c0, part_lengths);
+    };
+    const auto [y, h_n, c_n] = run_stack(stack, x, h0, c0, saved.lengths, run_part);
+    const variable_list all = {y, h_n, c_n};
+    variable_list outputs, cotangents;
+    for (size_t k = 0; k < all.size(); ++k)
+      if (grads[k].defined()) {
+        outputs.push_back(all[k]);
+        cotangents.push_back(grads[k]);
+      }
+    const variable_list found = torch::autograd::grad(outputs, inputs, cotangents, /*retain_graph=*/true, create_graph,
+                                                      /*allow_unused=*/true);
+    for (size_t k = 0; k < places.size(); ++k) result[places[k]] = found[k];
+  }
+};
+
+// Converts tensors to another type, all in one launch on a GPU.
+struct CastFunction : torch::autograd::Function<CastFunction> {
+  static std::vector<Tensor> cast(at::TensorList tensors, at::ScalarType type) {
+    std::vector<Tensor> cast;
+    for (const Tensor& t : tensors)
+      cast.push_back(at::empty_like(t, t.options().dtype(type), at::MemoryFormat::Contiguous));
+    at::_foreach_copy_(cast, tensors);
+    return cast;
+  }
+
+  static variable_list forward(AutogradContext* ctx, at::ScalarType type, at::TensorList tensors) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    ctx->saved_data["type"] = static_cast<int64_t>(tensors[0].scalar_type());
+    ctx->set_materialize_grads(false);
+    return cast(tensors, type);
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    const auto type = static_cast<at::ScalarType>(ctx->saved_data["type"].toInt());
+    variable_list wanted, result(1);
+    for (const Tensor& grad : grads)
+      if (grad.defined()) wanted.push_back(grad);
+    if (transformed(wanted) || at::GradMode::is_enabled())
+      for (Tensor& grad : wanted) grad = grad.to(type);
+    else if (!wanted.empty())
+      wanted = cast(wanted, type);
+    auto next = wanted.begin();
+    for (const Tensor& grad : grads) result.push_back(grad.defined() ? *next++ : Tensor());
+    return result;
+  }
+};
+
+bool differentiates(const Tensor& x, at::TensorList weights, const OptionalTensor& h0, const OptionalTensor& c0) {
+  bool wanted = x.requires_grad() || (h0 && h0->requires_grad()) || (c0 && c0->requires_grad());
+  for (const Tensor& w : weights) wanted |= w.requires_grad();
+  return wanted && at::GradMode::is_enabled();
+}
+
+FiveTensors lstm_layer(const Tensor& x, at::TensorList weights, bool bias, const OptionalTensor& h0,
+                       const OptionalTensor& c0, const OptionalTensor& lengths, c10::string_view save) {
+  if (!differentiates(x, weights, h0, c0)) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    return call_layer(x, weights, bias, h0, c0, lengths, save);
+  }
+  LayerWeights{weights, bias}.check_count();
+  const auto out = StackFunction::apply(x, h0, c0, lengths, bias, /*layers=*/1, /*last=*/false, save, weights);
+  return {out[0], out[1], out[2], out[3], out[4]};
+}
+
+void check_stack(const Tensor& x, const Stack& stack, const OptionalTensor& h0, const OptionalTensor& c0) {
+  TORCH_CHECK_VALUE(stack.layers > 0, "lstm: layers must be at least 1, got ", stack.layers);
+  TORCH_CHECK_VALUE(stack.weights.size() % stack.layers == 0, "lstm: weights must be those of ", stack.layers,
+                    " layers, got ", stack.weights.size(), " tensors");
+  stack.layer(0).check_count();
+  TORCH_CHECK_VALUE(x.dim() == 3, "lstm: x must have shape (T, B, I), got ", x.sizes());
+  const int64_t states = stack.layers * stack.directions();
+  for (const auto& [state, name] : {std::pair(&h0, "h0"), std::pair(&c0, "c0")})
+    if (*state)
+      TORCH_CHECK_VALUE((*state)->dim() == 3 && (*state)->size(0) == states, "lstm: ", name, " must have shape (",
+                        states, ", B, H), got ", (*state)->sizes());
+}
+
+ThreeTensors lstm(const Tensor& x, at::TensorList given, bool bias, const OptionalTensor& h0, const OptionalTensor& c0,
+                  const OptionalTensor& lengths, int64_t layers, bool last, bool recompute) {
+  check_stack(x, {given, bias, layers, last}, h0, c0);
+  const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);  // all has x's type
+  const bool differentiate = differentiates(x, given, h0, c0);
+  std::vector<Tensor> cast;
+  if (x.element_size() < 4 && given[0].scalar_type() != x.scalar_type())
+    cast = differentiate ? CastFunction::apply(x.scalar_type(), given) : CastFunction::cast(given, x.scalar_type());
+  const at::TensorList weights = cast.empty() ? given : at::TensorList(cast);
+  if (!differentiate) {
+    const at::AutoDispatchBelowADInplaceOrView below;
+    const Stack stack{weights, bias, layers, last};
+    const auto run_part = [&](const Part& part, const Tensor& part_x, const OptionalTensor& part_h0,
+                              const OptionalTensor& part_c0, const OptionalTensor& part_lengths) -> ThreeTensors {
+      auto [y, h_n, c_n, gates, cells] =
+          call_layer(part_x, stack.weights_of(part), bias, part_h0, part_c0, part_lengths, "none");
+      return {y, h_n, c_n};
+    };
+    const auto [y, h_n, c_n] = run_stack(stack, x, h0, c0, lengths, run_part);
+    return {last ? y : y.flatten(2), h_n, c_n};
+  }
+  // As nn.LSTM's backward pass, ours keeps a copy of what is a view with the batch first, and of y. Users may then
+  // change theirs in place.
+  const auto out =
+      StackFunction::apply(x.contiguous(), h0, c0, lengths, bias, layers, last, recompute ? "cells" : "all", weights);
+  return {last ? out[0] : out[0].flatten(2).clone(), out[1], out[2]};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(birnn_ext, Autograd, m) { m.impl("lstm_layer", lstm_layer); }
+TORCH_LIBRARY_IMPL(birnn_ext, CompositeImplicitAutograd, m) { m.impl("lstm", lstm); }
