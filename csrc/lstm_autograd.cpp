@@ -126,7 +126,7 @@ struct Stack {
 c10::List<OptionalTensor> last_steps(const Tensor& lengths) {
   c10::List<OptionalTensor> places;
   places.push_back((lengths - 1).clamp_min(0));
-  places.push_back(at::arange(lengths.size(0), lengths.options()));
+  places.push_back(at::arange(lengths.sym_size(0), lengths.options()));
   return places;
 }
 
@@ -215,7 +215,10 @@ struct StackFunction : torch::autograd::Function<StackFunction> {
     ctx->saved_data["bias"] = bias;
     ctx->saved_data["layers"] = layers;
     ctx->saved_data["last"] = last;
-    ctx->mark_non_differentiable({last_gates, last_cells});
+    if (last && stack.directions() == 2)
+      ctx->mark_non_differentiable({h_n, c_n, last_gates, last_cells});
+    else
+      ctx->mark_non_differentiable({last_gates, last_cells});
     ctx->set_materialize_grads(false);
     return {y, h_n, c_n, last_gates, last_cells};
   }
@@ -263,7 +266,7 @@ struct StackFunction : torch::autograd::Function<StackFunction> {
     ResultGradients found{std::nullopt, stack.share(defined(grads[1]), part), stack.share(defined(grads[2]), part)};
     const OptionalTensor output = part.layer == stack.layers - 1 ? defined(grads[0]) : defined(d_input);
     if (!output) return found;
-    const int64_t D = stack.directions(), H = output->size(-1) / (output->dim() == 4 ? 1 : D);
+    const int64_t D = stack.directions(), H = stack.layer(0).w_hh(0).size(1);
     if (!part.of_last) {
       found.dy = output->dim() == 4 ? *output : output->unflatten(-1, {D, H});
       return found;
@@ -437,12 +440,12 @@ void check_stack(const Tensor& x, const Stack& stack, const OptionalTensor& h0, 
   TORCH_CHECK_VALUE(stack.weights.size() % stack.layers == 0, "lstm: weights must be those of ", stack.layers,
                     " layers, got ", stack.weights.size(), " tensors");
   stack.layer(0).check_count();
-  TORCH_CHECK_VALUE(x.dim() == 3, "lstm: x must have shape (T, B, I), got ", x.sizes());
+  TORCH_CHECK_VALUE(x.dim() == 3, "lstm: x must have shape (T, B, I), got ", x.sym_sizes());
   const int64_t states = stack.layers * stack.directions();
   for (const auto& [state, name] : {std::pair(&h0, "h0"), std::pair(&c0, "c0")})
     if (*state)
-      TORCH_CHECK_VALUE((*state)->dim() == 3 && (*state)->size(0) == states, "lstm: ", name, " must have shape (",
-                        states, ", B, H), got ", (*state)->sizes());
+      TORCH_CHECK_VALUE((*state)->dim() == 3 && (*state)->sym_size(0) == states, "lstm: ", name, " must have shape (",
+                        states, ", B, H), got ", (*state)->sym_sizes());
 }
 
 ThreeTensors lstm(const Tensor& x, at::TensorList given, bool bias, const OptionalTensor& h0, const OptionalTensor& c0,

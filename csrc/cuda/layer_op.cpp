@@ -1,6 +1,5 @@
 // lstm_layer on CUDA: PyTorch's matrix products around the recurrence. They read each direction's weights where they
 // are, and write into or read from its share of gates_x and d_gates_x. The recurrence adds the biases.
-#include <ATen/ops/_foreach_copy.h>
 #include <ATen/ops/addmm.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/mm.h>
@@ -77,28 +76,30 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor, Tensor> lstm_layer_backward(
   call.params.d_gates_x = call.d_gates_x.mutable_data_ptr();
   run(call, each_w_hh(layer), lengths, dh_n, dc_n);
 
+  const Tensor dz = call.d_gates_x.view({T * B, D * 4 * H});
+  const auto own = [&](const Tensor& t, int64_t d) { return t.narrow(-1, d * 4 * H, 4 * H); };
   Tensor dx = at::empty(x_grad ? x.sizes() : at::IntArrayRef{0}, x.options());
-  std::vector<Tensor> d_weights;
-  for (const Tensor& w : weights)
-    d_weights.push_back(at::empty(weight_grads ? w.sizes() : at::IntArrayRef{0}, x.options()));
-  const Tensor rows = weight_grads ? without_padding(x, lengths).reshape({T * B, layer.I}) : Tensor();
-  const LayerWeights gradients{d_weights, bias};
-  std::vector<Tensor> d_bias_ih, d_bias_hh;
-  for (int64_t d = 0; d < D; ++d) {
-    const Tensor dz = share(call.d_gates_x, d);
-    if (x_grad) {
-      Tensor to = dx.view({T * B, layer.I});
-      d == 0 ? at::mm_out(to, dz, layer.weights.w_ih(d)) : at::addmm_out(to, to, dz, layer.weights.w_ih(d));
-    }
-    if (!weight_grads) continue;
-    Tensor d_w_ih = gradients.w_ih(d), d_w_hh = gradients.w_hh(d);
-    at::mm_out(d_w_ih, dz.t(), rows);
-    w_hh_gradient(d_w_hh, layer, d, dz, share(y, d), h0, lengths);
-    if (!bias) continue;
-    d_bias_ih.push_back(gradients.bias_ih(d)), d_bias_hh.push_back(gradients.bias_hh(d));
-    at::sum_out(d_bias_ih.back(), dz, {0});
+  for (int64_t d = 0; x_grad && d < D; ++d) {
+    Tensor to = dx.view({T * B, layer.I});
+    d == 0 ? at::mm_out(to, own(dz, d), layer.weights.w_ih(d))
+           : at::addmm_out(to, to, own(dz, d), layer.weights.w_ih(d));
   }
-  if (!d_bias_hh.empty()) at::_foreach_copy_(d_bias_hh, d_bias_ih);
+  std::vector<Tensor> d_weights;
+  if (!weight_grads) {
+    d_weights.assign(weights.size(), at::empty({0}, x.options()));
+    return {dx, d_weights, call.dh0, call.dc0};
+  }
+  // Both directions' dW_ih are one product, and their biases' gradients one sum: parts of one tensor.
+  const Tensor d_w_ih = at::mm(dz.t(), without_padding(x, lengths).reshape({T * B, layer.I}));
+  const Tensor d_bias_ih = bias ? dz.sum(0) : Tensor(), d_bias_hh = bias ? d_bias_ih.clone() : Tensor();
+  for (int64_t d = 0; d < D; ++d) {
+    d_weights.push_back(d_w_ih.narrow(0, d * 4 * H, 4 * H));
+    d_weights.push_back(at::empty({4 * H, H}, x.options()));
+    w_hh_gradient(d_weights.back(), layer, d, own(dz, d), share(y, d), h0, lengths);
+    if (!bias) continue;
+    d_weights.push_back(own(d_bias_ih, d));
+    d_weights.push_back(own(d_bias_hh, d));
+  }
   return {dx, d_weights, call.dh0, call.dc0};
 }
 
