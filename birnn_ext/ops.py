@@ -58,8 +58,8 @@ def lstm_layer(
     """Runs an LSTM layer with its input projection: one operator on the CPU and CUDA, elsewhere a product before it.
 
     Differentiable as `lstm_recurrence`. On the CPU the kernels compute the input projection step by step, so that it
-    never visits memory, and the gradients of weights and input round by round; in 16-bit types they do so where there
-    is nothing to be differentiated, and do not round the projection. On CUDA it is a matrix product for each direction.
+    is not rounded and never visits memory, and the gradients of weights and input round by round. On CUDA it is a
+    matrix product for each direction.
 
     Args:
         x: (T, B, I), T >= 1; float64, float32, float16 or bfloat16.

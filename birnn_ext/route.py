@@ -73,7 +73,7 @@ def choose_route(
     transformed = within_torch_func()
     if (
         not (extended or transformed)
-        and _has_layer_operator(x, differentiated, recompute)
+        and _has_layer_operator(x, differentiated and recompute)
         and only_plain_pytorch((x, *others), transformed) is None
     ):
         save = ("cells" if recompute else "all") if differentiated else "none"
@@ -90,13 +90,11 @@ def choose_route(
     return choose_recurrence_route((x, *others), extended=extended, cells=cells)
 
 
-def _has_layer_operator(x: Tensor, differentiated: bool, recompute: bool) -> bool:
+def _has_layer_operator(x: Tensor, recompute: bool) -> bool:
     if x.shape[-1:] == (0,):
         return False
-    if x.is_cpu:
-        return not differentiated or x.dtype in (torch.float32, torch.float64)
     # On CUDA it keeps the gates, so there is another way to recompute them.
-    return x.is_cuda and BUILT_FOR_CUDA and not (differentiated and recompute)
+    return x.is_cpu or (x.is_cuda and BUILT_FOR_CUDA and not recompute)
 
 
 def choose_recurrence_route(floating: Sequence[Tensor | None], *, extended: bool = False, cells: bool = False) -> Route:

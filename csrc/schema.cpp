@@ -17,8 +17,8 @@ TORCH_LIBRARY(birnn_ext, m) {
       "lstm_recurrence_backward(Tensor w_hh, Tensor? c0, Tensor? lengths, Tensor gates, Tensor cells, Tensor? dy,"
       " Tensor? dh_n, Tensor? dc_n, bool state_grads) -> (Tensor d_gates_x, Tensor dh0, Tensor dc0)");
 
-  // A layer with its input projection: x (T, B, I), and weights as layer_weights.h orders them. On the CPU there is a
-  // backward pass for float32 and float64 only; on CUDA it wants all saved.
+  // A layer with its input projection: x (T, B, I), and weights as layer_weights.h orders them. On CUDA its
+  // backward pass wants all saved.
   m.def(
       "lstm_layer(Tensor x, Tensor[] weights, bool bias, Tensor? h0, Tensor? c0, Tensor? lengths, str save)"
       " -> (Tensor y, Tensor h_n, Tensor c_n, Tensor gates, Tensor cells)");

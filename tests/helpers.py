@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from unittest import mock
 
 import pytest
 import torch
@@ -36,6 +37,13 @@ def plain_torch() -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.enabled = before
+
+
+@contextmanager
+def projected_by_pytorch() -> Iterator[None]:
+    """Runs layers as on devices without lstm_layer: by the recurrence's operator, after a product of the input."""
+    with mock.patch("birnn_ext.route._has_layer_operator", return_value=False):
+        yield
 
 
 def error(actual: Tensor, expected: Tensor) -> float:

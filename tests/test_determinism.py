@@ -82,8 +82,7 @@ def test_50_runs(configuration, dtype, device):
 @pytest.mark.parametrize("sizes", [(6, 1, 4, 33), (5, 70, 3, 17), (40, 61, 5, 40)], ids=str)
 @configurations
 def test_any_number_of_threads(configuration, sizes):
-    """In float32 and float64 a layer is one operator, which guarantees this. Other types use PyTorch's products."""
-    for dtype in (torch.float32, torch.float64):
+    for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
         run = an_lstm(configuration, dtype, "cpu", sizes)
         before = torch.get_num_threads()
         results = []
@@ -119,9 +118,10 @@ def test_recurrence_on_any_number_of_threads(dtype, ragged):
         assert_same_bits(other, results[0])
 
 
-def test_inference_gives_the_bits_of_training(device):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_inference_gives_the_bits_of_training(dtype, device):
     for configuration in CONFIGURATIONS.values():
-        run = an_lstm(configuration, torch.float32, device)
+        run = an_lstm(configuration, dtype, device)
         outputs: list[list[Tensor]] = []
 
         def keep(module, arguments, options, result, outputs=outputs):

@@ -68,7 +68,7 @@ struct BackwardParams : RecurrenceSizes {
   void* dh0;         // S (D, B, H), or null: not wanted
   void* dc0;         // S (D, B, H), or null with dh0
 
-  // A layer with its input projection (CPU, double and float) has these gradients in place of d_gates_x.
+  // A layer with its input projection (CPU) has these gradients in place of d_gates_x.
   InputProjection input;
   const void* h0;   // S (D, B, H), or null: zeros
   const void* y;    // S (T, B, D, H), output of the forward pass

@@ -18,7 +18,7 @@ struct Backward {
   A* dc;                      // [row][padded]
   A* zeros;                   // (H)
   A* gates;                   // [step][block][value][lane]: recomputed
-  Factor<S>*x_rows, *h_rows;  // x and h of recomputed steps as factors, for a split type
+  Factor<S>*x_rows, *h_rows;  // x and h of recomputed steps as factors, for a converted type
   Factor<S>* dz[2];           // [row][plane][gate][padded] of the previous and of this step, alternating
 
   Backward(const BackwardParams& params, const Chain& ch, const Panels& packed, const Slots& out, int64_t steps_at_once,
@@ -33,20 +33,20 @@ struct Backward {
     dz[0] = reinterpret_cast<Factor<S>*>(gates + (p.gates ? 0 : kValues * chain.count * steps_at_once) * padded);
     dz[1] = dz[0] + round_up(chain.count, kTileRows<S>) * row_size;
     x_rows = dz[1] + round_up(chain.count, kTileRows<S>) * row_size;
-    h_rows = x_rows + (kSplit<S> ? row_values(p.input.I, chain.count * steps_at_once) : 0);
+    h_rows = x_rows + row_values(p.input.I, chain.count * steps_at_once);
   }
 
   static int64_t scratch(const BackwardParams& p, int64_t rows, int64_t steps) {
     const int64_t padded = round_up(p.H, L);
     return (rows + 1 + (p.gates ? 0 : kValues * rows * steps)) * padded * sizeof(A) +
            (2 * round_up(rows, kTileRows<S>) * kGates * padded * kPlanes<S> +
-            (kSplit<S> && !p.gates ? row_values(p.input.I, rows * steps) + row_values(p.H, rows * steps) : 0)) *
+            (kConverted<S> && !p.gates ? row_values(p.input.I, rows * steps) + row_values(p.H, rows * steps) : 0)) *
                sizeof(Factor<S>);
   }
 
   // Counts the values that rows of n values take as factors.
   static int64_t row_values(int64_t n, int64_t rows) {
-    return round_up(rows, kTileRows<S>) * packed_rows<S>(n) * kPlanes<S>;
+    return round_up(rows, kTileRows<S>) * factor_row<S>(n) * kPlanes<S>;
   }
 
   int64_t length(int64_t b) const { return length_of(p.lengths, b, p.T); }
@@ -101,9 +101,8 @@ struct Backward {
         for (int g = 0; g < kGates; ++g) {
           store_row<S>(dz_row + g * padded, plane, Cell::recurrent(values, dz_values, g));
           if (slots.dz) {
-            const int64_t vector = g * blocks + v + n, panel = vector / kTileVectors, column = vector % kTileVectors;
-            store_vector(static_cast<A*>(slots.dz) + ((panel * slots.capacity + slot) * kTileVectors + column) * L,
-                         dz_values[g]);
+            const int64_t at = dz_offset<S>(kGates * blocks, slots.capacity, g * blocks + v + n, slot);
+            store_row<S>(static_cast<Factor<S>*>(slots.dz) + at, plane, dz_values[g]);
           } else {
             store<A>(static_cast<S*>(p.d_gates_x) + (row * kGates + g) * H + unit, dz_values[g], left);
           }
@@ -185,37 +184,35 @@ struct Backward {
 
   // Recomputes the gates of some steps from x, h and the weights. No step waits for another, as all h are known.
   void recompute(const Steps& steps) {
-    if constexpr (kLayer<S>) {
-      const InputProjection& in = p.input;
-      const auto x_of = [&](const Cursor& at) INLINE_LAMBDA {
-        return static_cast<const S*>(in.x) + order.backward(at.s) * in.stride_t + chain.rows[at.row] * in.stride_b;
-      };
-      const auto h_of = [&](const Cursor& at) INLINE_LAMBDA -> const S* {
-        const int64_t b = chain.rows[at.row], t = order.backward(at.s);
-        if (t != order.first(length(b))) return static_cast<const S*>(p.y) + ((order.before(t) * B + b) * D + d) * H;
-        return p.h0 ? static_cast<const S*>(p.h0) + (d * B + b) * H : reinterpret_cast<const S*>(zeros);
-      };
-      if constexpr (kSplit<S>) {
-        if (member.index == 0) {
-          gather_rows<S>(steps, in.I, x_of, x_rows);
-          gather_rows<S>(steps, H, h_of, h_rows);
-        }
-        member.barrier->wait(member.count);
+    const InputProjection& in = p.input;
+    const auto x_of = [&](const Cursor& at) INLINE_LAMBDA {
+      return static_cast<const S*>(in.x) + order.backward(at.s) * in.stride_t + chain.rows[at.row] * in.stride_b;
+    };
+    const auto h_of = [&](const Cursor& at) INLINE_LAMBDA -> const S* {
+      const int64_t b = chain.rows[at.row], t = order.backward(at.s);
+      if (t != order.first(length(b))) return static_cast<const S*>(p.y) + ((order.before(t) * B + b) * D + d) * H;
+      return p.h0 ? static_cast<const S*>(p.h0) + (d * B + b) * H : reinterpret_cast<const S*>(zeros);
+    };
+    if constexpr (kConverted<S>) {
+      if (member.index == 0) {
+        gather_rows<S>(steps, in.I, x_of, x_rows);
+        gather_rows<S>(steps, H, h_of, h_rows);
       }
-      const auto x_factors = [&](const Cursor& at, int64_t k) INLINE_LAMBDA -> const Factor<S>* {
-        if constexpr (kSplit<S>)
-          return x_rows + row_values(in.I, 1) / kTileRows<S> * k;
-        else
-          return x_of(at);
-      };
-      const auto h_factors = [&](const Cursor& at, int64_t k) INLINE_LAMBDA -> const Factor<S>* {
-        if constexpr (kSplit<S>)
-          return h_rows + row_values(H, 1) / kTileRows<S> * k;
-        else
-          return h_of(at);
-      };
-      project<Cell, S>(in, d, H, begin, end, panels, steps, x_factors, &h_factors, gates);
+      member.barrier->wait(member.count);
     }
+    const auto x_factors = [&](const Cursor& at, int64_t k) INLINE_LAMBDA -> const Factor<S>* {
+      if constexpr (kConverted<S>)
+        return x_rows + k * factor_row<S>(in.I) * kPlanes<S>;
+      else
+        return x_of(at);
+    };
+    const auto h_factors = [&](const Cursor& at, int64_t k) INLINE_LAMBDA -> const Factor<S>* {
+      if constexpr (kConverted<S>)
+        return h_rows + k * factor_row<S>(H) * kPlanes<S>;
+      else
+        return h_of(at);
+    };
+    project<Cell, S>(in, d, H, begin, end, panels, steps, x_factors, &h_factors, gates);
   }
 
   // Runs the iterations s_begin <= s < s_end.

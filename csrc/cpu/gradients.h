@@ -1,73 +1,37 @@
-// A layer's gradients that are products over all steps. The recurrence has written dz as panels,
-// [panel][slot][kTileVectors vectors][lane]. recurrence_kernel.h includes this file, once per ISA.
+// A layer's gradients that are products over all steps. The recurrence has written dz as factors; dz_offset says where.
+// recurrence_kernel.h includes this file, once per ISA.
 
 // dx_rows[k] += W_ih^T dz of slot k.
 template <class Cell, class S>
-void input_gradient(const S* dz, int64_t capacity, int64_t H, int64_t I, const S* ih_t, bool finite,
+void input_gradient(const Factor<S>* dz, int64_t capacity, int64_t H, int64_t I, const Factor<S>* ih_t, bool finite,
                     void* const* dx_rows, int64_t begin, int64_t end) {
-  constexpr int L = kLanes<S>;
-  const int64_t blocks = divide_up(H, L), vectors = divide_up(I, L), rows = Cell::kGates * blocks * L;
+  using A = Accumulate<S>;
+  constexpr int L = kLanes<A>;
   constexpr bool kWhole = Cell::kGates % kTileVectors == 0;  // then the last panel is full, too
+  const int64_t dz_vectors = Cell::kGates * divide_up(H, L), rows = dz_vectors * L, vectors = divide_up(I, L);
+  const int64_t width = kPairs<S> ? rows : kTileVectors * L;  // of a panel of dz
   for (int64_t v = 0, count; v < vectors; v += count) {
     count = tile_vectors(v, vectors);
     with_vectors(count, [&]<int N>() INLINE_LAMBDA {
-      const S* panel = ih_t + v * rows * L;
-      for (int64_t k = begin; k < end; k += kRows)
-        with_rows<S>(end - k, [&]<int M>(int) INLINE_LAMBDA {
-          Vec<S> acc[M][N];
+      const Factor<S>* panel = ih_t + v * rows * L * kPlanes<S>;
+      for (int64_t k = begin; k < end; k += kTileRows<S>)
+        with_rows<S>(end - k, [&]<int M>(int wanted) INLINE_LAMBDA {
+          Vec<A> acc[M][N] = {};
           S* to[M];
-          for (int m = 0; m < M; ++m) {
+          for (int m = 0; m < (kAmx<S> ? wanted : M); ++m) {
             to[m] = static_cast<S*>(dx_rows[k + m]) + v * L;
-            for (int n = 0; n < N; ++n) acc[m][n] = load<S>(to[m] + n * L, I - (v + n) * L);
+            for (int n = 0; n < N; ++n) acc[m][n] = load<A>(to[m] + n * L, I - (v + n) * L);
           }
-          for (int64_t first = 0; first < rows; first += kTileVectors * L) {
-            const S* a[M];
-            for (int m = 0; m < M; ++m) a[m] = dz + first * capacity + (k + m) * kTileVectors * L;
-            if (finite && all_zero(a[0], M * kTileVectors * L)) continue;
-            multiply<S>(acc, a, panel + first * N * L,
-                        kWhole ? kTileVectors * L : minimum(kTileVectors * L, rows - first));
+          for (int64_t first = 0; first < rows; first += width) {
+            const Factor<S>* a[M];
+            for (int m = 0; m < M; ++m) a[m] = dz + dz_offset<S>(dz_vectors, capacity, first / L, k + m);
+            if (finite && all_zero(a[0], M * width * kPlanes<S>)) continue;
+            multiply<S>(acc, a, panel + first * N * L, kWhole || kPairs<S> ? width : minimum(width, rows - first));
           }
-          for (int m = 0; m < M; ++m)
-            for (int n = 0; n < N; ++n) store<S>(to[m] + n * L, acc[m][n], I - (v + n) * L);
+          for (int m = 0; m < (kAmx<S> ? wanted : M); ++m)
+            for (int n = 0; n < N; ++n) store<A>(to[m] + n * L, acc[m][n], I - (v + n) * L);
         });
     });
-  }
-}
-
-constexpr int64_t kGroup = 64;  // slots of a split type that share a read of the weights
-
-// The same for a split type, where the dz of some slots become factors first. scratch has gradient_scratch bytes.
-template <class Cell, class S>
-void input_gradient_split(const float* dz, int64_t capacity, int64_t H, int64_t I, const Factor<S>* ih_t,
-                          void* const* dx_rows, int64_t begin, int64_t end, Factor<S>* scratch) {
-  constexpr int L = kLanes<float>, M = kTileRows<S>;
-  const int64_t dz_vectors = Cell::kGates * divide_up(H, L), vectors = divide_up(I, L);
-  const int64_t plane = dz_vectors * L, row_size = 2 * plane;
-  for (int64_t group = begin; group < end; group += kGroup) {
-    const int64_t count = minimum(kGroup, end - group);
-    for (int64_t k = 0; k < round_up(count, M); ++k)
-      for (int64_t vector = 0; vector < dz_vectors; ++vector) {
-        const int64_t panel = vector / kTileVectors, column = vector % kTileVectors;
-        const float* from = dz + ((panel * capacity + group + k) * kTileVectors + column) * L;
-        store_row<S>(scratch + k * row_size + vector * L, plane, k < count ? load_vector(from) : Vec<float>{});
-      }
-    for (int64_t v = 0, tile; v < vectors; v += tile) {
-      tile = tile_vectors(v, vectors);
-      with_vectors(tile, [&]<int N>() INLINE_LAMBDA {
-        for (int64_t k = 0; k < count; k += M) {
-          const int64_t wanted = minimum(M, count - k);
-          const auto to = [&](int64_t m) INLINE_LAMBDA { return static_cast<float*>(dx_rows[group + k + m]) + v * L; };
-          Vec<float> acc[M][N] = {};
-          const Factor<S>* a[M];
-          for (int64_t m = 0; m < M; ++m) a[m] = scratch + (k + m) * row_size;
-          for (int64_t m = 0; m < wanted; ++m)
-            for (int n = 0; n < N; ++n) acc[m][n] = load<float>(to(m) + n * L, I - (v + n) * L);
-          multiply<S>(acc, a, ih_t + v * row_size * L, plane);
-          for (int64_t m = 0; m < wanted; ++m)
-            for (int n = 0; n < N; ++n) store<float>(to(m) + n * L, acc[m][n], I - (v + n) * L);
-        }
-      });
-    }
   }
 }
 
@@ -79,20 +43,40 @@ struct WeightGradients {
   using A = Accumulate<S>;
   using V = Vec<A>;
   static constexpr int L = kLanes<A>, kColumns = kTileRows<S>;
+  static constexpr int kStride = kPairs<S> ? L : kColumns;  // of gathered columns, which pairs transpose
   static constexpr int64_t kSlots = 128;  // per partial sum, which keeps rounding errors from growing with T * B
   static constexpr int64_t kPanels = (512 << 10) / (kSlots * kTileVectors * kBytes);  // their dz fills half an L2 cache
+  static constexpr int64_t kPanel = kPairs<S> ? kPlanes<S> * kSlots * kTileVectors * L : 0;  // values of a paired one
 
   const WeightGradient& w;
   const int64_t I = w.I, H = w.H, blocks = divide_up(w.H, L), vectors = Cell::kGates * blocks;
   const int64_t panels = divide_up(vectors, kTileVectors), columns = w.I + w.H + 1;
 
+  // Returns how many bytes add() needs.
+  static int64_t scratch(int64_t H) {
+    return minimum(divide_up(Cell::kGates * divide_up(H, L), kTileVectors), kPanels) * kPanel * sizeof(Factor<S>);
+  }
+
   A* sums(int64_t tile, int64_t panel) const {
     return static_cast<A*>(w.sums) + (tile * panels + panel) * kColumns * kTileVectors * L;
   }
 
+  const Factor<S>* dz(int64_t vector, int64_t slot) const {
+    return static_cast<const Factor<S>*>(w.dz) + dz_offset<S>(vectors, w.capacity, vector, slot);
+  }
+
+  static INLINE A value(const S& s) {
+    if constexpr (std::is_same_v<S, bfloat16>)
+      return bit_cast<float>(uint32_t(s.bits) << 16);
+    else if constexpr (kSplit<S>)
+      return s.value;
+    else
+      return s;
+  }
+
   INLINE A column(int64_t j, int64_t slot) const {
-    if (j < I) return static_cast<const A*>(w.x_rows[slot])[j];
-    if (j < I + H) return static_cast<const A*>(w.h_rows[slot])[j - I];
+    if (j < I) return value(static_cast<const S*>(w.x_rows[slot])[j]);
+    if (j < I + H) return value(static_cast<const S*>(w.h_rows[slot])[j - I]);
     return j == I + H;
   }
 
@@ -100,88 +84,74 @@ struct WeightGradients {
   INLINE void gather(int64_t tile, int64_t first, int64_t count, A* to) const {
     const int64_t j = tile * kColumns;
     const bool in_x = j + kColumns <= I, in_h = j >= I && j + kColumns <= I + H;
-    for (int64_t k = 0; k < count; ++k)
-      if (in_x || in_h)
-        __builtin_memcpy(to + k * kColumns,
-                         in_x ? static_cast<const A*>(w.x_rows[first + k]) + j
-                              : static_cast<const A*>(w.h_rows[first + k]) + (j - I),
-                         kColumns * sizeof(A));
-      else
-        for (int m = 0; m < kColumns; ++m) to[k * kColumns + m] = column(j + m, first + k);
-  }
-
-  // Tells whether dz is 0 in some slots of kPanels panels.
-  bool vanished(int64_t panel0, int64_t slot, int64_t count) const {
-    for (int64_t panel = panel0; panel < minimum(panels, panel0 + kPanels); ++panel)
-      if (!all_zero(static_cast<const A*>(w.dz) + (panel * w.capacity + slot) * kTileVectors * L,
-                    count * kTileVectors * L))
-        return false;
-    return true;
-  }
-
-  // A split type's version, which makes factors of both: the dz of some slots become panels,
-  // [panel][plane][slot / 2][vector][lane][slot % 2], and a tile's columns become rows.
-  void add_split(Factor<S>* factors) const {
-    alignas(64) A values[kSlots * kColumns];
-    alignas(64) Factor<S> rows[kColumns * 2 * kSlots];
-    constexpr int64_t kPanel = 2 * kSlots * kTileVectors * L;
-    for (int64_t panel0 = 0; panel0 < panels; panel0 += kPanels)
-      for (int64_t slot = 0; slot < w.count || (w.first && slot == 0); slot += kSlots) {
-        const int64_t count = minimum(kSlots, w.count - slot), last = minimum(panels, panel0 + kPanels);
-        const bool overwrite = w.first && slot == 0;
-        if (!overwrite && vanished(panel0, slot, count)) continue;
-        for (int64_t panel = panel0; panel < last; ++panel)
-          for (int64_t k = 0; k < kSlots; k += 2)
-            for (int64_t n = 0; n < kTileVectors; ++n) {
-              const A* dz = static_cast<const A*>(w.dz) + ((panel * w.capacity + slot + k) * kTileVectors + n) * L;
-              store_factors<S>(factors + (panel - panel0) * kPanel, kSlots, k, kTileVectors, n,
-                               k < count ? load_vector(dz) : V{},
-                               k + 1 < count ? load_vector(dz + kTileVectors * L) : V{});
-            }
-        for (int64_t tile = w.begin; tile < w.end; ++tile) {
-          gather(tile, slot, count, values);
-          for (int64_t k = 0; k < kSlots; k += L) {
-            V v[L];
-            for (int l = 0; l < L; ++l) v[l] = k + l < count ? load_vector(values + (k + l) * kColumns) : V{};
-            transpose<A>(v);
-            for (int l = 0; l < L; ++l) store_row<S>(rows + l * 2 * kSlots + k, kSlots, v[l]);
-          }
-          const Factor<S>* a[kColumns];
-          for (int m = 0; m < kColumns; ++m) a[m] = rows + m * 2 * kSlots;
-          for (int64_t panel = panel0; panel < last; ++panel) {
-            A* to = sums(tile, panel);
-            V acc[kColumns][kTileVectors] = {};
-            multiply<S>(acc, a, factors + (panel - panel0) * kPanel, kSlots);
-            for (int m = 0; m < kColumns; ++m)
-              for (int n = 0; n < kTileVectors; ++n)
-                store_vector(to + (m * kTileVectors + n) * L,
-                             overwrite ? acc[m][n] : load_vector(to + (m * kTileVectors + n) * L) + acc[m][n]);
-          }
-        }
+    for (int64_t k = 0; k < count; ++k, to += kStride)
+      if (in_x || in_h) {
+        const S* from = in_x ? static_cast<const S*>(w.x_rows[first + k]) + j
+                             : static_cast<const S*>(w.h_rows[first + k]) + (j - I);
+        for (int m = 0; m < kColumns; ++m) to[m] = value(from[m]);
+      } else {
+        for (int m = 0; m < kColumns; ++m) to[m] = column(j + m, first + k);
       }
   }
 
-  // Returns how many bytes add_split and input_gradient_split need.
-  static int64_t scratch(int64_t H) {
-    const int64_t vectors = Cell::kGates * divide_up(H, L), panels = divide_up(vectors, kTileVectors);
-    return maximum(minimum(panels, kPanels) * kSlots * kTileVectors, kGroup * vectors) * 2 * L * sizeof(Factor<S>);
+  // Tells whether dz is 0 in some slots of the panels panel0 <= panel < last.
+  bool vanished(int64_t panel0, int64_t last, int64_t slot, int64_t count) const {
+    if constexpr (kPairs<S>) return all_zero(dz(0, slot), count * kPlanes<S> * vectors * L);
+    for (int64_t panel = panel0; panel < last; ++panel)
+      if (!all_zero(dz(panel * kTileVectors, slot), count * kTileVectors * L)) return false;
+    return true;
   }
 
-  void add() const {
-    A values[kSlots * kColumns];
+  // Brings the dz of K slots, of which there are `count`, into pairs: [panel][plane][slot / 2][vector][lane][slot % 2].
+  INLINE void pair_dz(int64_t panel0, int64_t last, int64_t slot, int64_t count, int64_t K, Factor<S>* to) const {
+    static_assert(Cell::kGates % kTileVectors == 0);
+    for (int64_t panel = panel0; panel < last; ++panel, to += kPanel)
+      for (int64_t k = 0; k < K; k += 2)
+        for (int64_t n = 0; n < kTileVectors; ++n)
+          for (int64_t plane = 0; plane < kPlanes<S>; ++plane) {
+            const Factor<S>* from = dz(panel * kTileVectors + n, slot + k) + plane * vectors * L;
+            store_factors<bfloat16>(to + plane * K * kTileVectors * L, K, k, kTileVectors, n,
+                                    k < count ? load_aligned<A>(from) : V{},
+                                    k + 1 < count ? load_aligned<A>(from + kPlanes<S> * vectors * L) : V{});
+          }
+  }
+
+  // Turns gathered columns into rows of factors, [column][plane][slot], with zeros beyond `count`.
+  INLINE void pair_columns(const A* values, int64_t count, int64_t K, Factor<S>* rows) const {
+    for (int64_t k = 0; k < K; k += L) {
+      V v[L];
+      for (int l = 0; l < L; ++l) v[l] = k + l < count ? load_vector(values + (k + l) * kStride) : V{};
+      transpose<A>(v);
+      for (int m = 0; m < kColumns; ++m) store_row<S>(rows + m * kPlanes<S> * kSlots + k, K, v[m]);
+    }
+  }
+
+  // Adds the products of all slots to the sums. scratch has scratch() bytes.
+  void add([[maybe_unused]] Factor<S>* scratch) const {
+    alignas(64) A values[kSlots * kStride];
+    alignas(64) Factor<S> rows[kPairs<S> ? kColumns * kPlanes<S> * kSlots : 1];
     for (int64_t panel0 = 0; panel0 < panels; panel0 += kPanels)
       for (int64_t slot = 0; slot < w.count || (w.first && slot == 0); slot += kSlots) {
-        const int64_t count = minimum(kSlots, w.count - slot);
+        const int64_t count = minimum(kSlots, w.count - slot), last = minimum(panels, panel0 + kPanels);
+        const int64_t K = round_up(count, maximum(kStep<S>, L));  // slots that are multiplied as pairs
         const bool overwrite = w.first && slot == 0;
-        if (!overwrite && vanished(panel0, slot, count)) continue;
+        if (!overwrite && vanished(panel0, last, slot, count)) continue;
+        if constexpr (kPairs<S>) pair_dz(panel0, last, slot, count, K, scratch);
         for (int64_t tile = w.begin; tile < w.end; ++tile) {
           gather(tile, slot, count, values);
-          for (int64_t panel = panel0; panel < minimum(panels, panel0 + kPanels); ++panel) {
+          if constexpr (kPairs<S>) pair_columns(values, count, K, rows);
+          for (int64_t panel = panel0; panel < last; ++panel) {
             A* to = sums(tile, panel);
             V acc[kColumns][kTileVectors] = {};
-            multiply_with<kColumns, kTileVectors, A>(
-                acc, [&](int m, int64_t k) INLINE_LAMBDA { return values[k * kColumns + m]; },
-                static_cast<const A*>(w.dz) + (panel * w.capacity + slot) * kTileVectors * L, count);
+            if constexpr (kPairs<S>) {
+              const Factor<S>* a[kColumns];
+              for (int m = 0; m < kColumns; ++m) a[m] = rows + m * kPlanes<S> * kSlots;
+              multiply<S>(acc, a, scratch + (panel - panel0) * kPanel, K);
+            } else {
+              multiply_with<kColumns, kTileVectors, A>(
+                  acc, [&](int m, int64_t k) INLINE_LAMBDA { return values[k * kColumns + m]; },
+                  dz(panel * kTileVectors, slot), count);
+            }
             for (int m = 0; m < kColumns; ++m)
               for (int n = 0; n < kTileVectors; ++n)
                 store_vector(to + (m * kTileVectors + n) * L,
@@ -192,7 +162,7 @@ struct WeightGradients {
   }
 
   // Stores the columns first <= j < last of [x, h, 1] to a matrix (gates * H, last - first).
-  void store_columns(int64_t first, int64_t last, A* matrix) const {
+  void store_columns(int64_t first, int64_t last, S* matrix) const {
     const int64_t begin = maximum(first, w.begin * kColumns), end = minimum(last, w.end * kColumns);
     for (int64_t j = begin; j < end; j += L)
       for (int64_t vector = 0; vector < vectors; ++vector) {
@@ -210,7 +180,7 @@ struct WeightGradients {
       }
   }
 
-  void store(A* dw_ih, A* dw_hh, A* d_bias) const {
+  void store(S* dw_ih, S* dw_hh, S* d_bias) const {
     store_columns(0, I, dw_ih);
     store_columns(I, I + H, dw_hh);
     store_columns(I + H, I + H + 1, d_bias);

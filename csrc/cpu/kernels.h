@@ -44,9 +44,11 @@ struct Member {
   Barrier* barrier;
 };
 
-// Gradients of the pre-activations of some steps of a direction, as panels for the gradients of the weights:
+// Gradients of the pre-activations of some steps of a direction, as factors for the gradients of the weights and of x:
 // [panel][slot][kTileVectors vectors][lane]. The vectors of all gates, in the order gate, block, are cut into panels. A
-// slot is a step of a sequence; slots are ordered by t, then longest sequence first.
+// slot is a step of a sequence; slots are ordered by t, then longest sequence first. If pairs of bfloat16 are
+// multiplied, one panel has all vectors, [slot][plane][vector][lane], as tiles read long rows best, and gradients of
+// the weights need pairs of slots, which are made from it.
 struct Slots {
   void* dz;                // null: the kernel writes BackwardParams::d_gates_x instead
   int64_t capacity;        // slots that a panel has room for
@@ -70,6 +72,7 @@ struct Kernels {
   int64_t (*lanes)(DType);
   int64_t rows;  // sequences, or columns, of a register tile
   int64_t (*accumulate_bytes)(DType);
+  int64_t (*factor_bytes)(DType);  // of a value as a factor, in all its planes
 
   // Returns the bytes of the packed weights (gates * H, columns).
   int64_t (*panel_bytes)(DType, int64_t H, int64_t columns, bool transposed);
@@ -94,20 +97,16 @@ struct Kernels {
   void (*variant_backward_output)(DType, const VariantBackward&, int64_t begin, int64_t end);
   void (*variant_backward)(DType, const VariantBackward&, int64_t begin, int64_t end);
 
-  // The following are null in a table without float32, and the last three in a table that only has f32_high.
-
-  // Returns the bytes of scratch per thread, for the two functions that take some.
-  int64_t (*gradient_scratch)(DType, int64_t H) = nullptr;
-
   // dx_rows[k] += W_ih^T dz of slot k, begin <= k < end.
   void (*input_gradient)(DType, const void* dz, int64_t capacity, int64_t H, int64_t I, const void* ih_t, bool finite,
-                         void* const* dx_rows, int64_t begin, int64_t end, void* scratch) = nullptr;
+                         void* const* dx_rows, int64_t begin, int64_t end);
 
-  int64_t (*column_tiles)(int64_t I, int64_t H) = nullptr;
-  void (*weight_gradient)(DType, const WeightGradient&, void* scratch) = nullptr;
-  void (*store_weight_gradient)(DType, const WeightGradient&, void* dw_ih, void* dw_hh, void* d_bias) = nullptr;
+  int64_t (*column_tiles)(int64_t I, int64_t H);
+  int64_t (*gradient_scratch)(DType, int64_t H);  // returns the bytes of scratch per thread
+  void (*weight_gradient)(DType, const WeightGradient&, void* scratch);
+  void (*store_weight_gradient)(DType, const WeightGradient&, void* dw_ih, void* dw_hh, void* d_bias);
 
-  // The cell's functions, which tests/test_math.py tests: n floats in, n out.
+  // The cell's functions, which tests/test_math.py tests: n floats in, n out. They are null in a table without float32.
   void (*exp)(const float* x, float* y, int64_t n) = nullptr;
   void (*sigmoid)(const float* x, float* y, int64_t n) = nullptr;
   void (*tanh)(const float* x, float* y, int64_t n) = nullptr;

@@ -168,7 +168,7 @@ struct SlotRows {
 };
 
 // The backward pass of a layer with its input projection. In each round the recurrence runs some iterations and leaves
-// dz as panels, and then the products of these panels are added to the gradients.
+// dz as factors, and then the products of these are added to the gradients.
 class LayerBackward {
  public:
   LayerBackward(DType dtype, const BackwardParams& p, int64_t threads, Plan& plan, const Packing& packing,
@@ -178,7 +178,7 @@ class LayerBackward {
         plan_(plan),
         packing_(packing),
         kernels_(kernels),
-        bytes_(kernels.accumulate_bytes(dtype)),
+        bytes_(size_of(dtype)),
         zeros_(allocate_zeros(p.H * bytes_)),
         offsets_(slot_offsets(p, plan.order)) {
     const int64_t lanes = kernels.lanes(dtype), vectors = Lstm::kGates * divide_up(p.H, lanes);
@@ -188,13 +188,14 @@ class LayerBackward {
       for (size_t k = 1; k < rounds_[d].size(); ++k)
         capacity_ = std::max(capacity_, slots(d, rounds_[d][k - 1], rounds_[d][k]).count);
     }
+    capacity_ = divide_up(capacity_, kernels.rows) * kernels.rows;  // AMX multiplies whole tiles
     tiles_ = kernels.column_tiles(p.input.I, p.H);
     for (int64_t k = 0; k < threads; ++k) scratch_.push_back(allocate(kernels.gradient_scratch(dtype, p.H)));
     for (int64_t d = 0; d < p.D; ++d) {
       rows_[d] = {std::vector<const void*>(capacity_), std::vector<const void*>(capacity_),
                   std::vector<void*>(capacity_)};
-      dz_[d] = allocate(capacity_ * row * bytes_);
-      if (p.dw_ih[0]) sums_[d] = allocate(tiles_ * kernels.rows * row * bytes_);
+      dz_[d] = allocate(capacity_ * row * kernels.factor_bytes(dtype));
+      if (p.dw_ih[0]) sums_[d] = allocate(tiles_ * kernels.rows * row * kernels.accumulate_bytes(dtype));
     }
   }
 
@@ -224,7 +225,7 @@ class LayerBackward {
         const Share share(tiles, thread, threads);
         kernels_.input_gradient(dtype_, dz_[d].get(), capacity_, p_.H, p_.input.I, packing_.panels[d].ih_t,
                                 !*packing_.panels[d].not_finite, rows_[d].dx.data(), share.begin * kernels_.rows,
-                                std::min(share.end * kernels_.rows, range[d].count), scratch);
+                                std::min(share.end * kernels_.rows, range[d].count));
         plan_.all.wait(threads);  // both directions add to the same dx
       }
       if (!p_.dx && round + 1 < last) plan_.all.wait(threads);  // the next round overwrites dz
@@ -303,7 +304,7 @@ class LayerBackward {
   Plan& plan_;
   const Packing& packing_;
   const Kernels& kernels_;
-  const int64_t bytes_;
+  const int64_t bytes_;  // of an element of a tensor
   const Buffer zeros_;
   const std::vector<int64_t> offsets_;
   SlotRows rows_[2];

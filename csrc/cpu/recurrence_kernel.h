@@ -30,7 +30,6 @@
 #ifndef BIRNN_ISA_AMX
 #define BIRNN_ISA_AMX 0
 #endif
-#define BIRNN_ISA_LAYERS (!BIRNN_ISA_BF16 || BIRNN_ISA_AMX)  // whether there are kernels for whole layers
 #define INLINE inline __attribute__((always_inline))
 #define INLINE_LAMBDA __attribute__((always_inline))
 
@@ -70,9 +69,7 @@ class FlushDenormals {
 #include "forward.h"
 #include "backward.h"
 #include "variant.h"
-#if BIRNN_ISA_LAYERS
 #include "gradients.h"
-#endif
 // clang-format on
 
 // --- the table -------------------------------------------------------------------------------------------------------
@@ -103,6 +100,12 @@ void with_storage(DType dtype, const F& f) {
 int64_t lanes(DType dtype) { return dtype == DType::f64 ? kLanes<double> : kLanes<float>; }
 
 int64_t accumulate_bytes(DType dtype) { return dtype == DType::f64 ? sizeof(double) : sizeof(float); }
+
+int64_t factor_bytes(DType dtype) {
+  int64_t bytes = 0;
+  with_storage(dtype, [&]<class S>(S) { bytes = kPlanes<S> * sizeof(Factor<S>); });
+  return bytes;
+}
 
 int64_t panel_bytes(DType dtype, int64_t H, int64_t columns, bool transposed) {
   int64_t bytes = 0;
@@ -192,40 +195,19 @@ void apply(const float* x, float* y, int64_t n) {
 }
 #endif
 
-#if BIRNN_ISA_LAYERS
-// Calls f for the tensors' type S, if the kernels run a whole layer of it with its input projection.
-template <class F>
-void with_layer_type(DType dtype, const F& f) {
-#if BIRNN_ISA_AMX
-  if (dtype == DType::f32_high) f(split_float());
-#else
-  if (dtype == DType::f64)
-    f(double());
-  else
-    f(float());
-#endif
-}
-
 int64_t gradient_scratch(DType dtype, int64_t H) {
   int64_t bytes = 0;
-  with_layer_type(dtype, [&]<class S>(S) {
-    if constexpr (kSplit<S>) bytes = WeightGradients<Lstm, S>::scratch(H);
-  });
+  with_storage(dtype, [&]<class S>(S) { bytes = WeightGradients<Lstm, S>::scratch(H); });
   return bytes;
 }
 
 void input_gradient(DType dtype, const void* dz, int64_t capacity, int64_t H, int64_t I, const void* ih_t, bool finite,
-                    void* const* dx_rows, int64_t begin, int64_t end, [[maybe_unused]] void* scratch) {
+                    void* const* dx_rows, int64_t begin, int64_t end) {
   FlushDenormals flush;
   [[maybe_unused]] const TileRegisters tiles;
-  with_layer_type(dtype, [&]<class S>(S) {
-    const auto from = static_cast<const Accumulate<S>*>(dz);
-    const auto panels = static_cast<const Factor<S>*>(ih_t);
-    if constexpr (kSplit<S>)
-      input_gradient_split<Lstm, S>(from, capacity, H, I, panels, dx_rows, begin, end,
-                                    static_cast<Factor<S>*>(scratch));
-    else
-      input_gradient<Lstm, S>(from, capacity, H, I, panels, finite, dx_rows, begin, end);
+  with_storage(dtype, [&]<class S>(S) {
+    input_gradient<Lstm, S>(static_cast<const Factor<S>*>(dz), capacity, H, I, static_cast<const Factor<S>*>(ih_t),
+                            finite, dx_rows, begin, end);
   });
 }
 
@@ -234,21 +216,14 @@ int64_t column_tiles(int64_t I, int64_t H) { return divide_up(I + H + 1, BIRNN_I
 void weight_gradient(DType dtype, const WeightGradient& work, void* scratch) {
   FlushDenormals flush;
   [[maybe_unused]] const TileRegisters tiles;
-  with_layer_type(dtype, [&]<class S>(S) {
-    if constexpr (kSplit<S>)
-      WeightGradients<Lstm, S>{work}.add_split(static_cast<Factor<S>*>(scratch));
-    else
-      WeightGradients<Lstm, S>{work}.add();
-  });
+  with_storage(dtype, [&]<class S>(S) { WeightGradients<Lstm, S>{work}.add(static_cast<Factor<S>*>(scratch)); });
 }
 
 void store_weight_gradient(DType dtype, const WeightGradient& work, void* dw_ih, void* dw_hh, void* d_bias) {
-  with_layer_type(dtype, [&]<class S>(S) {
-    using A = Accumulate<S>;
-    WeightGradients<Lstm, S>{work}.store(static_cast<A*>(dw_ih), static_cast<A*>(dw_hh), static_cast<A*>(d_bias));
+  with_storage(dtype, [&]<class S>(S) {
+    WeightGradients<Lstm, S>{work}.store(static_cast<S*>(dw_ih), static_cast<S*>(dw_hh), static_cast<S*>(d_bias));
   });
 }
-#endif
 
 }  // namespace
 
@@ -257,6 +232,7 @@ const Kernels kernels = {
     .lanes = lanes,
     .rows = BIRNN_ISA_AMX ? 16 : kRows,
     .accumulate_bytes = accumulate_bytes,
+    .factor_bytes = factor_bytes,
     .panel_bytes = panel_bytes,
     .pack = pack,
     .pack_transposed = pack_transposed,
@@ -268,13 +244,11 @@ const Kernels kernels = {
     .variant_forward_projected = variant_forward_projected,
     .variant_backward_output = variant_backward_output,
     .variant_backward = variant_backward,
-#if BIRNN_ISA_LAYERS
-    .gradient_scratch = gradient_scratch,
     .input_gradient = input_gradient,
     .column_tiles = column_tiles,
+    .gradient_scratch = gradient_scratch,
     .weight_gradient = weight_gradient,
     .store_weight_gradient = store_weight_gradient,
-#endif
 #if !BIRNN_ISA_BF16
     .exp = apply<Math<float>::exp>,
     .sigmoid = apply<Math<float>::sigmoid>,

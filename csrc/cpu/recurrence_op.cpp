@@ -86,13 +86,6 @@ std::tuple<Tensor, Tensor, Tensor> lstm_recurrence_backward(const Tensor& w_hh, 
 
 // --- a layer with its input projection -------------------------------------------------------------------------------
 
-// Checks that a type has a backward pass.
-void check_saved(const Tensor& x) {
-  const DType dtype = dtype_of(x, "x");
-  TORCH_CHECK_TYPE(dtype == DType::f64 || dtype == DType::f32,
-                   "lstm_layer: x must be float64 or float32 for a backward pass, got ", x.scalar_type());
-}
-
 InputProjection projection(const LayerCall& layer, const Tensor& x, const void* (&w_hh)[2]) {
   InputProjection input{x.const_data_ptr(), layer.I, x.stride(0), x.stride(1), {}, {}, {}};
   layer.point(w_hh, input);
@@ -104,12 +97,10 @@ InputProjection projection(const LayerCall& layer, const Tensor& x, const void* 
 Tensor with_dense_rows(const Tensor& t) { return t.size(-1) <= 1 || t.stride(-1) == 1 ? t : t.contiguous(); }
 
 FiveTensors lstm_layer(const Tensor& x_, at::TensorList weights, bool bias, const OptionalTensor& h0,
-                       const OptionalTensor& c0, const OptionalTensor& lengths, c10::string_view save_) {
-  const Save save = save_named(save_);
-  if (save != Save::none) check_saved(x_);
+                       const OptionalTensor& c0, const OptionalTensor& lengths, c10::string_view save) {
   const LayerCall layer(x_, {weights, bias});
   const Tensor x = with_dense_rows(x_);
-  birnn::Forward call(layer.dtype, layer.sizes(), x.options(), h0, c0, lengths, save);
+  birnn::Forward call(layer.dtype, layer.sizes(), x.options(), h0, c0, lengths, save_named(save));
   call.params.input = projection(layer, x, call.params.w_hh);
   return run(call);
 }
@@ -118,7 +109,6 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor, Tensor> lstm_layer_backward(
     const Tensor& x_, at::TensorList weights, bool bias, const OptionalTensor& h0, const OptionalTensor& c0,
     const OptionalTensor& lengths, const Tensor& y_, const Tensor& gates, const Tensor& cells, const OptionalTensor& dy,
     const OptionalTensor& dh_n, const OptionalTensor& dc_n, bool x_grad, bool weight_grads, bool state_grads) {
-  check_saved(x_);
   const LayerCall layer(x_, {weights, bias});
   const Tensor x = with_dense_rows(x_), y = y_.contiguous();
   const auto [T, B, I, D, H] = std::tie(layer.T, layer.B, layer.I, layer.D, layer.H);

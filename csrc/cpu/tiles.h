@@ -23,10 +23,7 @@ constexpr int kStep = kAmx<S>     ? 32
                                   : 1;
 template <class S>
 constexpr int kPlanes = kSplit<S> ? 2 : 1;
-// The kernels run a whole layer's backward pass for types that are their own accumulation type.
-template <class S>
-constexpr bool kLayer = std::is_same_v<S, Accumulate<S>> || kSplit<S>;
-// Rows of x of these types become factors before they are multiplied.
+// Rows of x and y of these types become factors before they are multiplied.
 template <class S>
 constexpr bool kConverted = !std::is_same_v<S, Accumulate<S>>;
 template <class S>
@@ -81,6 +78,14 @@ INLINE void store_row(Factor<S>* p, int64_t plane, Vec<Accumulate<S>> v) {
   using A = Accumulate<S>;
   store_aligned<A>(p, v);
   if constexpr (kSplit<S>) store_aligned<A>(p + plane, rest<A>(v, load_aligned<A>(p)));
+}
+
+// Returns where the backward pass leaves a vector of a slot's dz (see Slots), which has so many vectors.
+template <class S>
+INLINE int64_t dz_offset(int64_t vectors, int64_t capacity, int64_t vector, int64_t slot) {
+  constexpr int L = kLanes<Accumulate<S>>;
+  if constexpr (kPairs<S>) return (slot * kPlanes<S> * vectors + vector) * L;
+  return ((vector / kTileVectors * capacity + slot) * kTileVectors + vector % kTileVectors) * L;
 }
 
 // Tells whether n values are all 0, n a multiple of the vector's lanes. Gradients that vanish over long sequences

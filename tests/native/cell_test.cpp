@@ -204,7 +204,7 @@ Gradients backward(const Problem& problem, const Results& results, const Values&
     const WeightGradient work{dz.get(), kCapacity, kCount, x_rows.data(), h_rows.data(), I,
                               H,        0,         tiles,  sums.get(),    true};
     const WeightGradients<Coupled, double> products{work};
-    products.add();
+    products.add(nullptr);
     products.store(&gradients.w_ih[d * G * H * I], &gradients.w_hh[d * G * H * H], &gradients.bias[d * G * H]);
     input_gradient<Coupled, double>(dz.get(), kCapacity, H, I, packed.ih_t.get(), true, dx_rows.data(), 0, kCount);
   }
