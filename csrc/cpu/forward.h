@@ -68,8 +68,8 @@ INLINE void project(const InputProjection& input, int64_t d, int64_t H, int64_t 
           cursor.next();
           for (int g = 0; g < kGates; ++g) acc[m][g] = bias[g];
         }
-        multiply<S>(acc, x, panel_ih, kStep<S> == 1 ? I : K_ih);
-        if (h_of) multiply<S>(acc, h, panel_hh, kStep<S> == 1 ? H : K_hh);
+        multiply<S, true>(acc, x, panel_ih, kStep<S> == 1 ? I : K_ih);
+        if (h_of) multiply<S, true>(acc, h, panel_hh, kStep<S> == 1 ? H : K_hh);
         for (int m = 0; m < (kAmx<S> ? wanted : M); ++m) {
           static_assert(Cell::kAddsParts);  // otherwise some gate needs an accumulator of its own for h
           if (h_of) Cell::template activate<Math<A>>(acc[m]);

@@ -143,17 +143,19 @@ struct Math<float> {
   static INLINE V at_most(V x, float limit) {
 #if BIRNN_ISA_BYTES == 64
     return __builtin_ia32_minps512_mask(V{} + limit, x, V{}, 0xffff, 4);  // it returns the second operand if one is NaN
+#elif BIRNN_ISA_BYTES == 32
+    return __builtin_ia32_minps256(V{} + limit, x);  // the same; a comparison and a choice are two instructions
 #else
     return x > limit ? V{} + limit : x;
 #endif
   }
-  // Returns v 2^n, rounded once, for an integer n, -252 <= n <= 127.
+  // Returns v 2^n, rounded once, for an integer n, -180 <= n <= 67.
   static INLINE V scale(V v, V n) {
 #if BIRNN_ISA_BYTES == 64
     return __builtin_ia32_scalefps512_mask(v, n, V{}, 0xffff, 4);
 #else
-    const I whole = __builtin_convertvector(n, I), half = whole >> 1;  // two factors, as 2^n may be no normal float
-    return v * bit_cast<V>((half + 127) << 23) * bit_cast<V>((whole - half + 127) << 23);
+    // 2^(n + 60) is a normal float, while 2^n may be none.
+    return v * bit_cast<V>((__builtin_convertvector(n, I) + (127 + 60)) << 23) * 0x1p-60f;
 #endif
   }
 
@@ -168,7 +170,7 @@ struct Math<float> {
 #endif
   }
 
-  // Returns exp(x) for x <= limit and exp(limit) beyond. Below -110 it rounds to 0.
+  // Returns exp(x) for x <= limit and exp(limit) beyond, limit <= 46. Below -110 it rounds to 0.
   static INLINE V exp_up_to(V x, float limit) {
     V n;
     const V clamped = at_most(x, limit);
@@ -176,7 +178,10 @@ struct Math<float> {
     return scale(p + 1.f, n);
   }
 
-  static INLINE V exp(V x) { return exp_up_to(x, 100.f); }  // above 89 it is infinite
+  static INLINE V exp(V x) {  // above 89 it is infinite
+    const V half = exp_up_to(0.5f * x, 46.f);
+    return half * half;
+  }
 
   static INLINE V sigmoid(V x) {
     const V e = exp_up_to(x, 40.f);  // beyond, e / (1 + e) rounds to 1
