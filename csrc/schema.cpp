@@ -29,9 +29,9 @@ TORCH_LIBRARY(birnn_ext, m) {
       " bool state_grads) -> (Tensor dx, Tensor[] d_weights, Tensor dh0, Tensor dc0)");
 
   // A stack of layers: weights are those of layer 0, then those of layer 1 and so on; h0 and c0 (layers * D, B, H). It
-  // calls lstm_layer, and differentiates as one operator. If x has a 16-bit type, it converts weights of others. With last,
-  // y is the final layer's output at each sequence's last step, (B, D * H); with two directions h_n and c_n are then
-  // empty. recompute: a backward pass computes the gates again.
+  // calls lstm_layer, and differentiates as one operator. If x has a 16-bit type, it converts weights of others. With
+  // last, y is the final layer's output at each sequence's last step, (B, D * H); with two directions h_n and c_n are
+  // then empty. recompute: a backward pass computes the gates again.
   m.def(
       "lstm(Tensor x, Tensor[] weights, bool bias, Tensor? h0, Tensor? c0, Tensor? lengths, int layers, bool last,"
       " bool recompute) -> (Tensor y, Tensor h_n, Tensor c_n)");
