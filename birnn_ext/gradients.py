@@ -20,6 +20,7 @@ from birnn_ext.without_kernels import Tensors3, Tensors5, count_reference
 # --- what the formulas share ------------------------------------------------------------------------------------------
 
 
+@reference.without_autocast
 def _weight_grad(dz: Tensor, y: Tensor, h0: Tensor | None, lengths: Tensor | None) -> Tensor:
     """Computes dW_hh (D, 4H, H), the sum over steps of dz_t h_{t-1}^T, by one matrix product per direction.
 
@@ -112,8 +113,7 @@ def _recurrence_grad(
         dz, dh0, dc0 = _recurrence_backward(*args)
     else:  # double backward
         dz, dh0, dc0 = reference.lstm_recurrence_backward(*args, d_gates, d_cells)
-    with torch.autocast(dz.device.type, enabled=False):  # types are settled
-        d_w_hh = _weight_grad(dz, y, h0, lengths) if needs_w else None
+    d_w_hh = _weight_grad(dz, y, h0, lengths) if needs_w else None
     return dz, d_w_hh, dh0 if needs_h0 else None, dc0 if needs_c0 else None, None, None
 
 
@@ -247,6 +247,13 @@ def _save_variant(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
     ctx.save_for_backward(*tensors, ln_hh, ln_c, y, *kept)
 
 
+@reference.without_autocast
+def _projection_grad(d_projected: Tensor, hidden: Tensor) -> Tensor:
+    """Computes dW_hr (D, P, H) from (T, B, D, P) and (T, B, D, H), by one matrix product per direction."""
+    pairs = zip(d_projected.unbind(2), hidden.unbind(2), strict=True)
+    return torch.stack([dh.flatten(0, 1).T @ h.flatten(0, 1) for dh, h in pairs])
+
+
 def _variant_grad(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
     if ctx.save != "all":
         raise RuntimeError(
@@ -268,17 +275,13 @@ def _variant_grad(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, .
     )  # fmt: skip
     grads: list[Tensor | None] = [None] * len(needs)
     grads[0] = dz
-    with torch.autocast(dz.device.type, enabled=False):  # types are settled
-        if needs[1]:
-            h_mask = masks[1]
-            if h_mask is not None:
-                y, h0 = y * h_mask.transpose(0, 1), None if h0 is None else h0 * h_mask
-            grads[1] = _weight_grad(dz if d_products.dim() == 1 else d_products, y, h0, lengths)
-        if needs[2]:
-            directions = range(w_hr.shape[0])
-            grads[2] = torch.stack(
-                [d_projected[:, :, d].flatten(0, 1).T @ hidden[:, :, d].flatten(0, 1) for d in directions]
-            )
+    if needs[1]:
+        h_mask = masks[1]
+        if h_mask is not None:
+            y, h0 = y * h_mask.transpose(0, 1), None if h0 is None else h0 * h_mask
+        grads[1] = _weight_grad(dz if d_products.dim() == 1 else d_products, y, h0, lengths)
+    if needs[2]:
+        grads[2] = _projection_grad(d_projected, hidden)
     grads[3], grads[4] = dh0 if needs[3] else None, dc0 if needs[4] else None
     grads[12] = d_ln_hh.sum(1).to(dz.dtype) if needs[12] else None
     grads[13] = d_ln_c.sum(1).to(dz.dtype) if needs[13] else None

@@ -19,7 +19,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def _without_autocast(function: Callable[P, R]) -> Callable[P, R]:
+def without_autocast(function: Callable[P, R]) -> Callable[P, R]:
     """Turns autocast off: the types are settled here, even where autograd calls within the user's autocast."""
 
     @functools.wraps(function)
@@ -47,7 +47,7 @@ def _where(mask: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     return a if mask is None else torch.where(mask, a, b)
 
 
-@_without_autocast
+@without_autocast
 def lstm_recurrence(
     gates_x: Tensor, w_hh: Tensor, h0: Tensor | None, c0: Tensor | None, lengths: Tensor | None, save: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -86,7 +86,7 @@ def lstm_recurrence(
     return y.to(dtype), h_n.to(dtype), c_n.to(dtype), all_gates.to(dtype), all_cells
 
 
-@_without_autocast
+@without_autocast
 def lstm_recurrence_backward(
     w_hh: Tensor,
     c0: Tensor | None,
@@ -149,7 +149,7 @@ def lstm_recurrence_backward(
     return d_gates_x, torch.stack(dh0).to(dtype), torch.stack(dc0).to(dtype)
 
 
-@_without_autocast
+@without_autocast
 def lstm_variant(
     gates_x: Tensor,
     w_hh: Tensor,

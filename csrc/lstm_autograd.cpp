@@ -204,7 +204,10 @@ struct StackFunction : torch::autograd::Function<StackFunction> {
       for (const Tensor& w : stack.weights_of(part)) wanted |= w.requires_grad();
       auto [y, h_n, c_n, gates, cells] =
           call_layer(part_x, stack.weights_of(part), bias, part_h0, part_c0, part_lengths, wanted ? save : "none");
-      saved.insert(saved.end(), {part_x, y, gates, cells});
+      if (wanted)
+        saved.insert(saved.end(), {part_x, y, gates, cells});
+      else  // x alone, with which all is computed again if there is a second derivative
+        saved.insert(saved.end(), {part.layer == 0 ? x : Tensor(), Tensor(), Tensor(), Tensor()});
       last_gates = gates, last_cells = cells;
       return {y, h_n, c_n};
     };
@@ -400,7 +403,12 @@ struct CastFunction : torch::autograd::Function<CastFunction> {
     const at::AutoDispatchBelowADInplaceOrView below;
     ctx->saved_data["type"] = static_cast<int64_t>(tensors[0].scalar_type());
     ctx->set_materialize_grads(false);
-    return cast(tensors, type);
+    const std::vector<Tensor> result = cast(tensors, type);
+    variable_list frozen;  // otherwise a layer that is not trained would compute gradients, and keep what they take
+    for (size_t k = 0; k < result.size(); ++k)
+      if (!tensors[k].requires_grad()) frozen.push_back(result[k]);
+    ctx->mark_non_differentiable(frozen);
+    return result;
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {

@@ -355,10 +355,14 @@ def test_recompute(dtype, device):
     assert sizes[1] <= 4 * 12
 
 
-def test_meta_device():
-    ours = LSTM(3, 5, 2, bidirectional=True, device="meta")
+@pytest.mark.parametrize("options", [{}, {"proj_size": 2}], ids=["plain", "projected"])
+def test_meta_device(options):
+    ours = LSTM(3, 5, 2, bidirectional=True, device="meta", **options)
+    outputs = options.get("proj_size", 5)
     y, (h_n, c_n) = ours(torch.empty(4, 2, 3, device="meta"))
-    assert (y.shape, h_n.shape, c_n.shape) == ((4, 2, 10), (4, 2, 5), (4, 2, 5))
+    assert (y.shape, h_n.shape, c_n.shape) == ((4, 2, 2 * outputs), (4, 2, outputs), (4, 2, 5))
+    y.sum().backward()
+    assert all(p.grad is not None and p.grad.shape == p.shape for p in ours.parameters())
 
 
 def test_runs_the_compiled_op(device):
