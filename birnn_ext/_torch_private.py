@@ -5,10 +5,10 @@ Tried with torch 2.10 and 2.14; where a name goes or changes its meaning, this f
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from birnn_ext._after_import import after_import
 
 __all__ = [
     "TracerWarning",
+    "call_while_tracing",
     "carries_tangent",
     "dynamo_is_at_work",
     "functionalizes",
@@ -32,6 +33,8 @@ __all__ = [
     "within_forward_mode",
     "within_torch_func",
 ]
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def within_torch_func() -> bool:
@@ -92,3 +95,10 @@ def _admit(cls: type[nn.Module], builder: ModuleType) -> None:
 def let_dynamo_trace(cls: type[nn.Module]) -> None:
     """Makes torch.compile trace instances of cls, a subclass of nn.LSTM whose forward is its own."""
     after_import(_BUILDER, partial(_admit, cls))  # importing Dynamo takes as long as importing torch
+
+
+def call_while_tracing(function: F) -> F:
+    """Makes torch.compile call a function while it traces, where it takes the result for a constant."""
+    # torch.compiler.assume_constant_result does the same, and imports Dynamo, which takes as long as importing torch.
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function

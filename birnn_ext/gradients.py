@@ -250,8 +250,9 @@ def _save_variant(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...])
 @reference.without_autocast
 def _projection_grad(d_projected: Tensor, hidden: Tensor) -> Tensor:
     """Computes dW_hr (D, P, H) from (T, B, D, P) and (T, B, D, H), by one matrix product per direction."""
-    pairs = zip(d_projected.unbind(2), hidden.unbind(2), strict=True)
-    return torch.stack([dh.flatten(0, 1).T @ h.flatten(0, 1) for dh, h in pairs])
+    steps, batch, directions, _ = d_projected.shape
+    dh, h = (t.reshape(steps * batch, directions, t.shape[-1]) for t in (d_projected, hidden))  # as in _weight_grad
+    return torch.stack([dh[:, d].T @ h[:, d] for d in range(directions)])
 
 
 def _variant_grad(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from birnn_ext import _C, reference
 from birnn_ext._info import reference_calls
+from birnn_ext._torch_private import call_while_tracing
 from birnn_ext.reference import accumulate_dtype
 
 Tensors3 = tuple[Tensor, Tensor, Tensor]
@@ -185,6 +186,14 @@ def _(
 _said: set[str] = set()
 
 
+@call_while_tracing  # torch.compile can't trace warnings.warn
+def _warn(reason: str, stacklevel: int) -> None:
+    warnings.warn(
+        f"birnn_ext::{reason}. Using the reference implementation in plain PyTorch, which is slow.",
+        stacklevel=stacklevel + 1,
+    )
+
+
 def count_reference(name: str, counter: str, why: str, stacklevel: int = 3) -> None:
     """Counts a call of the reference in place of a kernel, and warns at the first call for a reason.
 
@@ -196,9 +205,8 @@ def count_reference(name: str, counter: str, why: str, stacklevel: int = 3) -> N
     """
     if why not in _said:
         _said.add(why)
-        warnings.warn(
-            f"birnn_ext::{name} {why}. Using the reference implementation in plain PyTorch, which is slow.",
-            stacklevel=stacklevel,
+        _warn(
+            f"birnn_ext::{name} {why}. Using the reference implementation in plain PyTorch, which is slow.", stacklevel
         )
     reference_calls[counter] += 1
 

@@ -174,6 +174,20 @@ def test_subclasses_and_accelerated_models_compile_into_one_graph(kind):
     all_near([torch.compile(module, fullgraph=True, backend="eager")(x)[0]], [module(x)[0]])
 
 
+def test_torch_func_compiles_into_one_graph(monkeypatch, reference_operators):
+    """It takes the slow reference, and the warning that says so does not break the graph."""
+    monkeypatch.setattr("birnn_ext.without_kernels._said", set())
+    lstm, x = LSTM(3, 5), torch.randn(4, 2, 3)
+    parameters = {name: p.detach() for name, p in lstm.named_parameters()}
+
+    def loss(parameters):
+        return (torch.func.functional_call(lstm, parameters, (x,))[0] ** 2).sum()
+
+    with pytest.warns(UserWarning, match=r"under torch\.compile\. Using the reference"):
+        compiled = torch.compile(torch.func.grad(loss), backend="aot_eager", fullgraph=True)(parameters)
+    all_near(compiled.values(), torch.func.grad(loss)(parameters).values())
+
+
 def test_nn_lstm_is_treated_as_without_us():
     with pytest.raises(Unsupported, match="LSTM"):
         torch.compile(nn.LSTM(5, 8), fullgraph=True, backend="eager")(torch.randn(4, 3, 5))

@@ -215,6 +215,16 @@ def test_batched_gradients(device):
     all_near([batched], [one_by_one])
 
 
+def test_batched_gradients_of_a_projection(device):
+    lstm = LSTM(3, 5, proj_size=2, bidirectional=True, dtype=torch.float64, device=device)
+    y = lstm(torch.randn(4, 2, 3, dtype=torch.float64, device=device))[0]
+    weights = list(lstm.parameters())
+    cotangents = torch.randn(2, *y.shape, dtype=y.dtype, device=device)
+    batched = torch.autograd.grad(y, weights, cotangents, is_grads_batched=True, retain_graph=True)
+    one_by_one = [torch.autograd.grad(y, weights, c, retain_graph=True) for c in cotangents]
+    all_near(batched, [torch.stack(each) for each in zip(*one_by_one, strict=True)])
+
+
 def test_differentiating_what_was_not_saved_is_an_error():
     args = everything("cpu")
     y = forward_op(args[0].requires_grad_(), *args[1:], "cells")[0]
