@@ -1,7 +1,7 @@
 """Gradients of the recurrences' operators, as autograd knows them and as torch.func's transforms do.
 
 A first derivative comes from the backward operators; further ones, and those of batched gradients, from the reference.
-The gradients of lstm_layer are in csrc/lstm_autograd.cpp, where they cost less time.
+The gradients of lstm and lstm_layer are in csrc/lstm_autograd.cpp, where they cost less time.
 """
 
 from __future__ import annotations

@@ -78,8 +78,7 @@ ThreeTensors differentiable_layer(const Tensor& x, at::TensorList weights, bool 
 
 OptionalTensor defined(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
 
-// --- a stack of layers
-// ------------------------------------------------------------------------------------------------
+// --- a stack of layers ----------------------------------------------------------------------------------------------
 
 // A call of lstm_layer: a layer, or one direction of it.
 struct Part {
@@ -166,8 +165,7 @@ ThreeTensors run_stack(const Stack& stack, const Tensor& x, const OptionalTensor
   return {output, at::cat(h_ns), at::cat(c_ns)};
 }
 
-// --- autograd
-// ---------------------------------------------------------------------------------------------------------
+// --- autograd -------------------------------------------------------------------------------------------------------
 
 // Kernels see plain values only. This finds gradients that are a batch, as with autograd.grad(...,
 // is_grads_batched=True) or torch.func.vmap, or that carry tangents.
@@ -305,12 +303,12 @@ struct StackFunction : torch::autograd::Function<StackFunction> {
                                variable_list& result) {
     const Stack& stack = saved.stack;
     // Inputs that are there count as variables, in the order of forward's arguments.
-    const size_t variable = 1 + saved.h0.has_value() + saved.c0.has_value() + saved.lengths.has_value();
+    const size_t weights_at = 1 + saved.h0.has_value() + saved.c0.has_value() + saved.lengths.has_value();
     const bool h0_grad = saved.h0 && ctx->needs_input_grad(1);
     const bool c0_grad = saved.c0 && ctx->needs_input_grad(1 + saved.h0.has_value());
     const auto any_weight = [&](size_t begin, size_t end) {
       for (size_t k = begin; k < end; ++k)
-        if (ctx->needs_input_grad(variable + k)) return true;
+        if (ctx->needs_input_grad(weights_at + k)) return true;
       return false;
     };
     const bool x_grad = ctx->needs_input_grad(0);
@@ -334,7 +332,7 @@ struct StackFunction : torch::autograd::Function<StackFunction> {
                         stack.share(saved.c0, part), lengths, saved.of_part(n, 1), saved.of_part(n, 2),
                         saved.of_part(n, 3), dy, dh_n, dc_n, input_grad, weight_grads, state_grads);
       for (size_t k = 0; k < weights.size(); ++k)
-        if (ctx->needs_input_grad(variable + first + k)) result[kWeights + first + k] = d_weights[k];
+        if (ctx->needs_input_grad(weights_at + first + k)) result[kWeights + first + k] = d_weights[k];
       dh0[n] = part_dh0, dc0[n] = part_dc0;
       if (!input_grad) continue;
       if (part.last_step) {

@@ -42,6 +42,14 @@ def test_against_float64(case, dtype):
         assert_near(a.cpu(), e, f"result {k}", dtype)
 
 
+def test_gradients_are_aligned():
+    """Kernels that torch.compile makes read an operator's results as aligned to 16 bytes."""
+    lstm = LSTM(3, 5, bidirectional=True, dtype=torch.bfloat16, device="cuda")
+    y, _ = lstm(torch.randn(4, 2, 3, dtype=torch.bfloat16, device="cuda"))
+    for gradient in torch.autograd.grad(y.sum(), list(lstm.parameters())):
+        assert gradient.data_ptr() % 16 == 0
+
+
 # The strides of dy: as if y's first dimension was the batch; rows that are no whole number of 16 bytes apart; one
 # gradient for all sequences.
 STRIDES = {

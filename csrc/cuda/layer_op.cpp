@@ -92,13 +92,15 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor, Tensor> lstm_layer_backward(
   // Both directions' dW_ih are one product, and their biases' gradients one sum: parts of one tensor.
   const Tensor d_w_ih = at::mm(dz.t(), without_padding(x, lengths).reshape({T * B, layer.I}));
   const Tensor d_bias_ih = bias ? dz.sum(0) : Tensor(), d_bias_hh = bias ? d_bias_ih.clone() : Tensor();
+  // Kernels that torch.compile makes take an operator's results for aligned to 16 bytes.
+  const auto aligned = [](const Tensor& t) { return t.storage_offset() * t.element_size() % 16 ? t.clone() : t; };
   for (int64_t d = 0; d < D; ++d) {
-    d_weights.push_back(d_w_ih.narrow(0, d * 4 * H, 4 * H));
+    d_weights.push_back(aligned(d_w_ih.narrow(0, d * 4 * H, 4 * H)));
     d_weights.push_back(at::empty({4 * H, H}, x.options()));
     w_hh_gradient(d_weights.back(), layer, d, own(dz, d), share(y, d), h0, lengths);
     if (!bias) continue;
-    d_weights.push_back(own(d_bias_ih, d));
-    d_weights.push_back(own(d_bias_hh, d));
+    d_weights.push_back(aligned(own(d_bias_ih, d)));
+    d_weights.push_back(aligned(own(d_bias_hh, d)));
   }
   return {dx, d_weights, call.dh0, call.dc0};
 }
