@@ -187,11 +187,8 @@ _said: set[str] = set()
 
 
 @call_while_tracing  # torch.compile can't trace warnings.warn
-def _warn(reason: str, stacklevel: int) -> None:
-    warnings.warn(
-        f"birnn_ext::{reason}. Using the reference implementation in plain PyTorch, which is slow.",
-        stacklevel=stacklevel + 1,
-    )
+def _warn(text: str, stacklevel: int) -> None:
+    warnings.warn(text, stacklevel=stacklevel + 1)
 
 
 def count_reference(name: str, counter: str, why: str, stacklevel: int = 3) -> None:
