@@ -53,9 +53,9 @@ class LSTM(WithoutFlatWeights):
         device: of the parameters.
         dtype: of the parameters; float64, float32, float16 or bfloat16.
         recompute: keep only inputs, outputs and cell states for the backward pass, and compute the gates anew there:
-            less memory, more time. Where a layer is not one operator (CUDA, what follows here) it keeps
-            its input alone, and runs again in the backward pass. After T. Chen et al., "Training Deep Nets with
-            Sublinear Memory Cost", 2016.
+            less memory, more time. Where a layer is not one operator (CUDA, what follows here) it keeps its input
+            alone, and runs again in the backward pass. After T. Chen et al., "Training Deep Nets with Sublinear
+            Memory Cost", 2016.
         recurrent_dropout: probability with which, in training mode, values of h are dropped on their way to the next
             step, scaled as by nn.Dropout; the same ones in all steps of a sequence (Gal & Ghahramani,
             arXiv:1512.05287).

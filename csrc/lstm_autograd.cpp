@@ -85,6 +85,11 @@ struct Part {
   int64_t layer, direction, directions;
   bool of_last;    // one direction of a final layer of which only the last outputs are wanted
   bool last_step;  // only each sequence's last step runs: the reverse direction of such a layer
+
+  // Returns how many steps of each sequence the part runs, of the stack's lengths.
+  OptionalTensor lengths(const OptionalTensor& of_stack) const {
+    return last_step && of_stack ? of_stack->clamp_max(1) : of_stack;
+  }
 };
 
 // A stack of layers, as the operator lstm is given it.
@@ -143,12 +148,9 @@ ThreeTensors run_stack(const Stack& stack, const Tensor& x, const OptionalTensor
   std::vector<Tensor> last_outputs, h_ns, c_ns;
   for (const Part& part : stack.parts()) {
     Tensor part_x = input;
-    OptionalTensor part_lengths = lengths;
-    if (part.last_step) {
-      part_x = lengths ? at::index(input, last_steps(*lengths)).unsqueeze(0) : input.narrow(0, -1, 1);
-      if (lengths) part_lengths = lengths->clamp_max(1);
-    }
-    const auto [y, h_n, c_n] = run_part(part, part_x, stack.share(h0, part), stack.share(c0, part), part_lengths);
+    if (part.last_step) part_x = lengths ? at::index(input, last_steps(*lengths)).unsqueeze(0) : input.narrow(0, -1, 1);
+    const auto [y, h_n, c_n] =
+        run_part(part, part_x, stack.share(h0, part), stack.share(c0, part), part.lengths(lengths));
     h_ns.push_back(h_n), c_ns.push_back(c_n);
     if (part.last_step) {
       last_outputs.push_back(y.select(0, 0).select(1, 0));
@@ -325,12 +327,10 @@ struct StackFunction : torch::autograd::Function<StackFunction> {
           x_grad || (part.layer > 0 && (h0_grad || c0_grad || any_weight(0, stack.first_weight({part.layer}))));
       const bool weight_grads = any_weight(first, first + weights.size()), state_grads = h0_grad || c0_grad;
       if (!input_grad && !weight_grads && !state_grads) continue;
-      OptionalTensor lengths = saved.lengths;
-      if (part.last_step && lengths) lengths = lengths->clamp_max(1);
-      auto [dx, d_weights, part_dh0, part_dc0] =
-          call_backward(saved.of_part(n, 0), weights, stack.bias, stack.share(saved.h0, part),
-                        stack.share(saved.c0, part), lengths, saved.of_part(n, 1), saved.of_part(n, 2),
-                        saved.of_part(n, 3), dy, dh_n, dc_n, input_grad, weight_grads, state_grads);
+      auto [dx, d_weights, part_dh0, part_dc0] = call_backward(
+          saved.of_part(n, 0), weights, stack.bias, stack.share(saved.h0, part), stack.share(saved.c0, part),
+          part.lengths(saved.lengths), saved.of_part(n, 1), saved.of_part(n, 2), saved.of_part(n, 3), dy, dh_n, dc_n,
+          input_grad, weight_grads, state_grads);
       for (size_t k = 0; k < weights.size(); ++k)
         if (ctx->needs_input_grad(weights_at + first + k)) result[kWeights + first + k] = d_weights[k];
       dh0[n] = part_dh0, dc0[n] = part_dc0;
