@@ -27,6 +27,8 @@ CORPUS = [
     Case(T=4, B=3, I=2, H=9, bidirectional=True, dtype="bfloat16", lengths=(3, 2, 1), padding="inf", recompute=True),
     Case(T=5, B=2, I=3, H=8, layers=2, bidirectional=True, packed="unsorted", lengths=(1, 5), batch_first=True, hx="transposed"),
     Case(T=5, B=3, I=3, H=8, proj_size=3, layer_norm=True, zoneout=(0.2, 0.5), recurrent_dropout=0.3, learned_state=True, cells=True),
+    # extended options that leave no layer with a variant
+    Case(T=4, B=2, I=3, H=5, layers=2, bidirectional=True, learned_state=True), Case(T=3, B=2, I=3, H=5, layers=2, recurrent_dropout=0.3, training=False),
     # masks are drawn for the sorted sequences of a packed batch
     Case(B=3, H=2, bias=False, zoneout=(0.3, 0.2), lengths=(2, 1, 2), packed="unsorted", used=0),
     Case(T=4, B=3, I=2, H=5, bidirectional=True, reset=((0, 0), (2, 2), (1, 1)), lengths=(2, 3, 4), packed="unsorted", cells=True),
