@@ -8,8 +8,8 @@ def build_info() -> dict[str, Any]:
 def op_calls() -> dict[str, int]:
     """See `birnn_ext.op_calls`, which adds the calls of the reference."""
 
-def cell_math(name: str, x: int, y: int, n: int) -> None:
-    """Computes exp, sigmoid or tanh of n float32 at address x, to address y, by the function of the CPU kernels."""
+def cell_math(name: str, dtype: str, x: int, y: int, n: int) -> None:
+    """Computes sigmoid or tanh of n values at address x, to address y, by the CPU kernels' function for this dtype."""
 
 def cuda_choice(
     dtype: str,

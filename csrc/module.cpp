@@ -45,21 +45,28 @@ py::dict op_calls() {
   return calls;
 }
 
-// Applies the chosen kernels' exp, sigmoid or tanh to n floats at address x; writes to address y.
-void cell_math(const std::string& name, uintptr_t x, uintptr_t y, int64_t n) {
-  const auto& kernels = birnn::cpu::chosen_kernels(birnn::DType::f32);
-  const auto function = name == "exp" ? kernels.exp : name == "sigmoid" ? kernels.sigmoid : kernels.tanh;
-  function(reinterpret_cast<const float*>(x), reinterpret_cast<float*>(y), n);
+birnn::DType dtype_named(const std::string& name) {
+  using birnn::DType;
+  static const std::map<std::string, DType> dtypes = {
+      {"float64", DType::f64}, {"float32", DType::f32}, {"float16", DType::f16}, {"bfloat16", DType::bf16}};
+  const auto type = dtypes.find(name);
+  if (type == dtypes.end()) throw py::value_error("dtype must be float64, float32, float16 or bfloat16, got " + name);
+  return type->second;
+}
+
+// Applies the chosen kernels' sigmoid or tanh to n values at address x; writes to address y.
+void cell_math(const std::string& name, const std::string& dtype, uintptr_t x, uintptr_t y, int64_t n) {
+  const birnn::DType type = dtype_named(dtype);
+  const auto& kernels = birnn::cpu::chosen_kernels(type);
+  (name == "sigmoid" ? kernels.sigmoid : kernels.tanh)(type, reinterpret_cast<const void*>(x),
+                                                       reinterpret_cast<void*>(y), n);
 }
 
 // Says what would run a layer on a GPU, as a dictionary, which birnn_ext/_C.pyi describes.
 py::object cuda_choice(const std::string& dtype, int64_t H, int64_t B, int64_t D, int multiprocessors,
                        int shared_memory, int capability, const std::string& algorithm, int largest_cluster) {
   using namespace birnn;
-  static const std::map<std::string, DType> dtypes = {
-      {"float64", DType::f64}, {"float32", DType::f32}, {"float16", DType::f16}, {"bfloat16", DType::bf16}};
-  const auto type = dtypes.find(dtype);
-  if (type == dtypes.end()) throw py::value_error("dtype must be float64, float32, float16 or bfloat16, got " + dtype);
+  const DType type = dtype_named(dtype);
   if (H < 1 || B < 1 || D < 1 || D > 2 || multiprocessors < 1)
     throw py::value_error("H, B and multiprocessors must be positive, and D 1 or 2");
   const auto wished = cuda::algorithm_named(algorithm);
@@ -68,13 +75,13 @@ py::object cuda_choice(const std::string& dtype, int64_t H, int64_t B, int64_t D
   const auto fits = [&](const auto& plan) {
     return plan.exchange != cuda::Exchange::cluster || plan.ctas <= largest_cluster;
   };
-  const cuda::Choice choice = cuda::choose({type->second, 1, B, D, H}, {multiprocessors, shared_memory, capability},
+  const cuda::Choice choice = cuda::choose({type, 1, B, D, H}, {multiprocessors, shared_memory, capability},
                                            wished ? std::vector{*wished} : cuda::all_algorithms(), fits);
   if (!choice.possible) return py::none();
   using namespace py::literals;
   py::dict result("algorithm"_a = cuda::kAlgorithmNames[int(choice.algorithm)], "us"_a = choice.us);
   if (choice.algorithm != cuda::Algorithm::stepwise) {
-    const int size = size_of(type->second);
+    const int size = size_of(type);
     const auto described = [&](const auto& plan) {
       return py::dict("row"_a = plan.row, "ctas"_a = plan.ctas, "warps"_a = plan.warps, "bytes"_a = plan.bytes,
                       "sequences"_a = cuda::row_of(size, plan).sequences(), "ticks"_a = cuda::step_ticks(size, plan));
@@ -91,7 +98,7 @@ PYBIND11_MODULE(_C, m) {
   birnn::cpu::chosen_isa();  // a wrong BIRNN_CPU_ISA is an error at import, not at the first call
   m.def("build_info", &build_info);
   m.def("op_calls", &op_calls);
-  m.def("cell_math", &cell_math, py::arg("name"), py::arg("x"), py::arg("y"), py::arg("n"));
+  m.def("cell_math", &cell_math, py::arg("name"), py::arg("dtype"), py::arg("x"), py::arg("y"), py::arg("n"));
   m.def("cuda_choice", &cuda_choice, py::arg("dtype"), py::arg("H"), py::arg("B"), py::arg("D"),
         py::arg("multiprocessors"), py::arg("shared_memory"), py::arg("capability"), py::arg("algorithm") = "",
         py::arg("largest_cluster") = birnn::cuda::kMaxCluster);

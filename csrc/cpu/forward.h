@@ -72,7 +72,7 @@ INLINE void project(const InputProjection& input, int64_t d, int64_t H, int64_t 
         if (h_of) multiply<S, true>(acc, h, panel_hh, kStep<S> == 1 ? H : K_hh);
         for (int m = 0; m < (kAmx<S> ? wanted : M); ++m) {
           static_assert(Cell::kAddsParts);  // otherwise some gate needs an accumulator of its own for h
-          if (h_of) Cell::template activate<Math<A>>(acc[m]);
+          if (h_of) Cell::template activate<Math<S>>(acc[m]);
           A* to = z + ((k + m) * padded + block * L) * kGates;
           BIRNN_UNROLL
           for (int g = 0; g < kGates; ++g) store_vector(to + g * L, acc[m][g]);
@@ -260,7 +260,7 @@ struct Forward {
     for (int m = 0; m < rows; ++m) {
       static_assert(Cell::kAddsParts);  // otherwise some gate needs an accumulator of its own for gates_x
       V c_row = load_vector(c_rows + m * padded);
-      const V h_row = Cell::template forward<Math<A>>(acc[m], c_row);
+      const V h_row = Cell::template forward<Math<S>>(acc[m], c_row);
       store_vector(c_rows + m * padded, c_row);
       store_row<S>(h_next + m * row_size, plane, h_row);
       store<A>(static_cast<S*>(p.y) + row[m] * H + unit, h_row, n);

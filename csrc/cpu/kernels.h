@@ -106,10 +106,9 @@ struct Kernels {
   void (*weight_gradient)(DType, const WeightGradient&, void* scratch);
   void (*store_weight_gradient)(DType, const WeightGradient&, void* dw_ih, void* dw_hh, void* d_bias);
 
-  // The cell's functions, which tests/test_math.py tests: n floats in, n out. They are null in a table without float32.
-  void (*exp)(const float* x, float* y, int64_t n) = nullptr;
-  void (*sigmoid)(const float* x, float* y, int64_t n) = nullptr;
-  void (*tanh)(const float* x, float* y, int64_t n) = nullptr;
+  // The cell's functions, which tests/test_math.py tests: n values in, n out.
+  void (*sigmoid)(DType, const void* x, void* y, int64_t n);
+  void (*tanh)(DType, const void* x, void* y, int64_t n);
 };
 
 }  // namespace birnn::cpu

@@ -188,12 +188,23 @@ void variant_backward(DType dtype, const VariantBackward& p, int64_t begin, int6
   });
 }
 
-#if !BIRNN_ISA_BF16
-template <Vec<float> (*function)(Vec<float>)>
-void apply(const float* x, float* y, int64_t n) {
-  for (int64_t k = 0; k < n; k += kLanes<float>) store<float>(y + k, function(load<float>(x + k, n - k)), n - k);
+// y = f(x) for n values of type S, f being called with a vector and an S.
+template <class F>
+void apply(DType dtype, const void* x, void* y, int64_t n, const F& f) {
+  with_storage(dtype, [&]<class S>(S) {
+    using A = Accumulate<S>;
+    for (int64_t k = 0; k < n; k += kLanes<A>)
+      store<A>(static_cast<S*>(y) + k, f(load<A>(static_cast<const S*>(x) + k, n - k), S()), n - k);
+  });
 }
-#endif
+
+void sigmoid(DType dtype, const void* x, void* y, int64_t n) {
+  apply(dtype, x, y, n, []<class V, class S>(V v, S) INLINE_LAMBDA { return Math<S>::sigmoid(v); });
+}
+
+void tanh(DType dtype, const void* x, void* y, int64_t n) {
+  apply(dtype, x, y, n, []<class V, class S>(V v, S) INLINE_LAMBDA { return Math<S>::tanh(v); });
+}
 
 int64_t gradient_scratch(DType dtype, int64_t H) {
   int64_t bytes = 0;
@@ -249,11 +260,8 @@ const Kernels kernels = {
     .gradient_scratch = gradient_scratch,
     .weight_gradient = weight_gradient,
     .store_weight_gradient = store_weight_gradient,
-#if !BIRNN_ISA_BF16
-    .exp = apply<Math<float>::exp>,
-    .sigmoid = apply<Math<float>::sigmoid>,
-    .tanh = apply<Math<float>::tanh>,
-#endif
+    .sigmoid = sigmoid,
+    .tanh = tanh,
 };
 
 }  // namespace birnn::cpu::BIRNN_ISA

@@ -163,12 +163,13 @@ INLINE void multiply(Vec<Accumulate<S>> (&acc)[M][N], const Factor<S>* const (&a
                      int64_t K) {
 #if BIRNN_ISA_AMX
   if constexpr (kAmx<S>) {
-    multiply_amx<N>(acc, a[0], a[1] - a[0], panel, K);
+    TileSums<N> sums;
+    sums.multiply(a[0], a[1] - a[0], panel, K);
     if constexpr (kSplit<S>) {
-      multiply_amx<N>(acc, a[0] + K, a[1] - a[0], panel, K);
-      multiply_amx<N>(acc, a[0], a[1] - a[0], panel + K * N * 16, K);
+      sums.multiply(a[0] + K, a[1] - a[0], panel, K);
+      sums.multiply(a[0], a[1] - a[0], panel + K * N * 16, K);
     }
-    return;
+    return sums.add_to(acc);
   }
 #endif
 #if BIRNN_ISA_BF16
