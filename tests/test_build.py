@@ -59,6 +59,27 @@ def test_build_info():
         assert re.search(r"\d\.\d", info["cuda_architectures"])
 
 
+@pytest.mark.skipif("BIRNN_CPU_ISA" in os.environ, reason="BIRNN_CPU_ISA names the instruction set")
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="only Linux tells what the CPU has in /proc/cpuinfo")
+def test_the_instruction_set_is_the_one_that_the_rule_names():
+    cpu = Path("/proc/cpuinfo").read_text()
+    flags = set(" ".join(re.findall(r"^flags\s*:(.*)$", cpu, re.MULTILINE)[:1]).split())
+    needed = [
+        ("avx2", {"avx2", "fma", "f16c"}),
+        ("avx512", {"avx512f", "avx512bw", "avx512dq", "avx512vl"}),
+        ("avx512_bf16", {"avx512_bf16"}),
+        ("amx", {"amx_tile", "amx_bf16"}),
+    ]
+    runs = ["generic"]
+    for name, features in needed:  # each also needs those before it
+        if not features <= flags:
+            break
+        runs.append(name)
+    if runs[-1] == "avx512_bf16" and "GenuineIntel" in cpu:  # pairs of bfloat16 do not gain there
+        runs.pop()
+    assert birnn_ext.build_info()["cpu_isa"] == runs[-1]
+
+
 def test_cpu_only_on_request(monkeypatch):
     build = run_setup(monkeypatch, BIRNN_CUDA="0")
     (extension,) = build["ext_modules"]

@@ -167,6 +167,14 @@ def test_sizes_that_take_several_rounds(sizes, recompute):
         all_near(results_and_gradients(lstm_layer, *args, recompute=recompute), results_and_gradients(composite, *args))
 
 
+@pytest.mark.parametrize("sizes", [(1, 1, 16, 5), (1, 3, 48, 17), (2, 1, 80, 4)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_sizes_of_a_single_tile(sizes, dtype):
+    args = random_layer(random.Random(sum(sizes)), dtype, sizes)
+    found, expected = results_and_gradients(lstm_layer, *args), results_and_gradients(composite, *args)
+    all_near(found, expected)
+
+
 def test_strides():
     """x is batch-first or has strided features, and gradients arrive transposed or expanded."""
     x, weights, *rest = random_layer(random.Random(1), torch.float64, (5, 4, 6, 9))

@@ -95,6 +95,27 @@ def test_gradient_of_one_result_alone(used, device):
     all_near(*results)
 
 
+def test_a_long_memory_in_16_bits():
+    """With f near 1, cells grow large and remember hundreds of steps, so small errors of sigmoid and tanh add up."""
+    torch.manual_seed(0)
+    exact = nn.LSTM(16, 32)
+    with torch.no_grad():
+        exact.bias_ih_l0[32:64] += 5
+    ours = LSTM(16, 32)
+    ours.load_state_dict(exact.state_dict())
+    ours = ours.half()
+    exact = exact.double()
+    exact.load_state_dict(ours.state_dict())
+    x = torch.randn(1000, 4, 16, dtype=torch.float16)
+    inputs = [x.double().requires_grad_(), x.requires_grad_()]
+    outputs = [module(value)[0] for module, value in zip((exact, ours), inputs, strict=True)]
+    assert (outputs[1] - outputs[0]).pow(2).mean().sqrt() < 2e-4  # 1.1e-4 with float32's functions
+    for output in outputs:
+        output.sum().backward()
+    difference = inputs[1].grad.double() - inputs[0].grad
+    assert difference.norm() < 8e-3 * inputs[0].grad.norm()  # 4e-3 with float32's functions
+
+
 @pytest.mark.parametrize(("size", "draws"), [((9, 5, 7, 19), 6), ((28, 8, 28, 64), 3), ((1, 1, 3, 40), 40)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_16_bit_error_is_no_worse_than_torch(size, draws, dtype, device):

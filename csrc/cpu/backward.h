@@ -57,7 +57,7 @@ struct Backward {
     const Factor<S>* a[M];
     for (int m = 0; m < M; ++m) a[m] = rows + m * row_size;
     if (*panels.not_finite || !all_zero(rows, M * row_size))
-      multiply<S>(acc, a, static_cast<const Factor<S>*>(panels.hh_t) + v * row_size * L, plane);
+      multiply<S, kRecurrenceApart>(acc, a, static_cast<const Factor<S>*>(panels.hh_t) + v * row_size * L, plane);
   }
 
   template <int M, int N>
@@ -95,7 +95,7 @@ struct Backward {
         A* dc_row = dc + (first + m) * padded + unit;
         V dc_value = load_vector(dc_row);
         const V c = load<A>(static_cast<const A*>(p.cells) + row * H + unit, left);
-        Cell::template backward<Math<S>>(values, c, c_prev, dh, dc_value, dz_values);
+        Cell::template backward<Math<A>>(values, c, c_prev, dh, dc_value, dz_values);
         store_vector(dc_row, dc_value);
         Factor<S>* dz_row = dz[s & 1] + (first + m) * row_size + unit;
         for (int g = 0; g < kGates; ++g) {

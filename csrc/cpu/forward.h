@@ -254,8 +254,9 @@ struct Forward {
       const Factor<S>* a[M];
       for (int m = 0; m < M; ++m) a[m] = h_prev + m * row_size;
       const int64_t K = packed_rows<S>(H);
-      multiply<S>(acc, a, static_cast<const Factor<S>*>(panels.hh) + block * K * kGates * L * kPlanes<S>,
-                  kStep<S> == 1 ? H : K);
+      multiply<S, kRecurrenceApart>(acc, a,
+                                    static_cast<const Factor<S>*>(panels.hh) + block * K * kGates * L * kPlanes<S>,
+                                    kStep<S> == 1 ? H : K);
     }
     for (int m = 0; m < rows; ++m) {
       static_assert(Cell::kAddsParts);  // otherwise some gate needs an accumulator of its own for gates_x

@@ -35,6 +35,44 @@ void input_gradient(const Factor<S>* dz, int64_t capacity, int64_t H, int64_t I,
   }
 }
 
+// The same for so few slots that a packed W_ih would be read once: its rows are the panel as they are. This takes the
+// vectors begin <= v < end of columns, which are whole.
+template <class Cell, class S>
+void input_gradient_unpacked(const S* dz, int64_t capacity, int64_t count, int64_t H, int64_t I, const S* w_ih,
+                             void* const* dx_rows, int64_t begin, int64_t end) {
+  constexpr int L = kLanes<S>;
+  const int64_t blocks = divide_up(H, L);
+  for (int64_t v = begin, width = 0; v < end; v += width) {
+    width = tile_vectors(v, end);
+    with_vectors(width, [&]<int N>() INLINE_LAMBDA {
+      for (int64_t k = 0; k < count; k += kTileRows<S>)
+        with_rows<S>(count - k, [&]<int M>(int) INLINE_LAMBDA {
+          Vec<S> acc[M][N];
+          S* to[M];
+          for (int m = 0; m < M; ++m) {
+            to[m] = static_cast<S*>(dx_rows[k + m]) + v * L;
+            for (int n = 0; n < N; ++n) acc[m][n] = load<S>(to[m] + n * L, L);
+          }
+          for (int64_t vector = 0; vector < Cell::kGates * blocks; ++vector) {
+            const int64_t unit = vector % blocks * L;
+            const S* w = w_ih + (vector / blocks * H + unit) * I + v * L;
+            const S* a[M];
+            for (int m = 0; m < M; ++m) a[m] = dz + dz_offset<S>(Cell::kGates * blocks, capacity, vector, k + m);
+            for (int64_t l = 0; l < minimum(L, H - unit); ++l, w += I) {
+              Vec<S> row[N];
+              for (int n = 0; n < N; ++n) row[n] = load<S>(w + n * L, L);
+#pragma GCC unroll 8
+              for (int m = 0; m < M; ++m)
+                for (int n = 0; n < N; ++n) acc[m][n] += a[m][l] * row[n];
+            }
+          }
+          for (int m = 0; m < M; ++m)
+            for (int n = 0; n < N; ++n) store<S>(to[m] + n * L, acc[m][n], L);
+        });
+    });
+  }
+}
+
 // The gradients of W_ih, W_hh and the biases are one product, dz^T [x, h, 1], if the input and the recurrent part of dz
 // are equal. A tile holds kColumns columns of [x, h, 1] and kTileVectors vectors of gates.
 template <class Cell, class S>

@@ -26,7 +26,7 @@ struct Panels {
   void* hh;          // [block][k: H][gate][lane]
   void* hh_t;        // [tile of H][k: gate, block, lane][vector of the tile][lane]
   bool* not_finite;  // hh_t or ih_t has an infinity or NaN, so products with 0 can't be skipped
-  void* ih_t;        // [tile of I][k: gate, block, lane][vector of the tile][lane]
+  void* ih_t;        // [tile of I][k: gate, block, lane][vector of the tile][lane]; null for a single tile of rows
 };
 
 // A chain is one direction of some sequences. No step of it depends on another chain.
@@ -100,6 +100,11 @@ struct Kernels {
   // dx_rows[k] += W_ih^T dz of slot k, begin <= k < end.
   void (*input_gradient)(DType, const void* dz, int64_t capacity, int64_t H, int64_t I, const void* ih_t, bool finite,
                          void* const* dx_rows, int64_t begin, int64_t end);
+
+  // The same for the slots 0 <= k < count and the columns begin <= column < end, multiples of the lanes, from W_ih as
+  // it is. float and double only.
+  void (*input_gradient_unpacked)(DType, const void* dz, int64_t capacity, int64_t count, int64_t H, int64_t I,
+                                  const void* w_ih, void* const* dx_rows, int64_t begin, int64_t end);
 
   int64_t (*column_tiles)(int64_t I, int64_t H);
   int64_t (*gradient_scratch)(DType, int64_t H);  // returns the bytes of scratch per thread

@@ -146,6 +146,9 @@ int64_t projected_steps(const Plan& plan, const RecurrenceSizes& sizes) {
   return std::min({divide_up(kProjectedRows, rows), kMostStepsAtOnce, sizes.T});
 }
 
+// Tells whether factors are of another type than the tensors. Then weights are always packed.
+bool converted(DType dtype) { return dtype != DType::f64 && dtype != DType::f32; }
+
 const void* element(const void* base, int64_t index, int64_t bytes) {
   return static_cast<const char*>(base) + index * bytes;
 }
@@ -221,11 +224,19 @@ class LayerBackward {
         }
       }
       for (int64_t d = 0; p_.dx && d < p_.D; ++d) {
-        const int64_t tiles = divide_up(range[d].count, kernels_.rows);
-        const Share share(tiles, thread, threads);
-        kernels_.input_gradient(dtype_, dz_[d].get(), capacity_, p_.H, p_.input.I, packing_.panels[d].ih_t,
-                                !*packing_.panels[d].not_finite, rows_[d].dx.data(), share.begin * kernels_.rows,
-                                std::min(share.end * kernels_.rows, range[d].count));
+        const int64_t I = p_.input.I;
+        void* const* const dx = rows_[d].dx.data();
+        if (packing_.panels[d].ih_t) {
+          const Share share(divide_up(range[d].count, kernels_.rows), thread, threads);
+          kernels_.input_gradient(dtype_, dz_[d].get(), capacity_, p_.H, I, packing_.panels[d].ih_t,
+                                  !*packing_.panels[d].not_finite, dx, share.begin * kernels_.rows,
+                                  std::min(share.end * kernels_.rows, range[d].count));
+        } else {
+          const int64_t columns = kTileVectors * kernels_.lanes(dtype_);
+          const Share share(divide_up(I, columns), thread, threads);
+          kernels_.input_gradient_unpacked(dtype_, dz_[d].get(), capacity_, range[d].count, p_.H, I, p_.input.w_ih[d],
+                                           dx, share.begin * columns, std::min(share.end * columns, I));
+        }
         plan_.all.wait(threads);  // both directions add to the same dx
       }
       if (!p_.dx && round + 1 < last) plan_.all.wait(threads);  // the next round overwrites dz
@@ -330,8 +341,7 @@ void recurrence_forward(DType dtype, const ForwardParams& params, int64_t max_th
   const Kernels& kernels = chosen_kernels(dtype);
   Packing packing(dtype, params, kernels);
   if (params.T > 1 || params.h0) packing.add(params.w_hh, params.H, false, &Panels::hh);
-  const bool converted = dtype != DType::f64 && dtype != DType::f32;  // converted factors are always packed
-  if (!params.gates_x && (params.T * params.B > kMostUnpackedRows || converted))
+  if (!params.gates_x && (params.T * params.B > kMostUnpackedRows || converted(dtype)))
     packing.add(params.input.w_ih, params.input.I, false, &Panels::ih);
 
   with_threads(params, max_threads, kernels, dtype, [&](int64_t threads) {
@@ -357,7 +367,9 @@ void recurrence_backward(DType dtype, const BackwardParams& params, int64_t max_
     packing.add(params.w_hh, params.H, false, &Panels::hh);
     packing.add(params.input.w_ih, params.input.I, false, &Panels::ih);
   }
-  if (params.dx) packing.add(params.input.w_ih, params.input.I, true, &Panels::ih_t);
+  const bool whole_vectors = params.input.I % kernels.lanes(dtype) == 0;
+  if (params.dx && (params.T * params.B > kernels.rows || converted(dtype) || !whole_vectors))
+    packing.add(params.input.w_ih, params.input.I, true, &Panels::ih_t);
 
   with_threads(params, max_threads, kernels, dtype, [&](int64_t threads) {
     Plan plan(params, params.lengths, threads, kernels.rows);

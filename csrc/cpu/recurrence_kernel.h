@@ -222,6 +222,16 @@ void input_gradient(DType dtype, const void* dz, int64_t capacity, int64_t H, in
   });
 }
 
+void input_gradient_unpacked(DType dtype, const void* dz, int64_t capacity, int64_t count, int64_t H, int64_t I,
+                             const void* w_ih, void* const* dx_rows, int64_t begin, int64_t end) {
+  FlushDenormals flush;
+  with_storage(dtype, [&]<class S>(S) {
+    if constexpr (!kConverted<S>)
+      input_gradient_unpacked<Lstm, S>(static_cast<const S*>(dz), capacity, count, H, I, static_cast<const S*>(w_ih),
+                                       dx_rows, begin / kLanes<S>, end / kLanes<S>);
+  });
+}
+
 int64_t column_tiles(int64_t I, int64_t H) { return divide_up(I + H + 1, BIRNN_ISA_AMX ? 16 : kRows); }
 
 void weight_gradient(DType dtype, const WeightGradient& work, void* scratch) {
@@ -256,6 +266,7 @@ const Kernels kernels = {
     .variant_backward_output = variant_backward_output,
     .variant_backward = variant_backward,
     .input_gradient = input_gradient,
+    .input_gradient_unpacked = input_gradient_unpacked,
     .column_tiles = column_tiles,
     .gradient_scratch = gradient_scratch,
     .weight_gradient = weight_gradient,

@@ -30,6 +30,8 @@ template <class S>
 constexpr int kEven = kStep<S> > 2 ? kStep<S> : 2;  // panels are packed two k at a time
 template <class S>
 constexpr int kTileRows = kAmx<S> ? 16 : kRows;
+// The recurrence multiplies in a function of its own where a tile has many sums; see multiply_apart.
+constexpr bool kRecurrenceApart = kRows > 3;
 
 template <class S>
 using Factor = std::conditional_t<kPairs<S>, bfloat16, Accumulate<S>>;
@@ -119,18 +121,6 @@ INLINE void multiply_with(Vec<A> (&acc)[M][N], const Element& a, const A* panel,
   }
 }
 
-// The same as a function of its own, whose sums stay in registers. Within project(), where many more values are alive,
-// GCC 12 keeps one of 12 sums in memory, and a product takes twice as long. The call costs 3 to 5 % of a product.
-template <int M, int N, class A>
-__attribute__((noinline)) void multiply_apart(Vec<A> (&acc)[M][N], const A* const (&a)[M], const A* panel, int64_t K) {
-  Vec<A> sums[M][N];
-  for (int m = 0; m < M; ++m)
-    for (int n = 0; n < N; ++n) sums[m][n] = acc[m][n];
-  multiply_with<M, N, A>(sums, [&](int m, int64_t k) INLINE_LAMBDA { return a[m][k]; }, panel, K);
-  for (int m = 0; m < M; ++m)
-    for (int n = 0; n < N; ++n) acc[m][n] = sums[m][n];
-}
-
 #if BIRNN_ISA_BF16
 // acc[m][n] += sum of a[m][k] * panel[k / 2][n][lane][k % 2], in pairs of bfloat16, in the order of k.
 template <int M, int N>
@@ -156,8 +146,33 @@ INLINE void multiply_pairs(Vec<float> (&acc)[M][N], const bfloat16* const (&a)[M
 struct TileRegisters {};
 #endif
 
+// The product of a tile that fits the vector registers.
+template <class S, int M, int N>
+INLINE void multiply_here(Vec<Accumulate<S>> (&acc)[M][N], const Factor<S>* const (&a)[M], const Factor<S>* panel,
+                          int64_t K) {
+#if BIRNN_ISA_BF16
+  if constexpr (kPairs<S>) return multiply_pairs(acc, a, panel, K);
+#endif
+  if constexpr (!kPairs<S>)
+    multiply_with<M, N, Accumulate<S>>(acc, [&](int m, int64_t k) INLINE_LAMBDA { return a[m][k]; }, panel, K);
+}
+
+// The same as a function of its own, whose sums stay in registers. Where many more values are alive, GCC 12 keeps some
+// sums in memory: 1 of AVX2's 12 in the projection, which made a product take twice as long, and up to 14 of AVX-512's
+// 24 in the recurrence. The call costs 3 to 5 % of a product of AVX2.
+template <class S, int M, int N>
+__attribute__((noinline)) void multiply_apart(Vec<Accumulate<S>> (&acc)[M][N], const Factor<S>* const (&a)[M],
+                                              const Factor<S>* panel, int64_t K) {
+  Vec<Accumulate<S>> sums[M][N];
+  for (int m = 0; m < M; ++m)
+    for (int n = 0; n < N; ++n) sums[m][n] = acc[m][n];
+  multiply_here<S>(sums, a, panel, K);
+  for (int m = 0; m < M; ++m)
+    for (int n = 0; n < N; ++n) acc[m][n] = sums[m][n];
+}
+
 // acc[m][n] += sum over k < K of a[m][k] * panel[k][n], K a multiple of kStep. For AMX the a[m] are equally far apart.
-// kApart: where registers are few, several rows are multiplied in a function of its own.
+// kApart: several rows are multiplied in a function of its own.
 template <class S, bool kApart = false, int M, int N>
 INLINE void multiply(Vec<Accumulate<S>> (&acc)[M][N], const Factor<S>* const (&a)[M], const Factor<S>* panel,
                      int64_t K) {
@@ -172,13 +187,10 @@ INLINE void multiply(Vec<Accumulate<S>> (&acc)[M][N], const Factor<S>* const (&a
     return sums.add_to(acc);
   }
 #endif
-#if BIRNN_ISA_BF16
-  if constexpr (kPairs<S> && !kAmx<S>) return multiply_pairs(acc, a, panel, K);
-#endif
-  if constexpr (!kPairs<S> && kApart && M > 1 && kRows < 6)
-    multiply_apart<M, N, Accumulate<S>>(acc, a, panel, K);
-  else if constexpr (!kPairs<S>)
-    multiply_with<M, N, Accumulate<S>>(acc, [&](int m, int64_t k) INLINE_LAMBDA { return a[m][k]; }, panel, K);
+  if constexpr (!kAmx<S> && kApart && M > 1)
+    multiply_apart<S>(acc, a, panel, K);
+  else if constexpr (!kAmx<S>)
+    multiply_here<S>(acc, a, panel, K);
 }
 
 template <int M, class F>
