@@ -1,6 +1,7 @@
-"""nn.LSTM's copy of its weights in one piece of memory, and the lists that refer to it: `LSTM` does without them.
+"""nn.RNNBase's copy of its weights in one piece of memory, and the lists that refer to it: we do without them.
 
-nn.LSTM keeps them in attributes, in pickles and in a property that other code reads. This class answers in their place.
+nn.LSTM and nn.GRU keep them in attributes, in pickles and in a property that other code reads. This class answers in
+their place.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 
 
-class WithoutFlatWeights(nn.LSTM):
-    """An nn.LSTM whose weights are its parameters as they are at each call, and nothing besides."""
+class WithoutFlatWeights(nn.RNNBase):
+    """An nn.RNNBase whose weights are its parameters as they are at each call, and nothing besides."""
 
     def _init_flat_weights(self) -> None:
         pass
@@ -21,7 +22,7 @@ class WithoutFlatWeights(nn.LSTM):
 
     @property
     def _flat_weights(self) -> list[Tensor | None]:
-        """The weights as they are now, for code of nn.LSTM's and of others that reads them here."""
+        """The weights as they are now, for code of PyTorch's and of others that reads them here."""
         return [getattr(self, name, None) for name in self._flat_weights_names]
 
     @_flat_weights.setter
@@ -33,7 +34,7 @@ class WithoutFlatWeights(nn.LSTM):
         drop_flat_weights(self)
 
 
-def drop_flat_weights(module: nn.LSTM) -> None:
-    """Removes what a module keeps of the time when it was an nn.LSTM, or was pickled as one."""
+def drop_flat_weights(module: nn.RNNBase) -> None:
+    """Removes what a module keeps of the time when it was PyTorch's, or was pickled as one."""
     vars(module).pop("_flat_weights", None)
     vars(module)["_flat_weight_refs"] = []  # tensors with weak references can't be swapped

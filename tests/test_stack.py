@@ -105,7 +105,7 @@ def test_python_calls_one_operator(output, device):
     lstm = LSTM(3, 5, 3, batch_first=True, bidirectional=True, device=device)
     x = torch.randn(2, 4, 3, device=device)
     for mode in (torch.no_grad(), torch.enable_grad()):
-        with mode, mock.patch("birnn_ext.modules.run_layer", side_effect=AssertionError("a layer by itself")):
+        with mode, mock.patch("birnn_ext.recurrent.run_layer", side_effect=AssertionError("a layer by itself")):
             assert operators(lambda: lstm(x, output=output)).count("birnn_ext::lstm") == 1
 
 
