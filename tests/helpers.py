@@ -9,9 +9,8 @@ from unittest import mock
 
 import pytest
 import torch
+from cells import LSTM_CELL, Cell
 from torch import Tensor, nn
-
-import birnn_ext
 
 # The largest difference that two ways of computing in a dtype may have, forward or backward, relative to the largest
 # expected value. The 16-bit figures serve comparisons among our own kernels: beside nn.LSTM, the tests compare 16-bit
@@ -70,10 +69,10 @@ def all_near(actual: Iterable[Tensor], expected: Iterable[Tensor], what: str = "
         assert_near(a, e, f"{what}[{k}]")
 
 
-def twins(*args, device: str = "cpu", **kwargs) -> tuple[birnn_ext.LSTM, nn.LSTM]:
-    """Returns our LSTM and nn.LSTM with the same arguments and weights."""
-    theirs = nn.LSTM(*args, device=device, **kwargs)
-    ours = birnn_ext.LSTM(*args, device=device, **kwargs)
+def twins(*args, device: str = "cpu", cell: Cell = LSTM_CELL, **kwargs):
+    """Returns our LSTM and nn.LSTM, or another cell's two modules, with the same arguments and weights."""
+    theirs = cell.theirs(*args, device=device, **kwargs)
+    ours = cell.module(*args, device=device, **kwargs)
     ours.load_state_dict(theirs.state_dict())
     return ours, theirs
 

@@ -234,7 +234,7 @@ class LayerBackward {
       const Share share(p_.D * tiles_, thread, threads);
       for (int64_t d = 0; d < p_.D; ++d)
         kernels_.store_weight_gradient(dtype_, weight_gradient(d, share, {0, 0}, false), p_.dw_ih[d], p_.dw_hh[d],
-                                       p_.d_bias[d]);
+                                       p_.d_bias_ih[d]);
     }
   }
 
@@ -325,7 +325,8 @@ void with_threads(const RecurrenceSizes& sizes, int64_t threads, const Kernels& 
 
 }  // namespace
 
-void recurrence_forward(DType dtype, const ForwardParams& params, int64_t max_threads, const Parallel& parallel) {
+void recurrence_forward(CellKind, DType dtype, const ForwardParams& params, int64_t max_threads,
+                        const Parallel& parallel) {
   if (params.B == 0) return;
   const Kernels& kernels = chosen_kernels(dtype);
   Packing packing(dtype, params, kernels);
@@ -348,7 +349,8 @@ void recurrence_forward(DType dtype, const ForwardParams& params, int64_t max_th
   });
 }
 
-void recurrence_backward(DType dtype, const BackwardParams& params, int64_t max_threads, const Parallel& parallel) {
+void recurrence_backward(CellKind, DType dtype, const BackwardParams& params, int64_t max_threads,
+                         const Parallel& parallel) {
   if (params.B == 0) return;
   const Kernels& kernels = chosen_kernels(dtype);
   Packing packing(dtype, params, kernels);

@@ -22,6 +22,10 @@ struct Lstm {
   static constexpr int kGates = 4;
   static constexpr int kValues = 4;  // pre-activations z before the cell, activated gates after it
   static constexpr bool kAddsParts = true;
+  static constexpr bool kStateIsOutput = false;
+
+  static BIRNN_INLINE constexpr int input_value(int gate) { return gate; }
+  static BIRNN_INLINE constexpr int recurrent_value(int gate) { return gate; }
 
   template <class V>
   static BIRNN_INLINE void combine(V (&values)[kValues], int gate, V input, V recurrent) {
