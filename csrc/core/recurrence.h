@@ -20,6 +20,18 @@ enum class DType : int { f64, f32, f16, bf16, f32_high };
 // Bytes of an element.
 constexpr int size_of(DType type) { return type == DType::f64 ? 8 : type == DType::f16 || type == DType::bf16 ? 2 : 4; }
 
+enum class CellKind : int { lstm, gru };
+
+// Of a unit, core/cells/: gates, which count the rows of W_ih and W_hh, and values, which a step saves.
+constexpr int gates_of(CellKind cell) { return cell == CellKind::lstm ? 4 : 3; }
+constexpr int values_of(CellKind) { return 4; }
+
+// The value that a gate's recurrent part goes to, see core/cells/lstm.h.
+constexpr int recurrent_value_of(CellKind cell, int gate) {
+  const int apart = values_of(cell) - gates_of(cell);
+  return gate < gates_of(cell) - apart ? gate : gate + apart;
+}
+
 template <class S>
 using Accumulate = std::conditional_t<std::is_same_v<S, double>, double, float>;
 
@@ -65,17 +77,19 @@ struct BackwardParams : RecurrenceSizes {
   const void* dh_n;  // S (D, B, H), or null: zeros
   const void* dc_n;  // S (D, B, H), or null: zeros
   void* d_gates_x;   // S (T, B, D, 4H): 0 beyond a sequence's end; null where the gradients below are wanted
+  void* d_q;         // S (T, B, D, H), with d_gates_x: gradient of a GRU's q = W_hn h + b_hn; null for the LSTM
   void* dh0;         // S (D, B, H), or null: not wanted
   void* dc0;         // S (D, B, H), or null with dh0
 
   // A layer with its input projection (CPU) has these gradients in place of d_gates_x.
   InputProjection input;
-  const void* h0;   // S (D, B, H), or null: zeros
-  const void* y;    // S (T, B, D, H), output of the forward pass
-  void* dx;         // S (T, B, I), filled with zeros; or null: not wanted
-  void* dw_ih[2];   // S (4H, I), one per direction; or null: not wanted
-  void* dw_hh[2];   // S (4H, H), null with dw_ih
-  void* d_bias[2];  // S (4H), gradient of either bias, null with dw_ih
+  const void* h0;      // S (D, B, H), or null: zeros
+  const void* y;       // S (T, B, D, H), output of the forward pass
+  void* dx;            // S (T, B, I), filled with zeros; or null: not wanted
+  void* dw_ih[2];      // S (4H, I), one per direction; or null: not wanted
+  void* dw_hh[2];      // S (4H, H), null with dw_ih
+  void* d_bias_ih[2];  // S (4H), or null: not wanted
+  void* d_bias_hh[2];  // S (4H), or null: not wanted
 };
 
 }  // namespace birnn

@@ -60,7 +60,7 @@ using FiveTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 FiveTensors run(birnn::Forward& call) {
   check_lengths(call.params.lengths, call.params);
   for (const Tensor& t : {call.y, call.gates, call.cells}) advise(t);
-  recurrence_forward(effective(call.dtype), call.params, max_threads(), parallel);
+  recurrence_forward(CellKind::lstm, effective(call.dtype), call.params, max_threads(), parallel);
   ++op_calls.cpu_forward;
   return call.results();
 }
@@ -79,7 +79,7 @@ std::tuple<Tensor, Tensor, Tensor> lstm_recurrence_backward(const Tensor& w_hh, 
   birnn::Backward call(w_hh, c0, lengths, gates, cells, dy, dh_n, dc_n, state_grads);
   check_lengths(call.params.lengths, call.params);
   advise(call.d_gates_x);
-  recurrence_backward(effective(call.dtype), call.params, max_threads(), parallel);
+  recurrence_backward(CellKind::lstm, effective(call.dtype), call.params, max_threads(), parallel);
   ++op_calls.cpu_backward;
   return call.results();
 }
@@ -127,17 +127,15 @@ std::tuple<Tensor, std::vector<Tensor>, Tensor, Tensor> lstm_layer_backward(
   for (const Tensor& w : weights)
     d_weights.push_back(weight_grads ? at::empty(w.sizes(), x.options()) : at::empty({0}, x.options()));
   const LayerWeights gradients{d_weights, bias};
-  std::vector<Tensor> d_biases;
   for (int64_t d = 0; weight_grads && d < D; ++d) {
     p.dw_ih[d] = gradients.w_ih(d).mutable_data_ptr();
     p.dw_hh[d] = gradients.w_hh(d).mutable_data_ptr();
-    d_biases.push_back(bias ? gradients.bias_ih(d) : at::empty({4 * H}, x.options()));
-    p.d_bias[d] = d_biases[d].mutable_data_ptr();
+    if (bias) p.d_bias_ih[d] = gradients.bias_ih(d).mutable_data_ptr();
+    if (bias) p.d_bias_hh[d] = gradients.bias_hh(d).mutable_data_ptr();
   }
   if (B == 0 && weight_grads)
     for (const Tensor& gradient : d_weights) gradient.zero_();
-  recurrence_backward(effective(layer.dtype), p, max_threads(), parallel);
-  for (int64_t d = 0; weight_grads && bias && d < D; ++d) gradients.bias_hh(d).copy_(gradients.bias_ih(d));
+  recurrence_backward(CellKind::lstm, effective(layer.dtype), p, max_threads(), parallel);
   ++op_calls.cpu_backward;
   return {dx, d_weights, call.dh0, call.dc0};
 }

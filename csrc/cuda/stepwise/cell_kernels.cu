@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const CellForward p) 
       for (int k = 0; k < N; ++k) input[k] += added[k];
     }
 #pragma unroll
-    for (int k = 0; k < N; ++k) Cell::combine(values[k], g, input[k], recurrent[k]);
+    for (int k = 0; k < N; ++k) values[k][g] = input[k] + recurrent[k];
   }
   load<A, N>(c, p.c, state);
 #pragma unroll
@@ -138,7 +138,7 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const CellBackward p
     for (int g = 0; g < kGates; ++g) store<S, N>(p.d_gates_x, (row * kGates + g) * p.H + unit, zeros);
     return;
   }
-  A values[N][kValues], dz[N][kGates], recurrent[N];
+  A values[N][kValues], dz[N][kValues], recurrent[N];
   A dh[N], more[N], dc[N], c[N], c_prev[N];
   load<A, N>(dh, p.dh, state);
   load<S, N>(more, p.dy, t * p.dy_stride_t + b * p.dy_stride_b + d * p.H + unit);
@@ -163,7 +163,7 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const CellBackward p
 #pragma unroll
   for (int g = 0; g < kGates; ++g) {
 #pragma unroll
-    for (int k = 0; k < N; ++k) recurrent[k] = Cell::recurrent(values[k], dz[k], g);
+    for (int k = 0; k < N; ++k) recurrent[k] = dz[k][Cell::recurrent_value(g)];
     store<S, N>(p.dz, gate + g * p.H, recurrent);
     store_value<S>(p.d_gates_x, (row * kGates + g) * p.H + unit, dz, g);
   }
