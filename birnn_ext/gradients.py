@@ -156,6 +156,7 @@ def _gru_grad(
     if d_gates is None and d_cells is None:
         d_gates_x, d_q, dh0 = _run_backward("gru_recurrence_backward", args)
     else:  # double backward
+        d_cells = d_cells if cells.dim() == 4 else None  # if y has the states, there are no cells
         d_gates_x, d_q, dh0 = reference.gru_recurrence_backward(*args, d_gates, d_cells)
     d_w_hh = d_bias_hh = None
     if needs_w or needs_bias:
@@ -201,8 +202,8 @@ def _vmap_rule(
             if place in weights_at or not isinstance(arg, Tensor):
                 return arg
             at = 0 if place == lengths_at else 1
-            if dim is None and arg.dim() == at:  # it was not kept, and is empty
-                return arg
+            if arg.dim() - (dim is not None) == at:  # it was not kept, and is empty
+                return arg if dim is None else arg.select(dim, 0)
             if dim is None:
                 arg = arg.unsqueeze(at).expand(*arg.shape[:at], samples, *arg.shape[at:])
             else:

@@ -26,6 +26,12 @@ enum class CellKind : int { lstm, gru };
 constexpr int gates_of(CellKind cell) { return cell == CellKind::lstm ? 4 : 3; }
 constexpr int values_of(CellKind) { return 4; }
 
+// The value that a gate's recurrent part goes to, see core/cells/lstm.h.
+constexpr int recurrent_value_of(CellKind cell, int gate) {
+  const int apart = values_of(cell) - gates_of(cell);
+  return gate < gates_of(cell) - apart ? gate : gate + apart;
+}
+
 template <class S>
 using Accumulate = std::conditional_t<std::is_same_v<S, double>, double, float>;
 
@@ -82,7 +88,7 @@ struct BackwardParams : RecurrenceSizes {
   void* dx;            // S (T, B, I), filled with zeros; or null: not wanted
   void* dw_ih[2];      // S (4H, I), one per direction; or null: not wanted
   void* dw_hh[2];      // S (4H, H), null with dw_ih
-  void* d_bias_ih[2];  // S (4H), null with dw_ih; the LSTM's b_hh has the same gradient
+  void* d_bias_ih[2];  // S (4H), or null: not wanted
   void* d_bias_hh[2];  // S (4H), or null: not wanted
 };
 

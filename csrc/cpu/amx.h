@@ -28,7 +28,7 @@ INLINE void multiply_amx(Vec<float> (&acc)[16][N], const bfloat16* a, int64_t st
   if constexpr (N > 1) _tile_loadd(1, &acc[0][1], N * 64);
   if constexpr (N > 2) {
     _tile_loadd(2, &acc[0][2], N * 64);
-    _tile_loadd(3, &acc[0][3], N * 64);
+    if constexpr (N > 3) _tile_loadd(3, &acc[0][3], N * 64);
   }
   for (int64_t k = 0; k < K; k += 32) {
     const bfloat16* w = panel + k * N * 16;
@@ -42,6 +42,8 @@ INLINE void multiply_amx(Vec<float> (&acc)[16][N], const bfloat16* a, int64_t st
     if constexpr (N > 2) {
       _tile_loadd(7, w + 64, N * 64);
       _tile_dpbf16ps(2, 4, 7);
+    }
+    if constexpr (N > 3) {
       _tile_loadd(5, w + 96, N * 64);
       _tile_dpbf16ps(3, 4, 5);
     }
@@ -50,7 +52,7 @@ INLINE void multiply_amx(Vec<float> (&acc)[16][N], const bfloat16* a, int64_t st
   if constexpr (N > 1) _tile_stored(1, &acc[0][1], N * 64);
   if constexpr (N > 2) {
     _tile_stored(2, &acc[0][2], N * 64);
-    _tile_stored(3, &acc[0][3], N * 64);
+    if constexpr (N > 3) _tile_stored(3, &acc[0][3], N * 64);
   }
   asm volatile("" ::: "memory");
 }

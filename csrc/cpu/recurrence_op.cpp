@@ -56,23 +56,6 @@ DType effective(DType dtype) {
 
 void advise(const Tensor& t) { advise_huge_pages(t.mutable_data_ptr(), static_cast<int64_t>(t.nbytes())); }
 
-// Runs the recurrence. The rest of the arguments is for CUDA.
-void run(birnn::Forward& call) {
-  check_lengths(call.params.lengths, call.params);
-  for (const Tensor& t : {call.y, call.gates, call.cells}) advise(t);
-  recurrence_forward(call.cell, effective(call.dtype), call.params, max_threads(), parallel);
-  ++op_calls.cpu_forward;
-}
-
-void run(birnn::Backward& call) {
-  check_lengths(call.params.lengths, call.params);
-  if (call.d_gates_x.defined()) advise(call.d_gates_x);
-  recurrence_backward(call.cell, effective(call.dtype), call.params, max_threads(), parallel);
-  ++op_calls.cpu_backward;
-}
-
-// --- a layer with its input projection -------------------------------------------------------------------------------
-
 InputProjection projection(const LayerCall& layer, const Tensor& x, const void* (&w_hh)[2]) {
   InputProjection input{x.const_data_ptr(), layer.I, x.stride(0), x.stride(1), {}, {}, {}};
   layer.point(w_hh, input);
@@ -84,9 +67,21 @@ InputProjection projection(const LayerCall& layer, const Tensor& x, const void* 
 Tensor with_dense_rows(const Tensor& t) { return t.size(-1) <= 1 || t.stride(-1) == 1 ? t : t.contiguous(); }
 
 struct Cpu {
-  template <class Call, class... Unused>
-  static void run(Call& call, const Unused&...) {
-    cpu::run(call);
+  // Only CUDA's products need more than the call.
+  template <class... Unused>
+  static void run(birnn::Forward& call, const Unused&...) {
+    check_lengths(call.params.lengths, call.params);
+    for (const Tensor& t : {call.y, call.gates, call.cells}) advise(t);
+    recurrence_forward(call.cell, effective(call.dtype), call.params, max_threads(), parallel);
+    ++op_calls.cpu_forward;
+  }
+
+  template <class... Unused>
+  static void run(birnn::Backward& call, const Unused&...) {
+    check_lengths(call.params.lengths, call.params);
+    if (call.d_gates_x.defined()) advise(call.d_gates_x);
+    recurrence_backward(call.cell, effective(call.dtype), call.params, max_threads(), parallel);
+    ++op_calls.cpu_backward;
   }
 
   static FiveTensors layer(CellKind cell, const Tensor& x_, at::TensorList weights, bool bias, const OptionalTensor& h0,
@@ -95,7 +90,7 @@ struct Cpu {
     const Tensor x = with_dense_rows(x_);
     birnn::Forward call(cell, layer.dtype, layer.sizes(), x.options(), h0, c0, lengths, save_named(save));
     call.params.input = projection(layer, x, call.params.w_hh);
-    cpu::run(call);
+    run(call);
     return call.results();
   }
 
@@ -116,19 +111,15 @@ struct Cpu {
     for (const Tensor& w : weights)
       d_weights.push_back(weight_grads ? at::empty(w.sizes(), x.options()) : at::empty({0}, x.options()));
     const LayerWeights gradients{d_weights, bias};
-    Tensor unused[2];
     for (int64_t d = 0; weight_grads && d < layer.D; ++d) {
       p.dw_ih[d] = gradients.w_ih(d).mutable_data_ptr();
       p.dw_hh[d] = gradients.w_hh(d).mutable_data_ptr();
-      if (!bias) unused[d] = at::empty({layer.rows}, x.options());
-      p.d_bias_ih[d] = (bias ? gradients.bias_ih(d) : unused[d]).mutable_data_ptr();
-      if (bias && cell == CellKind::gru) p.d_bias_hh[d] = gradients.bias_hh(d).mutable_data_ptr();
+      if (bias) p.d_bias_ih[d] = gradients.bias_ih(d).mutable_data_ptr();
+      if (bias) p.d_bias_hh[d] = gradients.bias_hh(d).mutable_data_ptr();
     }
     if (layer.B == 0 && weight_grads)
       for (const Tensor& gradient : d_weights) gradient.zero_();
-    cpu::run(call);
-    for (int64_t d = 0; weight_grads && bias && cell == CellKind::lstm && d < layer.D; ++d)
-      gradients.bias_hh(d).copy_(gradients.bias_ih(d));
+    run(call);
     return {dx, d_weights, call.dh0, call.dc0};
   }
 };

@@ -119,18 +119,6 @@ INLINE void multiply_with(Vec<A> (&acc)[M][N], const Element& a, const A* panel,
   }
 }
 
-// The same as a function of its own, whose sums stay in registers. Within project(), where many more values are alive,
-// GCC 12 keeps one of 12 sums in memory, and a product takes twice as long. The call costs 3 to 5 % of a product.
-template <int M, int N, class A>
-__attribute__((noinline)) void multiply_apart(Vec<A> (&acc)[M][N], const A* const (&a)[M], const A* panel, int64_t K) {
-  Vec<A> sums[M][N];
-  for (int m = 0; m < M; ++m)
-    for (int n = 0; n < N; ++n) sums[m][n] = acc[m][n];
-  multiply_with<M, N, A>(sums, [&](int m, int64_t k) INLINE_LAMBDA { return a[m][k]; }, panel, K);
-  for (int m = 0; m < M; ++m)
-    for (int n = 0; n < N; ++n) acc[m][n] = sums[m][n];
-}
-
 #if BIRNN_ISA_BF16
 // acc[m][n] += sum of a[m][k] * panel[k / 2][n][lane][k % 2], in pairs of bfloat16, in the order of k.
 template <int M, int N>
@@ -157,15 +145,15 @@ struct TileRegisters {};
 #endif
 
 // acc[m][n] += sum over k < K of a[m][k] * panel[k][n], K a multiple of kStep. For AMX the a[m] are equally far apart.
-// kApart: where registers are few, several rows are multiplied in a function of its own.
-template <class S, bool kApart = false, int M, int N>
-INLINE void multiply(Vec<Accumulate<S>> (&acc)[M][N], const Factor<S>* const (&a)[M], const Factor<S>* panel,
-                     int64_t K) {
+// The planes of a split a[m] are `plane` values apart.
+template <class S, int M, int N>
+INLINE void multiply(Vec<Accumulate<S>> (&acc)[M][N], const Factor<S>* const (&a)[M], const Factor<S>* panel, int64_t K,
+                     [[maybe_unused]] int64_t plane) {
 #if BIRNN_ISA_AMX
   if constexpr (kAmx<S>) {
     multiply_amx<N>(acc, a[0], a[1] - a[0], panel, K);
     if constexpr (kSplit<S>) {
-      multiply_amx<N>(acc, a[0] + K, a[1] - a[0], panel, K);
+      multiply_amx<N>(acc, a[0] + plane, a[1] - a[0], panel, K);
       multiply_amx<N>(acc, a[0], a[1] - a[0], panel + K * N * 16, K);
     }
     return;
@@ -174,9 +162,7 @@ INLINE void multiply(Vec<Accumulate<S>> (&acc)[M][N], const Factor<S>* const (&a
 #if BIRNN_ISA_BF16
   if constexpr (kPairs<S> && !kAmx<S>) return multiply_pairs(acc, a, panel, K);
 #endif
-  if constexpr (!kPairs<S> && kApart && M > 1 && kRows < 6)
-    multiply_apart<M, N, Accumulate<S>>(acc, a, panel, K);
-  else if constexpr (!kPairs<S>)
+  if constexpr (!kPairs<S>)
     multiply_with<M, N, Accumulate<S>>(acc, [&](int m, int64_t k) INLINE_LAMBDA { return a[m][k]; }, panel, K);
 }
 
@@ -195,6 +181,29 @@ INLINE void with_rows(int64_t left, const F& f) {
     f.template operator()<16>(static_cast<int>(minimum(left, 16)));
   else
     with_at_most<kRows>(left, f);
+}
+
+// The type that stands for all types whose products are the same.
+template <class S>
+using Multiplied = std::conditional_t<kPairs<S>, S, Accumulate<S>>;
+
+// Adds the product as above to sums [row][N vectors], for so many rows, at most kTileRows. It is a function of its own
+// because only then GCC 12 keeps all sums in registers, and because all types and cells share it.
+template <class S, int N>
+__attribute__((noinline)) void multiply_rows(Vec<Accumulate<S>>* sums, int64_t rows, const Factor<S>* const* a_,
+                                             const Factor<S>* panel, int64_t K, int64_t plane) {
+  with_rows<S>(rows, [&]<int M>(int) INLINE_LAMBDA {
+    const Factor<S>* a[M];
+    for (int m = 0; m < M; ++m) a[m] = a_[m];
+    auto& to = reinterpret_cast<Vec<Accumulate<S>>(&)[M][N]>(*sums);
+    if constexpr (kAmx<S>) return multiply<S>(to, a, panel, K, plane);  // its sums are in tile registers
+    Vec<Accumulate<S>> acc[M][N];
+    for (int m = 0; m < M; ++m)
+      for (int n = 0; n < N; ++n) acc[m][n] = to[m][n];
+    multiply<S>(acc, a, panel, K, plane);
+    for (int m = 0; m < M; ++m)
+      for (int n = 0; n < N; ++n) to[m][n] = acc[m][n];
+  });
 }
 
 // Returns the width of the tile that begins at vector v of `count`: kTileVectors, or 2 or 1 at the end.
@@ -260,14 +269,14 @@ constexpr int64_t packed_rows(int64_t K) {
   return (K + kEven<S> - 1) / kEven<S> * kEven<S>;
 }
 
-template <class Cell, class S>
-void pack(const void* w_, int64_t H, int64_t K, int64_t block, void* panels) {
+template <class S>
+void pack(const void* w_, int64_t gates, int64_t H, int64_t K, int64_t block, void* panels) {
   using A = Accumulate<S>;
   constexpr int L = kLanes<A>;
   const S* w = static_cast<const S*>(w_);
   const int64_t rows = packed_rows<S>(K);
-  Factor<S>* panel = static_cast<Factor<S>*>(panels) + block * rows * Cell::kGates * L * kPlanes<S>;
-  for (int g = 0; g < Cell::kGates; ++g)
+  Factor<S>* panel = static_cast<Factor<S>*>(panels) + block * rows * gates * L * kPlanes<S>;
+  for (int64_t g = 0; g < gates; ++g)
     for (int64_t k = 0; k < rows; k += L) {
       Vec<A> v[L];
 #pragma GCC unroll 16
@@ -275,17 +284,23 @@ void pack(const void* w_, int64_t H, int64_t K, int64_t block, void* panels) {
         v[l] = block * L + l < H && k < K ? load<A>(w + (g * H + block * L + l) * K + k, K - k) : Vec<A>{};
       transpose<A>(v);
       const int64_t columns = minimum(L, rows - k);
-      for (int64_t j = 0; j < columns; j += 2) store_factors<S>(panel, rows, k + j, Cell::kGates, g, v[j], v[j + 1]);
+      for (int64_t j = 0; j < columns; j += 2) store_factors<S>(panel, rows, k + j, gates, g, v[j], v[j + 1]);
     }
 }
 
 // Packs one vector of columns of w (gates * H, columns) into panels
-// [tile of columns][k: gate, block, lane][vector of the tile][lane], with pairs as above.
-template <class Cell, class S>
-bool pack_transposed(const void* w_, int64_t H, int64_t columns, int64_t vector, void* panels) {
+// [tile of columns][k: gate, block, lane][vector of the tile][lane], with pairs as above. There are transposed_rows k.
+template <class S>
+constexpr int64_t transposed_rows(int64_t gates, int64_t H) {
+  constexpr int L = kLanes<Accumulate<S>>;
+  return packed_rows<S>(gates * ((H + L - 1) / L * L));
+}
+
+template <class S>
+bool pack_transposed(const void* w_, int64_t gates, int64_t H, int64_t columns, int64_t vector, void* panels) {
   using A = Accumulate<S>;
   constexpr int L = kLanes<A>;
-  const int64_t vectors = divide_up(columns, L), padded = round_up(H, L), rows = Cell::kGates * padded;
+  const int64_t vectors = divide_up(columns, L), padded = round_up(H, L), rows = transposed_rows<S>(gates, H);
   int64_t tile = 0, N = tile_vectors(0, vectors);
   for (; tile + N <= vector; N = tile_vectors(tile, vectors)) tile += N;
   Factor<S>* panel = static_cast<Factor<S>*>(panels) + tile * rows * L * kPlanes<S>;
@@ -296,8 +311,10 @@ bool pack_transposed(const void* w_, int64_t H, int64_t columns, int64_t vector,
     zeros += values * 0;
     return values;
   };
-  for (int64_t g = 0; g < Cell::kGates; ++g)
+  for (int64_t g = 0; g < gates; ++g)
     for (int64_t unit = 0; unit < padded; unit += 2)
       store_factors<S>(panel, rows, g * padded + unit, N, vector - tile, row(g, unit), row(g, unit + 1));
+  for (int64_t k = gates * padded; k < rows; k += 2)
+    store_factors<S>(panel, rows, k, N, vector - tile, Vec<A>{}, Vec<A>{});
   return all_zero(reinterpret_cast<const A*>(&zeros), L);
 }

@@ -16,11 +16,16 @@ struct Gru {
   static BIRNN_INLINE constexpr int recurrent_value(int gate) { return gate == n ? q : gate; }
 
   template <class M, class V>
-  static BIRNN_INLINE V forward(V (&values)[kValues], V& c) {
-    using S = typename M::Scalar;
+  static BIRNN_INLINE void activate(V (&values)[kValues]) {
     values[r] = M::sigmoid(values[r]);
     values[z] = M::sigmoid(values[z]);
     values[n] = M::tanh(values[n] + values[r] * values[q]);
+  }
+
+  template <class M, class V>
+  static BIRNN_INLINE V forward(V (&values)[kValues], V& c) {
+    using S = typename M::Scalar;
+    activate<M>(values);
     c = (S(1) - values[z]) * values[n] + values[z] * c;
     return c;
   }
