@@ -114,6 +114,25 @@ def test_gradcheck_first_and_second_order(directions, ragged, state, cell, devic
 
 
 @every_cell
+def test_samples_may_differ_in_any_one_input(cell, device):
+    """torch.func.vmap over gradients, with samples of gates_x, weights, a bias or a state alone."""
+    floating, lengths = small_case(cell, 2, True, True, device)
+    floating = [t.detach() for t in floating]
+
+    def loss(*args):
+        return sum(t.square().sum() for t in cell.function("recurrence")(*args, lengths=lengths))
+
+    gradients = torch.func.grad(loss, argnums=tuple(range(len(floating))))
+    for place, given in enumerate(floating):
+        samples = torch.randn(3, *given.shape, dtype=given.dtype, device=device)
+        before, after = floating[:place], floating[place + 1 :]
+        in_dims = tuple(0 if k == place else None for k in range(len(floating)))
+        together = torch.func.vmap(gradients, in_dims)(*before, samples, *after)
+        for k, sample in enumerate(samples):
+            all_near([t[k] for t in together], gradients(*before, sample, *after), f"input {place}")
+
+
+@every_cell
 @pytest.mark.parametrize("save", ["all", "cells", "none"])
 @pytest.mark.parametrize("state", [True, False], ids=["state", "no_state"])
 @pytest.mark.parametrize("ragged", [True, False], ids=["ragged", "full"])
