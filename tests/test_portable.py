@@ -392,7 +392,7 @@ def test_script(cls):
 def test_script_of_the_classifier_leaves_the_classifier_as_it_is(cell):
     model, x = BiRNN(6, 8, 2, 3, cell=cell.name), torch.randn(7, 9, 6)
     scripted = torch.jit.script(model)
-    assert type(model.lstm) is LSTM
+    assert type(getattr(model, cell.name)) is cell.module
     all_near([scripted(x)], [model(x)])
     scripted(x).square().sum().backward()
     assert model.fc.weight.grad is not None  # the script shares the parameters
