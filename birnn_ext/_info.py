@@ -20,7 +20,6 @@ except ImportError as error:
 
 __version__ = version("birnn_ext")
 
-
 # Counts of the calls that the reference served in place of kernels: without_kernels.py.
 reference_calls = {"reference_forward": 0, "reference_backward": 0}
 

@@ -107,9 +107,9 @@ def _check_model(model: nn.Module, kwargs: Mapping[str, Any]) -> None:
         name = module.CELL.name
         if module.weight_ih_l0.dtype == torch.float64:
             raise TypeError(f"birnn_ext.onnx.export: ONNX Runtime has no {name} in float64; export model.float()")
-        asked = [
-            key for key in ("reset", "return_cell_states") if module is model and kwargs.get(key) not in (None, False)
-        ]
+        of_call = kwargs if module is model else {}
+        asked = ["reset"] if of_call.get("reset") is not None else []
+        asked += ["return_cell_states"] if of_call.get("return_cell_states") else []
         asked += [key for key in ("proj_size", "layer_norm") if getattr(module, key, False)]
         asked += ["zoneout"] if isinstance(module, LSTM) and module.zoneout != (0, 0) else []
         if asked:
