@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from birnn_ext._torch_private import script_graphs
-from birnn_ext.flat_weights import drop_flat_weights
+from birnn_ext.base import drop_flat_weights
 from birnn_ext.modules import GRU, LSTM
 from birnn_ext.portable import attributes_for_torch, beyond_torch
 from birnn_ext.recurrent import Recurrent

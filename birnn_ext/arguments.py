@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.fx import Proxy
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
+from birnn_ext.base import Base
 from birnn_ext.cell import Cell
 from birnn_ext.layer import Sequences
 from birnn_ext.portable import check_recordable, is_recording, zero_states
-
-if TYPE_CHECKING:
-    from birnn_ext.recurrent import Recurrent
 
 States = tuple[Tensor, ...]
 
@@ -52,7 +50,7 @@ class Elsewhere(NamedTuple):
 
 
 def read_call(
-    module: Recurrent,
+    module: Base,
     ours: object,
     input: Tensor | PackedSequence,
     hx: Any,
@@ -105,7 +103,7 @@ def read_call(
     return Call(sequences, states, output == "last", return_cell_states, recorded, form)
 
 
-def arranged(module: Recurrent, call: Call, y: Tensor, states: States | None, cells: Tensor | None) -> tuple[Any, ...]:
+def arranged(module: Base, call: Call, y: Tensor, states: States | None, cells: Tensor | None) -> tuple[Any, ...]:
     """Arranges the results of a call as its input was.
 
     Args:
@@ -176,7 +174,7 @@ def _fx_tracer(*arguments: Any) -> Any:
     return None
 
 
-def _fx_leaf(tracer: Any, module: Recurrent, ours: object, args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+def _fx_leaf(tracer: Any, module: Base, ours: object, args: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
     """Makes the call a node in torch.fx's graph, as torch.fx does with torch's own modules, nn.LSTM among them."""
     name = module.CELL.name
     if type(module).forward is not ours:  # a leaf would be called with what this has made of the input
@@ -198,7 +196,7 @@ def _fx_leaf(tracer: Any, module: Recurrent, ours: object, args: tuple[Any, ...]
 
 
 def _time_first(
-    module: Recurrent, input: object, states: States | None, lengths: object, reset: object
+    module: Base, input: object, states: States | None, lengths: object, reset: object
 ) -> tuple[Sequences, States | None, Form]:
     """Brings a tensor, with what goes with it, into the order (T, B, .)."""
     name = module.CELL.name
@@ -226,7 +224,7 @@ def _time_first(
 
 
 def _unpacked(
-    module: Recurrent, packed: PackedSequence, states: States | None, lengths: object, reset: object
+    module: Base, packed: PackedSequence, states: States | None, lengths: object, reset: object
 ) -> tuple[Sequences, States | None, Form]:
     """Pads a PackedSequence, in its packed (sorted) order, into which the states go, too."""
     name = module.CELL.name
@@ -329,7 +327,7 @@ def _autocast(*tensors: Tensor) -> bool:
     return all(autocast_dtype(t) is not None for t in tensors)
 
 
-def _check_sizes(module: Recurrent, x: Tensor, states: States | None) -> None:
+def _check_sizes(module: Base, x: Tensor, states: States | None) -> None:
     cell, weight = module.CELL, module.weight_ih_l0
     name = cell.name
     if x.layout != torch.strided:

@@ -15,7 +15,7 @@ from birnn_ext._torch_private import let_dynamo_trace
 from birnn_ext.arguments import Call, check_probability, read_call
 from birnn_ext.cell import GRU_CELL, LSTM_CELL
 from birnn_ext.layer import Variant
-from birnn_ext.recurrent import Recurrent
+from birnn_ext.recurrent import Recurrent, run_call
 from birnn_ext.signatures import LSTMState, with_gru_overloads, with_lstm_overloads
 
 _LAYER_NORM = ("weight_ln_ih", "weight_ln_hh", "weight_ln_c", "bias_ln_c")  # the last one with bias only
@@ -111,12 +111,14 @@ class LSTM(Recurrent, nn.LSTM):
             proj_size=proj_size,
             device=device,
             dtype=dtype,
+            options={
+                "recompute": recompute,
+                "recurrent_dropout": recurrent_dropout,
+                "zoneout": (zoneout_h, zoneout_c),  # always a pair
+                "layer_norm": layer_norm,
+                "learned_state": learned_state,
+            },
         )
-        self._set_options(
-            device, dtype, recompute=recompute, recurrent_dropout=recurrent_dropout,
-            zoneout=(zoneout_h, zoneout_c),  # always a pair
-            layer_norm=layer_norm, learned_state=learned_state,
-        )  # fmt: skip
 
     def _own_parameters(self) -> Iterator[tuple[str, tuple[int, ...]]]:
         for layer in range(self.num_layers):
@@ -197,7 +199,7 @@ class LSTM(Recurrent, nn.LSTM):
             RuntimeError: sizes of input or hx, their devices or hx's dtype that do not fit, as `torch.nn.LSTM`.
             TypeError: an argument of a wrong type or dtype.
         """
-        return self._answer(read_call(self, LSTM.forward, input, hx, lengths, output, reset, return_cell_states))
+        return run_call(self, read_call(self, LSTM.forward, input, hx, lengths, output, reset, return_cell_states))
 
     if TYPE_CHECKING:  # that of nn.Module says Any
         __call__ = forward
@@ -285,9 +287,9 @@ class GRU(Recurrent, nn.GRU):
             bidirectional=bidirectional,
             device=device,
             dtype=dtype,
+            options={"recompute": recompute, "learned_state": learned_state},
             **refused,
         )
-        self._set_options(device, dtype, recompute=recompute, learned_state=learned_state)
 
     @with_gru_overloads
     def forward(
@@ -320,7 +322,7 @@ class GRU(Recurrent, nn.GRU):
             RuntimeError: sizes of input or hx, their devices or hx's dtype that do not fit, as `torch.nn.GRU`.
             TypeError: an argument of a wrong type or dtype.
         """
-        return self._answer(read_call(self, GRU.forward, input, hx, lengths, output, reset))
+        return run_call(self, read_call(self, GRU.forward, input, hx, lengths, output, reset))
 
     if TYPE_CHECKING:  # that of nn.Module says Any
         __call__ = forward

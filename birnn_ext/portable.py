@@ -10,15 +10,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from birnn_ext._torch_private import TracerWarning, is_tracing
-
-if TYPE_CHECKING:
-    from birnn_ext.recurrent import Recurrent
+from birnn_ext.base import Base
 
 _asked = False
 
@@ -59,13 +57,13 @@ def is_recording() -> bool:
     return _asked or is_tracing()
 
 
-def beyond_torch(module: Recurrent) -> list[str]:
+def beyond_torch(module: Base) -> list[str]:
     """Names of the options by which a module's results differ from those of PyTorch's with the same parameters."""
     options = module.CELL.options.items()
     return [name for name, default in options if name != "recompute" and getattr(module, name) != default]
 
 
-def check_recordable(module: Recurrent, reset: object, return_cell_states: bool) -> None:
+def check_recordable(module: Base, reset: object, return_cell_states: bool) -> None:
     """Refuses what can't be said with PyTorch's operator. A learned state can: it is the operator's hx."""
     no = [name for name in beyond_torch(module) if name != "learned_state"]
     if not module.training and "recurrent_dropout" in no:
@@ -81,14 +79,14 @@ def check_recordable(module: Recurrent, reset: object, return_cell_states: bool)
         )
 
 
-def zero_states(module: Recurrent, x: Tensor) -> tuple[Tensor, ...]:
+def zero_states(module: Base, x: Tensor) -> tuple[Tensor, ...]:
     """Makes the states that hx=None stands for, of the input's own sizes, which exporters keep dynamic."""
     rows, sizes = module.num_layers * (2 if module.bidirectional else 1), [module.proj_size or module.hidden_size]
     sizes += [module.hidden_size] * (len(module.CELL.states) - 1)
     return tuple(x.new_zeros(rows, x.shape[1], size) for size in sizes)
 
 
-def attributes_for_torch(module: Recurrent) -> dict[str, Any]:
+def attributes_for_torch(module: Base) -> dict[str, Any]:
     """Returns a module's attributes without those that PyTorch's lacks; recompute=True stays, for `accelerate`."""
     added = {"accelerated", *module.CELL.options}
     if module.recompute:
@@ -96,7 +94,7 @@ def attributes_for_torch(module: Recurrent) -> dict[str, Any]:
     return {name: value for name, value in vars(module).items() if name not in added}
 
 
-def scriptable(module: Recurrent) -> nn.RNNBase:
+def scriptable(module: Base) -> nn.RNNBase:
     """Makes a module of PyTorch's for torch.jit.script, which shares parameters, hooks and all else with ours."""
     cell, no = module.CELL, beyond_torch(module)
     name = cell.name

@@ -13,32 +13,24 @@ from torch import Tensor, nn
 from birnn_ext import portable
 from birnn_ext._torch_private import within_torch_func
 from birnn_ext.arguments import Call, Elsewhere, States, arranged, autocast_dtype
-from birnn_ext.cell import Cell
-from birnn_ext.flat_weights import WithoutFlatWeights
+from birnn_ext.base import Base
 from birnn_ext.layer import LayerWeights, Options, Results, Sequences, State, Variant, run_last, run_layer
 from birnn_ext.route import Way, choose_route
 
 _WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")  # the last two with bias only
 
 
-class Recurrent(WithoutFlatWeights):
+class Recurrent(Base):
     """What our modules share.
 
     In place of PyTorch's flattened weights they read the parameters as they are at each call. A class derived from this
     has PyTorch's module as a further base, after this one, and a forward with arguments of its own.
     """
 
-    CELL: Cell
-
-    # Modules that were pickled before an option existed, or that were PyTorch's, find its default here.
-    recompute = False
-    learned_state = False
-
-    weight_ih_l0: Tensor
-    h_0: Tensor
-
-    def _set_options(self, device: Any, dtype: torch.dtype | None, **options: Any) -> None:
-        """Finishes the constructor: sets the options of `Cell.options`, and makes the parameters that they ask for."""
+    def __init__(self, *sizes: Any, options: dict[str, Any], **kwargs: Any) -> None:
+        """Makes PyTorch's module, with options of `Cell.options`, and the parameters that these ask for."""
+        super().__init__(*sizes, **kwargs)
+        device, dtype = kwargs["device"], kwargs["dtype"]
         for name, value in options.items():
             setattr(self, name, value)
         for name, size in self._own_parameters():
@@ -94,13 +86,6 @@ class Recurrent(WithoutFlatWeights):
             stacklevel=2,
         )
         return portable.scriptable(self)
-
-    def _answer(self, call: Call | Elsewhere) -> tuple[Any, ...]:
-        """Runs a call whose arguments are read, and arranges its results as forward returns them."""
-        if isinstance(call, Elsewhere):
-            result: tuple[Any, ...] = call.result
-            return result
-        return arranged(self, call, *self._run(call))
 
     def _run(self, call: Call) -> tuple[Tensor, States | None, Tensor | None]:
         """Runs all layers: returns y (T, B, D * P) or, with output="last", (B, D * P), the final states, and cells."""
@@ -178,3 +163,11 @@ class Recurrent(WithoutFlatWeights):
         if weights[0].dtype != dtype:
             weights = [w.to(dtype) for w in weights]
         return LayerWeights(weights, self._weight_kinds())
+
+
+def run_call(module: Recurrent, call: Call | Elsewhere) -> tuple[Any, ...]:
+    """Runs a call whose arguments are read, and arranges its results as forward returns them."""
+    if isinstance(call, Elsewhere):
+        result: tuple[Any, ...] = call.result
+        return result
+    return arranged(module, call, *module._run(call))

@@ -28,6 +28,10 @@ class Cell(NamedTuple):
         """Our module."""
         return getattr(birnn_ext, self.theirs.__name__)
 
+    def hx(self, states: Any) -> Any:
+        """Returns states as the modules take them: an LSTM's pair, a GRU's tensor, or None."""
+        return states if states is None or self.states > 1 else states[0]
+
     def operator(self, suffix: str = "") -> Any:
         """Returns an operator: that of a stack of layers, or one whose name goes on so."""
         return getattr(torch.ops.birnn_ext, self.name + suffix).default

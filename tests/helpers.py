@@ -85,8 +85,15 @@ def gradients(module: nn.Module, outputs: Iterable[Tensor], inputs: Iterable[Ten
     return list(torch.autograd.grad(outputs, [*inputs, *module.parameters()], weights))
 
 
-def random_state(layers_and_directions: int, batch: int, hidden: int, **kwargs) -> tuple[Tensor, Tensor]:
-    return tuple(torch.randn(layers_and_directions, batch, hidden, **kwargs) for _ in range(2))
+def random_state(
+    layers_and_directions: int, batch: int, hidden: int, cell: Cell = LSTM_CELL, **kwargs
+) -> tuple[Tensor, ...]:
+    return tuple(torch.randn(layers_and_directions, batch, hidden, **kwargs) for _ in range(cell.states))
+
+
+def leaves(result: object) -> list[Tensor]:
+    """Returns the tensors of a module's result: y, the final states, and what else there is."""
+    return [t for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, Tensor)]
 
 
 def skip_without_triton_on_cuda() -> None:

@@ -6,8 +6,8 @@ in each call of one: all that the call returns passes through an identity, whose
 results at once. Then ``torch.func.vmap(torch.func.grad(...))`` runs all samples in the kernels, and Opacus gets the
 result.
 
-All arguments of `birnn_ext.LSTM` and `birnn_ext.GRU` work, PackedSequences included, except dropout between layers, recurrent dropout and
-zoneout, whose masks can't be drawn a second time. ModuleValidator reports these.
+All arguments of `birnn_ext.LSTM` and `birnn_ext.GRU` work, PackedSequences included, except dropout between layers,
+recurrent dropout and zoneout, whose masks can't be drawn a second time. ModuleValidator reports these.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""nn.RNNBase's copy of its weights in one piece of memory, and the lists that refer to it: we do without them.
+"""`Base`, an nn.RNNBase that runs a cell, without PyTorch's copy of its weights in one piece of memory.
 
-nn.LSTM and nn.GRU keep them in attributes, in pickles and in a property that other code reads. This class answers in
-their place.
+nn.LSTM and nn.GRU keep that and lists that refer to it in attributes, in pickles and in a property that other code
+reads. This class answers in their place.
 """
 
 from __future__ import annotations
@@ -10,9 +10,20 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from birnn_ext.cell import Cell
 
-class WithoutFlatWeights(nn.RNNBase):
-    """An nn.RNNBase whose weights are its parameters as they are at each call, and nothing besides."""
+
+class Base(nn.RNNBase):
+    """A module whose weights are its parameters as they are at each call, and nothing besides."""
+
+    CELL: Cell
+
+    # Modules that were pickled before an option existed, or that were PyTorch's, find its default here.
+    recompute = False
+    learned_state = False
+
+    weight_ih_l0: Tensor
+    h_0: Tensor
 
     def _init_flat_weights(self) -> None:
         pass
