@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import itertools
 import subprocess
 import sys
 
@@ -595,6 +596,85 @@ def test_packed_from_pack_sequence_without_indices(cell):
     bare = PackedSequence(packed.data, packed.batch_sizes)
     all_near([ours(bare)[0].data], [theirs(bare)[0].data])
     assert ours(bare)[0].sorted_indices is None
+
+
+# --- what a GRU has beyond nn.GRU -------------------------------------------------------------------------------------
+
+
+def in_pieces(
+    gru: nn.GRU, x: torch.Tensor, h0: torch.Tensor, lengths: list[int], reset: torch.Tensor
+) -> list[torch.Tensor]:
+    """Runs a GRU of one layer and two directions for each piece between resets, as if it were a sequence by itself."""
+    ys, finals = [], []
+    none = torch.zeros_like(h0[:1, 0])
+    for b, length in enumerate(lengths):
+        cuts = sorted({0, length, *(t for t in range(length) if reset[t, b])})
+        pieces = []
+        for start, end in itertools.pairwise(cuts):
+            first = none if start or reset[0, b] else h0[:1, b]
+            last = h0[1:, b] if end == length else none
+            pieces.append(gru(x[start:end, b], torch.cat([first, last])))
+        ys.append(torch.cat([*(y for y, _ in pieces), x.new_zeros(len(x) - length, 2 * gru.hidden_size)]))
+        finals.append(torch.stack([pieces[-1][1][0], pieces[0][1][1]]) if pieces else h0[:, b])
+    return [torch.stack(ys, 1), torch.stack(finals, 1)]
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["saved", "recompute"])
+def test_resets_of_a_gru(recompute, device):
+    """Values and gradients are those of the pieces, run by nn.GRU."""
+    ours, theirs = twins(3, 5, bidirectional=True, device=device, dtype=torch.float64, cell=GRU_CELL)
+    ours.recompute = recompute
+    lengths = [6, 4, 0, 1]
+    x = torch.randn(6, 4, 3, device=device, dtype=torch.float64, requires_grad=True)
+    h0 = torch.randn(2, 4, 5, device=device, dtype=torch.float64, requires_grad=True)
+    reset = torch.zeros(6, 4, dtype=torch.bool, device=device)
+    for t, b in ((0, 0), (2, 0), (3, 0), (1, 1), (5, 1), (0, 2), (1, 3)):  # some are at ends, or beyond them
+        reset[t, b] = True
+    found = leaves(ours(x, h0, lengths=torch.tensor(lengths, device=device), reset=reset))
+    expected = in_pieces(theirs, x, h0, lengths, reset)
+    all_near(found, expected)
+    all_near(gradients(ours, found, [x, h0]), gradients(theirs, expected, [x, h0]))
+
+
+@pytest.mark.parametrize("layout", ["batch_first", "unbatched", "packed", "last"])
+def test_resets_of_a_gru_in_each_layout(layout, device):
+    gru = GRU(3, 5, 2, bidirectional=True, device=device)
+    x, reset = torch.randn(6, 4, 3, device=device), torch.rand(6, 4, device=device) < 0.4
+    lengths = [6, 2, 5, 1]
+    expected, h_n = gru(x, lengths=lengths, reset=reset)
+    if layout == "last":
+        y, none = gru(x, lengths=lengths, reset=reset, output="last")
+        assert none is None
+        assert_near(y, expected[torch.tensor(lengths) - 1, torch.arange(4)])
+    elif layout == "packed":
+        packed = [pack_padded_sequence(t, torch.tensor(lengths), enforce_sorted=False) for t in (x, reset)]
+        y, states = gru(packed[0], reset=packed[1])
+        all_near([pad_packed_sequence(y)[0], states], [expected, h_n])
+    elif layout == "unbatched":
+        all_near(gru(x[:, 0], reset=reset[:, 0]), [expected[:, 0], h_n[:, 0]])
+    else:
+        gru.batch_first = True
+        y, states = gru(x.transpose(0, 1), lengths=lengths, reset=reset.transpose(0, 1))
+        all_near([y.transpose(0, 1), states], [expected, h_n])
+
+
+def test_learned_state_of_a_gru(device):
+    gru = GRU(3, 5, 2, bidirectional=True, learned_state=True, device=device)
+    assert repr(gru) == "GRU(3, 5, num_layers=2, bidirectional=True, learned_state=True)"
+    assert (gru.h_0 == 0).all() and gru.h_0.shape == (4, 5) and not hasattr(gru, "c_0")
+    with torch.no_grad():
+        gru.h_0.copy_(torch.randn(4, 5))
+    theirs = nn.GRU(3, 5, 2, bidirectional=True, device=device)
+    theirs.load_state_dict({name: p for name, p in gru.state_dict().items() if name != "h_0"})
+    x = torch.randn(4, 2, 3, device=device)
+    h0 = gru.h_0.detach().unsqueeze(1).repeat(1, 2, 1).requires_grad_()
+    found, expected = gru(x), theirs(x, h0)
+    all_near(found, expected)
+    (learned,) = torch.autograd.grad(sum(t.sum() for t in found), gru.h_0)
+    (given,) = torch.autograd.grad(sum(t.sum() for t in expected), h0)
+    assert_near(learned, given.sum(1))
+    with pytest.raises(ValueError, match="GRU: reset must be None with learned_state=True"):
+        gru(x, reset=torch.zeros(4, 2, dtype=torch.bool, device=device))
 
 
 # --- errors -----------------------------------------------------------------------------------------------------------
