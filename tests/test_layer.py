@@ -41,7 +41,8 @@ def random_layer(cell: Cell, rng: random.Random, dtype: torch.dtype, sizes: tupl
     directions, bias, state, ragged = rng.choice([1, 2]), *(rng.random() < 0.5 for _ in range(3))
 
     def tensor(*shape: int) -> torch.Tensor:
-        return (torch.randn(shape, dtype=torch.float64) / hidden**0.5).to(dtype).requires_grad_()
+        # If many features saturated a single unit, its gradients would be what 16 bits leave of 1 - n * n.
+        return (torch.randn(shape, dtype=torch.float64) / shape[-1] ** 0.5).to(dtype).requires_grad_()
 
     x = torch.randn(steps, batch, features, dtype=torch.float64).to(dtype).requires_grad_()
     rows = cell.gates * hidden
