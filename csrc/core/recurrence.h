@@ -4,6 +4,9 @@
 // Direction 0 runs t = 0 .. T-1, direction 1 runs t = T-1 .. 0. With lengths, sequence b consists of its first
 // lengths[b] steps only: direction 1 starts at lengths[b]-1, and steps beyond are skipped.
 //
+// Shapes are the LSTM's. A GRU has 3H rows of weights, and its state is its output: c0 is h0, c_n is h_n, dc_n and dc0
+// are null, and the backward pass may read y as cells, if A is S.
+//
 // All tensors are contiguous and distinct, unless strides are given. Element types: S is the tensors' type (double,
 // float, half, bfloat16); A is the type in which the kernels accumulate and keep the cell state (double for double,
 // else float).
@@ -39,7 +42,7 @@ struct RecurrenceSizes {
   int64_t T, B, D, H;
 };
 
-// Parameters of the input projection, where the kernels do it themselves (CPU). On CUDA only its biases are used.
+// Parameters of the input projection, where the kernels do it themselves (CPU). Otherwise only its biases are used.
 // Weights have an entry per direction.
 struct InputProjection {
   const void* x;  // S (T, B, I), element (t, b, k) at t * stride_t + b * stride_b + k; null: no projection
@@ -51,12 +54,12 @@ struct InputProjection {
 };
 
 struct ForwardParams : RecurrenceSizes {
-  InputProjection input;   // used if gates_x is null
-  const void* gates_x;     // S (T, B, D, 4H): input projection, gate order i, f, g, o, with both biases added; on CUDA
-                           // without those that `input` has
-  const void* w_hh[2];     // S (4H, H), one per direction
-  const void* h0;          // S (D, B, H), or null: zeros
-  const void* c0;          // S (D, B, H), or null: zeros
+  InputProjection input;  // used if gates_x is null
+  const void* gates_x;  // S (T, B, D, 4H): input projection, gate order i, f, g, o, with both biases added; for a GRU,
+                        // and on CUDA, without those that `input` has
+  const void* w_hh[2];  // S (4H, H), one per direction
+  const void* h0;       // S (D, B, H), or null: zeros
+  const void* c0;       // S (D, B, H), or null: zeros
   const int64_t* lengths;  // (B), each in 0..T, or null: all T
   void* y;                 // S (T, B, D, H): h of every step; 0 beyond a sequence's end
   void* h_n;               // S (D, B, H): h after each sequence's own last step (h0 if it has none)

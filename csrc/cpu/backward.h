@@ -51,9 +51,8 @@ struct Backward {
 
   int64_t length(int64_t b) const { return length_of(p.lengths, b, p.T); }
 
-  // sums [row][vector] = W_hh^T dz of some rows, for `count` vectors of units from vector v on.
+  // Adds W_hh^T dz of some rows to sums [row][vector], for `count` vectors of units from vector v on.
   INLINE void product(V* sums, int64_t rows, const Factor<S>* from, int64_t v, int64_t count) {
-    for (int64_t k = 0; k < rows * count; ++k) sums[k] = V{};
     if (!*panels.not_finite && all_zero(from, rows * row_size)) return;
     const Factor<S>* a[kTileRows<S>];
     for (int m = 0; m < (kAmx<S> ? kTileRows<S> : rows); ++m) a[m] = from + m * row_size;
@@ -114,10 +113,10 @@ struct Backward {
     }
   }
 
-  // dh0 = W_hh^T dz of each row's first step, and the rest of a state that is the output. finish() has moved that dz to
-  // dz[0].
+  // dh0 = W_hh^T dz of each row's first step, and the state's gradient, if the state is the output. finish() has moved
+  // that dz to dz[0].
   INLINE void initial_tile(int64_t rows, int64_t first, int64_t v, int64_t count) {
-    V sums[kTileRows<S> * kTileVectors];
+    V sums[kTileRows<S> * kTileVectors] = {};
     product(sums, rows, dz[0] + first * row_size, v, count);
     for (int m = 0; m < rows; ++m)
       for (int64_t n = 0; n < count; ++n) {

@@ -39,7 +39,7 @@ struct Cursor {
   }
 };
 
-// A gate whose parts go to different values of the cell.
+// Tells whether a gate's parts go to different values of the cell.
 template <class Cell>
 constexpr bool is_apart(int gate) {
   return Cell::recurrent_value(gate) != Cell::input_value(gate);
@@ -100,8 +100,9 @@ INLINE void project(const InputProjection& input, int64_t d, int64_t H, int64_t 
       if (h_of) {
         for (int m = 0; m < rows; ++m)
           for (int g = 0; g < kGates; ++g) {
+            if (!is_apart<Cell>(g)) continue;
             parts[m][g] = sums[m][g];
-            if (is_apart<Cell>(g)) sums[m][g] = bias_hh[g];
+            sums[m][g] = bias_hh[g];
           }
         multiply_rows<P, kGates>(sums[0], rows, h, panel_hh, k_hh, k_hh);
       }

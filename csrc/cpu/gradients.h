@@ -13,16 +13,14 @@ __attribute__((noinline)) void multiply_slots(Vec<Accumulate<S>>* sums, int64_t 
   with_rows<S>(rows, [&]<int M>(int) INLINE_LAMBDA {
     auto& to = reinterpret_cast<Vec<Accumulate<S>>(&)[M][N]>(*sums);
     Vec<Accumulate<S>> acc[M][N];
-    for (int m = 0; m < M; ++m)
-      for (int n = 0; n < N; ++n) acc[m][n] = to[m][n];
+    copy(acc, to);
     for (int64_t first = 0; first < K; first += width) {
       const Factor<S>* a[M];
       for (int m = 0; m < M; ++m) a[m] = dz + dz_offset<S>(vectors, capacity, first / L, slot + m);
       if (finite && all_zero(a[0], M * row)) continue;
       multiply<S>(acc, a, panel + first * N * L, minimum(width, K - first), vectors * L);
     }
-    for (int m = 0; m < M; ++m)
-      for (int n = 0; n < N; ++n) to[m][n] = acc[m][n];
+    copy(to, acc);
   });
 }
 

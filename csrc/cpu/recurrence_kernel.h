@@ -5,11 +5,14 @@
 // A chain (one direction of some sequences) goes through all its time steps without waiting for another. If there are
 // fewer chains than threads, several threads share a chain: each has its own hidden units, and they meet once per step.
 //
-// A step multiplies (rows x H) * (H x gates H), cut into register tiles of kRows sequences x some vectors. The
-// accumulators stay in registers until the cell update, so pre-activations never go to memory. In the forward pass the
-// vectors are the gates of the same units (4 for the LSTM). In the backward pass, (rows x gates H) * (gates H x H),
-// they are kTileVectors neighbouring vectors of units. Blocks of units are the outer loop, so that a panel of packed
-// weights (H x 4 vectors) stays in the L1 cache while all rows use it.
+// A step multiplies (rows x H) * (H x gates H), cut into register tiles of kRows sequences x some vectors. The cell
+// update follows at once, so pre-activations never leave the L1 cache. In the forward pass the vectors are the gates of
+// the same units (4 for the LSTM). In the backward pass, (rows x gates H) * (gates H x H), they are kTileVectors
+// neighbouring vectors of units. Blocks of units are the outer loop, so that a panel of packed weights (H x 4 vectors)
+// stays in the L1 cache while all rows use it.
+//
+// Only the products are compiled for each size of a tile, and all cells share them (multiply_rows). What comes before
+// and after them takes most of the compiler's time, and loops over the rows.
 //
 // Every tile sums in the order of k, so results do not depend on how the work is split.
 

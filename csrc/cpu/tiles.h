@@ -183,6 +183,16 @@ INLINE void with_rows(int64_t left, const F& f) {
     with_at_most<kRows>(left, f);
 }
 
+// Copies a tile's sums between memory and registers.
+template <class V, int M, int N>
+INLINE void copy(V (&to)[M][N], const V (&from)[M][N]) {
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) to[m][n] = from[m][n];
+  }
+}
+
 // The type that stands for all types whose products are the same.
 template <class S>
 using Multiplied = std::conditional_t<kPairs<S>, S, Accumulate<S>>;
@@ -198,11 +208,9 @@ __attribute__((noinline)) void multiply_rows(Vec<Accumulate<S>>* sums, int64_t r
     auto& to = reinterpret_cast<Vec<Accumulate<S>>(&)[M][N]>(*sums);
     if constexpr (kAmx<S>) return multiply<S>(to, a, panel, K, plane);  // its sums are in tile registers
     Vec<Accumulate<S>> acc[M][N];
-    for (int m = 0; m < M; ++m)
-      for (int n = 0; n < N; ++n) acc[m][n] = to[m][n];
+    copy(acc, to);
     multiply<S>(acc, a, panel, K, plane);
-    for (int m = 0; m < M; ++m)
-      for (int n = 0; n < N; ++n) to[m][n] = acc[m][n];
+    copy(to, acc);
   });
 }
 
