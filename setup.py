@@ -114,7 +114,7 @@ flags = shlex.split(f"{os.environ.get('CFLAGS', '')} {os.environ.get('CXXFLAGS',
 debug_flags = [flag for flag in flags if flag.startswith("-g")] or ["-g0"]
 
 options = {
-    "sources": ["csrc/module.cpp", "csrc/schema.cpp", "csrc/lstm_autograd.cpp", *sorted(glob.glob("csrc/cpu/*.cpp"))],
+    "sources": ["csrc/module.cpp", "csrc/schema.cpp", "csrc/stack_autograd.cpp", *sorted(glob.glob("csrc/cpu/*.cpp"))],
     "depends": sorted(glob.glob("csrc/**/*.h", recursive=True) + glob.glob("csrc/**/*.cuh", recursive=True)),
     "include_dirs": [os.path.abspath("csrc")],
     "extra_compile_args": {

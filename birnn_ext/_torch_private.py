@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import TransformType
+from torch._VF import gru as nn_gru_operator
 from torch._VF import lstm as nn_lstm_operator
 from torch.autograd import forward_ad
 from torch.jit._trace import TracerWarning, is_tracing
@@ -28,6 +29,7 @@ __all__ = [
     "is_batched",
     "is_tracing",
     "let_dynamo_trace",
+    "nn_gru_operator",
     "nn_lstm_operator",
     "script_graphs",
     "within_forward_mode",
@@ -73,9 +75,9 @@ def script_graphs(module: torch.jit.ScriptModule) -> Iterator[Any]:
         yield module._c._get_method(name).graph
 
 
-# Dynamo breaks the graph at any instance of nn.LSTM, unless `torch._dynamo.config.allow_rnn` is set, as it would unroll
-# nn.LSTM step by step. Ours is a few operators whatever the number of steps, so the setting is on while Dynamo looks at
-# one of ours, and only then: it treats nn.LSTM as before.
+# Dynamo breaks the graph at any instance of nn.RNNBase, unless `torch._dynamo.config.allow_rnn` is set, as it would
+# unroll nn.LSTM step by step. Ours is a few operators whatever the number of steps, so the setting is on while Dynamo
+# looks at one of ours, and only then: it treats nn.LSTM as before.
 
 _BUILDER = "torch._dynamo.variables.builder"  # decides how Dynamo represents a Python object
 
@@ -93,7 +95,7 @@ def _admit(cls: type[nn.Module], builder: ModuleType) -> None:
 
 
 def let_dynamo_trace(cls: type[nn.Module]) -> None:
-    """Makes torch.compile trace instances of cls, a subclass of nn.LSTM whose forward is its own."""
+    """Makes torch.compile trace instances of cls, a subclass of nn.RNNBase whose forward is its own."""
     after_import(_BUILDER, partial(_admit, cls))  # importing Dynamo takes as long as importing torch
 
 

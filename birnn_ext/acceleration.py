@@ -1,4 +1,4 @@
-"""`accelerate` turns the `torch.nn.LSTM` modules of any model into ours; `restore` undoes it."""
+"""`accelerate` turns the `torch.nn.LSTM` and `torch.nn.GRU` modules of any model into ours; `restore` undoes it."""
 
 from __future__ import annotations
 
@@ -16,9 +16,12 @@ import torch
 from torch import nn
 
 from birnn_ext._torch_private import script_graphs
-from birnn_ext.flat_weights import drop_flat_weights
-from birnn_ext.modules import LSTM
-from birnn_ext.portable import beyond_nn_lstm, nn_lstm_state
+from birnn_ext.base import drop_flat_weights
+from birnn_ext.modules import GRU, LSTM
+from birnn_ext.portable import attributes_for_torch, beyond_torch
+from birnn_ext.recurrent import Recurrent
+
+OURS: dict[type[nn.RNNBase], type[Recurrent]] = {nn.LSTM: LSTM, nn.GRU: GRU}
 
 
 @dataclass
@@ -27,7 +30,7 @@ class Acceleration:
 
     Attributes:
         replaced: names of the modules that are ours now, as in ``model.named_modules()``; "" is the model itself.
-        left: names of the LSTMs that are as they were, and why.
+        left: names of the LSTMs and GRUs that are as they were, and why.
     """
 
     replaced: list[str] = field(default_factory=list)
@@ -36,7 +39,7 @@ class Acceleration:
     def __str__(self) -> str:
         lines = [f"replaced {name or '(the model itself)'}" for name in self.replaced]
         lines += [f"left {name or '(the model itself)'}: {why}" for name, why in self.left.items()]
-        return "\n".join(lines) or "found no nn.LSTM"
+        return "\n".join(lines) or "found no nn.LSTM or nn.GRU"
 
 
 def _check_model(model: nn.Module) -> None:
@@ -45,14 +48,14 @@ def _check_model(model: nn.Module) -> None:
 
 
 def accelerate(model: nn.Module) -> Acceleration:
-    """Turns every `torch.nn.LSTM` in a model into a `birnn_ext.LSTM`, in place.
+    """Turns every `torch.nn.LSTM` in a model into a `birnn_ext.LSTM`, every `torch.nn.GRU` into our `GRU`, in place.
 
     The modules stay the same objects, with the same Parameters, buffers, hooks and state_dict keys: only their class
     changes. So modules that are shared or that other code refers to, optimizers and checkpoints are not disturbed.
 
     A module of a class derived from nn.LSTM gets a class of the same name that is derived from that one and from
     `birnn_ext.LSTM`. Its own code goes on as before, and what it asks of ``super()`` comes from us. It is left as it is
-    if we can't tell that this comes to the same:
+    if we can't tell that this comes to the same (here for the LSTM; it is the same for the GRU):
 
     - its forward, if it has one, does not call ``super().forward`` (``nn.LSTM.forward(self, ...)`` would not reach us),
     - its forward, or what that calls of its class and its package, uses inner workings of nn.LSTM, such as
@@ -63,11 +66,11 @@ def accelerate(model: nn.Module) -> Acceleration:
     Classes that PyTorch makes at run time (parametrizations, fully_shard) are made anew, on top of ours.
 
     Args:
-        model: any module, which may itself be an nn.LSTM.
+        model: any module, which may itself be one of PyTorch's two.
 
     Returns:
         Which modules were replaced, and which were left and why; printing it gives a line for each. A module that the
-        model holds under several names is named once. LSTMs in TorchScript and in exported graphs are named as left.
+        model holds under several names is named once. Those in TorchScript and in exported graphs are named as left.
 
     Raises:
         TypeError: model is not a module.
@@ -75,12 +78,13 @@ def accelerate(model: nn.Module) -> Acceleration:
     _check_model(model)
     report = Acceleration()
     for name, module in model.named_modules():
-        if isinstance(module, LSTM):
+        if isinstance(module, Recurrent):
             continue
-        why = _why_left(module) if isinstance(module, nn.LSTM) else _program_with_lstm(module)
+        known = isinstance(module, tuple(OURS))
+        why = _why_left(module) if known else _why_program_is_left(module)
         if why:
             report.left[name] = why
-        elif isinstance(module, nn.LSTM):
+        elif known:
             module.__class__ = _ours(type(module))
             drop_flat_weights(module)
             module.accelerated = True
@@ -89,20 +93,20 @@ def accelerate(model: nn.Module) -> Acceleration:
 
 
 def restore(model: nn.Module) -> list[str]:
-    """Turns every `birnn_ext.LSTM` in a model into a `torch.nn.LSTM`, in place.
+    """Turns every `birnn_ext.LSTM` in a model into a `torch.nn.LSTM`, and every `GRU` into a `torch.nn.GRU`, in place.
 
     What `accelerate` has turned gets the class back that it had, and a model that was written with ours becomes one for
-    tools that know nn.LSTM by its type, such as quantization. As with `accelerate` the modules stay the same objects. A
-    model that calls them with what nn.LSTM has no argument for, ``lengths`` or ``output="last"``, no longer runs;
+    tools that know PyTorch's by its type, such as quantization. As with `accelerate` the modules stay the same objects.
+    A model that calls them with what PyTorch's have no argument for, ``lengths`` or ``output="last"``, no longer runs;
     `BiRNN` does.
 
     Args:
         model: any module, which may itself be one of ours.
 
     Returns:
-        The names of the modules that were turned. A warning names those that can't be: they have an option that nn.LSTM
-        lacks, such as zoneout, or their class is neither ours nor made by `accelerate`, PyTorch's parametrizations or
-        fully_shard.
+        The names of the modules that were turned. A warning names those that can't be: they have an option that
+        PyTorch's lacks, such as zoneout, or their class is neither ours nor made by `accelerate`, PyTorch's
+        parametrizations or fully_shard.
 
     Raises:
         TypeError: model is not a module.
@@ -110,19 +114,19 @@ def restore(model: nn.Module) -> list[str]:
     _check_model(model)
     names = []
     for name, module in model.named_modules():
-        if not isinstance(module, LSTM):
+        if not isinstance(module, Recurrent):
             continue
-        theirs, no = _theirs(type(module)), beyond_nn_lstm(module)
+        theirs, no = _theirs(type(module)), beyond_torch(module)
         if theirs is None or no:
             why = (
-                f"nn.LSTM has no {', '.join(no)}"
+                f"nn.{module.CELL.name} has no {', '.join(no)}"
                 if no
                 else f"its class {type(module).__name__} is not one that accelerate has made; if something has changed "
                 "it since, undo that first"
             )
             warnings.warn(f"birnn_ext.restore: {name or 'the model itself'} is left, as {why}", stacklevel=2)
         else:
-            module.__dict__ = nn_lstm_state(module)
+            module.__dict__ = attributes_for_torch(module)
             module.__class__ = theirs
             module._init_flat_weights()
             names.append(name)
@@ -153,8 +157,8 @@ def _is_made(cls: type) -> bool:
 
 def _ours(cls: type) -> Any:  # it returns a type; mypy does not see that the class of a module may change
     """Returns the class that instances of a class get when they are accelerated."""
-    if cls is nn.LSTM:
-        return LSTM
+    if cls in OURS:
+        return OURS[cls]
     if _is_pytorchs(cls):
         return _with_bases(cls, _ours)
     derived: list[type] = cls.__subclasses__()
@@ -162,13 +166,18 @@ def _ours(cls: type) -> Any:  # it returns a type; mypy does not see that the cl
         if _is_made(known):
             return known
     names = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(cls)(cls.__name__, (cls, LSTM), {**names, "__reduce_ex__": _reduce_ex})
+    return type(cls)(cls.__name__, (cls, OURS[_torchs(cls)]), {**names, "__reduce_ex__": _reduce_ex})
+
+
+def _torchs(cls: type) -> type[nn.RNNBase]:
+    """Returns the class of PyTorch's that a class is, or is derived from."""
+    return next(theirs for theirs in OURS if issubclass(cls, theirs))
 
 
 def _theirs(cls: type) -> Any:
     """Returns the class that instances of a class had before they were accelerated; None if that can't be told."""
-    if cls is LSTM:
-        return nn.LSTM
+    if cls in OURS.values():
+        return _torchs(cls)
     if _is_made(cls):
         return cls.__bases__[0]
     return _with_bases(cls, _theirs) if _is_pytorchs(cls) else None
@@ -180,8 +189,8 @@ def _is_pytorchs(cls: type) -> bool:
 
 
 def _with_bases(cls: type, convert: Callable[[type], Any]) -> type | None:
-    """Makes a class like cls whose bases that are LSTMs are converted; None if one can't be converted."""
-    bases = tuple(convert(base) if issubclass(base, nn.LSTM) else base for base in cls.__bases__)
+    """Makes a class like cls whose bases that are LSTMs or GRUs are converted; None if one can't be converted."""
+    bases = tuple(convert(base) if issubclass(base, tuple(OURS)) else base for base in cls.__bases__)
     if None in bases:
         return None
     of_the_class = ("__dict__", "__weakref__")
@@ -190,25 +199,28 @@ def _with_bases(cls: type, convert: Callable[[type], Any]) -> type | None:
 
 # --- what is left -----------------------------------------------------------------------------------------------------
 
-# These are nn.LSTM's inner workings: what its forward calls, and where it finds the weights. A subclass may do what it
-# likes with the rest, which is the same in ours.
-_INNER = {name for cls in (nn.RNNBase, nn.LSTM) for name in vars(cls) if not name.startswith("__")} | {
+# These are the inner workings of PyTorch's modules: what their forward calls, and where it finds the weights. A
+# subclass may do what it likes with the rest, which is the same in ours.
+_INNER = {name for cls in (nn.RNNBase, *OURS) for name in vars(cls) if not name.startswith("__")} | {
     "_VF", "_all_weights", "_flat_weight_refs", "_flat_weights", "_flat_weights_names",
 }  # fmt: skip
 _INNER -= {"forward", "reset_parameters", "extra_repr", "flatten_parameters"}
-_NAMES = {"accelerated", *dir(LSTM)} - {*dir(nn.LSTM), "_flat_weights"}  # names that we give a meaning
+_NAMES = {  # names that we give a meaning
+    theirs: {"accelerated", *dir(ours)} - {*dir(theirs), "_flat_weights"} for theirs, ours in OURS.items()
+}
 
 
-def _why_left(module: nn.LSTM) -> str | None:
+def _why_left(module: nn.RNNBase) -> str | None:
+    torchs = _torchs(type(module))
     if "forward" in vars(module):
         return "its forward has been replaced, by a hook of another library perhaps"
-    for name in sorted(_NAMES):
+    for name in sorted(_NAMES[torchs]):
         if name == "recompute" and vars(module).get(name) is True:
             continue  # `restore` leaves it so; no result depends on it
         if hasattr(module, name):
-            return f"it has an attribute {name}, a name that birnn_ext.LSTM uses for something else"
+            return f"it has an attribute {name}, a name that birnn_ext.{torchs.__name__} uses for something else"
     mro = type(module).__mro__
-    for cls in mro[: mro.index(nn.LSTM)]:
+    for cls in mro[: mro.index(torchs)]:
         why = None if _is_pytorchs(cls) else _why_class_is_left(cls, type(module))
         if why:
             return f"its class {cls.__name__} {why}"
@@ -226,8 +238,9 @@ def _why_class_is_left(cls: type, of: type) -> str | None:
         and not hasattr(home, cls.__qualname__.partition(".")[0])
     ):
         return "was made at run time, by another library perhaps"
+    inner = f"one of nn.{_torchs(of).__name__}'s inner workings"
     for name in sorted(_INNER & vars(cls).keys()):
-        return f"has {name}, one of nn.LSTM's inner workings, of its own"
+        return f"has {name}, {inner}, of its own"
     forward = vars(cls).get("forward")
     if forward is None:
         return None
@@ -235,7 +248,7 @@ def _why_class_is_left(cls: type, of: type) -> str | None:
     if not {"super", "forward"} <= names:
         return "has a forward that does not call super().forward"
     for name in sorted(_INNER & names):
-        return f"has a forward that uses {name}, one of nn.LSTM's inner workings"
+        return f"has a forward that uses {name}, {inner}"
     return None
 
 
@@ -266,16 +279,19 @@ def _names(forward: object, cls: type) -> Iterator[str]:
                         todo.append(found)
 
 
-def _program_with_lstm(module: nn.Module) -> str | None:
-    """Says why a module can't be changed whose forward is a program with an LSTM as one operator; else None."""
+def _why_program_is_left(module: nn.Module) -> str | None:
+    """Says why a module can't be changed whose forward is a program with PyTorch's operator; else None."""
+    names = [theirs.__name__ for theirs in OURS]
     if isinstance(module, torch.jit.ScriptModule):
-        if any(graph.findAllNodes("aten::lstm") for graph in script_graphs(module)):
-            return (
-                "it is TorchScript, which can't be changed, and has nn.LSTM's operator: "
-                "torch.export of the accelerated Python model keeps ours"
-            )
-    elif isinstance(module, torch.fx.GraphModule) and any(
-        getattr(node.target, "overloadpacket", None) is torch.ops.aten.lstm for node in module.graph.nodes
-    ):
-        return "it is an exported graph, which can't be changed: accelerate the model before it is exported"
+        graphs = list(script_graphs(module))
+        for name in names:
+            if any(graph.findAllNodes(f"aten::{name.lower()}") for graph in graphs):
+                return (
+                    f"it is TorchScript, which can't be changed, and has nn.{name}'s operator: "
+                    "torch.export of the accelerated Python model keeps ours"
+                )
+    elif isinstance(module, torch.fx.GraphModule):
+        operators = [getattr(torch.ops.aten, name.lower()) for name in names]
+        if any(getattr(node.target, "overloadpacket", None) in operators for node in module.graph.nodes):
+            return "it is an exported graph, which can't be changed: accelerate the model before it is exported"
     return None

@@ -1,7 +1,7 @@
 """Gradients of the recurrences' operators, as autograd knows them and as torch.func's transforms do.
 
 A first derivative comes from the backward operators; further ones, and those of batched gradients, from the reference.
-The gradients of lstm and lstm_layer are in csrc/lstm_autograd.cpp, where they cost less time.
+The gradients of the operators of layers and stacks are in csrc, where they cost less time.
 """
 
 from __future__ import annotations
@@ -15,16 +15,18 @@ from torch import Tensor
 from birnn_ext import reference
 from birnn_ext._torch_private import is_batched
 from birnn_ext.route import Way, choose_recurrence_route
-from birnn_ext.without_kernels import Tensors3, Tensors5, count_reference
+from birnn_ext.without_kernels import count_reference
+
+Gradients = tuple[Tensor | None, ...]
 
 # --- what the formulas share ------------------------------------------------------------------------------------------
 
 
 @reference.without_autocast
 def _weight_grad(dz: Tensor, y: Tensor, h0: Tensor | None, lengths: Tensor | None) -> Tensor:
-    """Computes dW_hh (D, 4H, H), the sum over steps of dz_t h_{t-1}^T, by one matrix product per direction.
+    """Computes dW_hh (D, G * H, H), the sum over steps of dz_t h_{t-1}^T, by one matrix product per direction.
 
-    dz (T, B, D, 4H) is 0 beyond a sequence's end, and so is y (T, B, D, H).
+    dz (T, B, D, G * H) is 0 beyond a sequence's end, and so is y (T, B, D, H).
     """
     steps, batch, directions, _ = dz.shape
     # A step is batch rows. torch.compile takes T - 1 steps badly, and PyTorch's older vmap knows no flatten.
@@ -82,83 +84,110 @@ def _gradients_of_reference(
     return grads
 
 
+def _run_backward(name: str, args: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """Runs the backward operator of a recurrence, along a route of its own."""
+    route = choose_recurrence_route(args[:-1])
+    if route.way is Way.REFERENCE:
+        count_reference(name, "reference_backward", route.why)
+        run = getattr(reference, name)
+    elif route.way is Way.FUNCTION:
+        run = _FUNCTIONS[name].apply
+    else:
+        run = getattr(torch.ops.birnn_ext, name)
+    grads: tuple[Tensor, ...] = run(*args)
+    return grads
+
+
+def _check_saved(name: str, save: str) -> None:
+    if save != "all":
+        raise RuntimeError(
+            f'birnn_ext::{name} was called with save="{save}", so it can\'t be differentiated; '
+            f'call it with save="all", or birnn_ext.ops.{name}, which knows when to save'
+        )
+
+
 # --- lstm_recurrence --------------------------------------------------------------------------------------------------
 
 
-def _save_recurrence(ctx: Any, inputs: tuple[Any, ...], output: Tensors5) -> None:
+def _save_lstm(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, w_hh, h0, c0, lengths, ctx.save = inputs
     y, _, _, gates, cells = output
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(w_hh, h0, c0, lengths, y, gates, cells)
 
 
-def _recurrence_grad(
+def _lstm_grad(
     ctx: Any,
     dy: Tensor | None,
     dh_n: Tensor | None,
     dc_n: Tensor | None,
     d_gates: Tensor | None,
     d_cells: Tensor | None,
-) -> tuple[Tensor | None, ...]:
-    if ctx.save != "all":
-        raise RuntimeError(
-            f'birnn_ext::lstm_recurrence was called with save="{ctx.save}", so it can\'t be differentiated; '
-            'call it with save="all", or birnn_ext.ops.lstm_recurrence, which knows when to save'
-        )
+) -> Gradients:
+    _check_saved("lstm_recurrence", ctx.save)
     w_hh, h0, c0, lengths, y, gates, cells = ctx.saved_tensors
     needs_w, needs_h0, needs_c0 = ctx.needs_input_grad[1:4]
-    state_grads = needs_h0 or needs_c0
-    args = (w_hh, c0, lengths, gates, cells, dy, dh_n, dc_n, state_grads)
+    args = (w_hh, c0, lengths, gates, cells, dy, dh_n, dc_n, needs_h0 or needs_c0)
     if d_gates is None and d_cells is None:
-        dz, dh0, dc0 = _recurrence_backward(*args)
+        dz, dh0, dc0 = _run_backward("lstm_recurrence_backward", args)
     else:  # double backward
         dz, dh0, dc0 = reference.lstm_recurrence_backward(*args, d_gates, d_cells)
     d_w_hh = _weight_grad(dz, y, h0, lengths) if needs_w else None
     return dz, d_w_hh, dh0 if needs_h0 else None, dc0 if needs_c0 else None, None, None
 
 
-def _recurrence_backward(*args: Any) -> Tensors3:
-    route = choose_recurrence_route(args[:-1])
-    if route.way is Way.REFERENCE:
-        count_reference("lstm_recurrence_backward", "reference_backward", route.why)
-        return reference.lstm_recurrence_backward(*args)
-    function = route.way is Way.FUNCTION
-    run = _RecurrenceBackward.apply if function else torch.ops.birnn_ext.lstm_recurrence_backward
-    grads: Tensors3 = run(*args)
-    return grads
+# --- gru_recurrence ---------------------------------------------------------------------------------------------------
 
 
-def _save_recurrence_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensors3) -> None:
-    *tensors, ctx.state_grads = inputs
-    ctx.save_for_backward(*tensors)
+def _save_gru(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, w_hh, _, h0, lengths, ctx.save = inputs
+    y, _, gates, cells = output
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(w_hh, h0, lengths, y, gates, cells)
 
 
-def _recurrence_backward_grad(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-    wanted = [k for k, needed in enumerate(ctx.needs_input_grad) if needed]
-    inputs = (*ctx.saved_tensors, ctx.state_grads)
-    return tuple(_gradients_of_reference(reference.lstm_recurrence_backward, inputs, wanted, cotangents))
+def _gru_grad(
+    ctx: Any, dy: Tensor | None, dh_n: Tensor | None, d_gates: Tensor | None, d_cells: Tensor | None
+) -> Gradients:
+    _check_saved("gru_recurrence", ctx.save)
+    w_hh, h0, lengths, y, gates, cells = ctx.saved_tensors
+    needs_w, needs_bias, needs_h0 = ctx.needs_input_grad[1:4]
+    args = (w_hh, h0, lengths, y, gates, cells, dy, dh_n, needs_h0)
+    if d_gates is None and d_cells is None:
+        d_gates_x, d_q, dh0 = _run_backward("gru_recurrence_backward", args)
+    else:  # double backward
+        d_cells = d_cells if cells.dim() == 4 else None  # if y has the states, there are no cells
+        d_gates_x, d_q, dh0 = reference.gru_recurrence_backward(*args, d_gates, d_cells)
+    d_w_hh = d_bias_hh = None
+    if needs_w or needs_bias:
+        dz = torch.cat([d_gates_x[..., : 2 * y.shape[-1]], d_q], -1)
+        d_w_hh = _weight_grad(dz, y, h0, lengths) if needs_w else None
+        d_bias_hh = dz.sum((0, 1), dtype=reference.accumulate_dtype(dz.dtype)).to(dz.dtype) if needs_bias else None
+    return d_gates_x, d_w_hh, d_bias_hh, dh0 if needs_h0 else None, None, None
 
 
-# --- lstm_recurrence under torch.func ---------------------------------------------------------------------------------
+# --- both, as autograd and torch.func know them -----------------------------------------------------------------------
 
 VmapResult = tuple[tuple[Tensor, ...], tuple[int | None, ...]]  # outputs, and where their samples are
 
 
-def _vmap_rule(call: Callable[..., tuple[Tensor, ...]], w_hh_at: int, lengths_at: int) -> Callable[..., VmapResult]:
-    """Makes the rule of torch.func.vmap for one of the two operators: samples become sequences of one larger batch.
+def _vmap_rule(
+    call: Callable[..., tuple[Tensor, ...]], weights_at: Sequence[int], lengths_at: int
+) -> Callable[..., VmapResult]:
+    """Makes the rule of torch.func.vmap for a recurrence's operator: samples become sequences of one larger batch.
 
-    Every tensor has its batch of sequences in dimension 1, but for w_hh, which has none, and lengths, where it is 0.
-    Samples with weights of their own, as in an ensemble, can't share a batch: they take a call each.
+    Every tensor has its batch of sequences in dimension 1, but for weights, which have none, and lengths, where it is
+    0. Samples with weights of their own, as in an ensemble, can't share a batch: they take a call each.
 
     Args:
         call: the operator, or the Function that stands for it.
-        w_hh_at: place of w_hh among the operator's arguments.
+        weights_at: places of the weights among the operator's arguments.
         lengths_at: place of lengths.
     """
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> VmapResult:
         samples = info.batch_size
-        if in_dims[w_hh_at] is not None:
+        if any(in_dims[k] is not None for k in weights_at):
             results = [
                 call(*(arg if dim is None else arg.select(dim, k) for arg, dim in zip(args, in_dims, strict=True)))
                 for k in range(samples)
@@ -170,9 +199,11 @@ def _vmap_rule(call: Callable[..., tuple[Tensor, ...]], w_hh_at: int, lengths_at
 
         def fold(place: int, arg: Any, dim: int | None) -> Any:
             nonlocal batch
-            if place == w_hh_at or not isinstance(arg, Tensor):
+            if place in weights_at or not isinstance(arg, Tensor):
                 return arg
             at = 0 if place == lengths_at else 1
+            if arg.dim() - (dim is not None) == at:  # it was not kept, and is empty
+                return arg if dim is None else arg.select(dim, 0)
             if dim is None:
                 arg = arg.unsqueeze(at).expand(*arg.shape[:at], samples, *arg.shape[at:])
             else:
@@ -188,53 +219,64 @@ def _vmap_rule(call: Callable[..., tuple[Tensor, ...]], w_hh_at: int, lengths_at
     return rule
 
 
-class Recurrence(torch.autograd.Function):
-    """The operator lstm_recurrence with its autograd formula in the form that torch.func's transforms know."""
+def _differentiable(
+    name: str,
+    save: Callable[..., None],
+    grad: Callable[..., Gradients],
+    weights_at: Sequence[int],
+    lengths_at: int,
+) -> type[torch.autograd.Function]:
+    """Tells autograd and vmap of a recurrence's operator, and makes a Function of it that torch.func's transforms know.
 
-    @staticmethod
-    def forward(*args: Any) -> Tensors5:
-        """Calls the operator."""
-        outputs: Tensors5 = torch.ops.birnn_ext.lstm_recurrence(*args)
-        return outputs
+    Args:
+        name: of the operator.
+        save: keeps in ctx what grad needs, as a Function's setup_context.
+        grad: computes the gradients, as a Function's backward.
+        weights_at: as for `_vmap_rule`.
+        lengths_at: likewise.
+    """
+    operator = getattr(torch.ops.birnn_ext, name)
 
-    setup_context = staticmethod(_save_recurrence)
-    backward = staticmethod(_recurrence_grad)
+    class Recurrence(torch.autograd.Function):
+        @staticmethod
+        def forward(*args: Any) -> tuple[Tensor, ...]:
+            outputs: tuple[Tensor, ...] = operator(*args)
+            return outputs
 
-    @staticmethod
-    def vmap(*args: Any) -> VmapResult:
-        """Runs all samples in one call."""
-        return _vmap_rule(Recurrence.apply, w_hh_at=1, lengths_at=4)(*args)
+        setup_context = staticmethod(save)
+        backward = staticmethod(grad)
 
+        @staticmethod
+        def vmap(*args: Any) -> VmapResult:
+            return _vmap_rule(Recurrence.apply, weights_at, lengths_at)(*args)
 
-class _RecurrenceBackward(torch.autograd.Function):
-    """The operator lstm_recurrence_backward in the same form."""
-
-    @staticmethod
-    def forward(*args: Any) -> Tensors3:
-        grads: Tensors3 = torch.ops.birnn_ext.lstm_recurrence_backward(*args)
-        return grads
-
-    setup_context = staticmethod(_save_recurrence_backward)
-    backward = staticmethod(_recurrence_backward_grad)
-
-    @staticmethod
-    def vmap(*args: Any) -> VmapResult:
-        return _vmap_rule(_RecurrenceBackward.apply, w_hh_at=0, lengths_at=2)(*args)
+    # vmap uses this for the operator itself, called directly.
+    torch.library.register_vmap(f"birnn_ext::{name}", _vmap_rule(operator, weights_at, lengths_at))
+    torch.library.register_autograd(f"birnn_ext::{name}", grad, setup_context=save)
+    return Recurrence
 
 
-# vmap uses these for the operators themselves, called directly.
-torch.library.register_vmap(
-    "birnn_ext::lstm_recurrence", _vmap_rule(torch.ops.birnn_ext.lstm_recurrence, w_hh_at=1, lengths_at=4)
-)
-torch.library.register_vmap(
-    "birnn_ext::lstm_recurrence_backward",
-    _vmap_rule(torch.ops.birnn_ext.lstm_recurrence_backward, w_hh_at=0, lengths_at=2),
-)
+def _differentiable_backward(name: str, weights_at: Sequence[int], lengths_at: int) -> type[torch.autograd.Function]:
+    """Does the same with a backward operator, whose gradients are those of the reference."""
 
-torch.library.register_autograd("birnn_ext::lstm_recurrence", _recurrence_grad, setup_context=_save_recurrence)
-torch.library.register_autograd(
-    "birnn_ext::lstm_recurrence_backward", _recurrence_backward_grad, setup_context=_save_recurrence_backward
-)
+    def save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, ctx.state_grads = inputs
+        ctx.save_for_backward(*tensors)
+
+    def grad(ctx: Any, *cotangents: Tensor) -> Gradients:
+        wanted = [k for k, needed in enumerate(ctx.needs_input_grad) if needed]
+        inputs = (*ctx.saved_tensors, ctx.state_grads)
+        return tuple(_gradients_of_reference(getattr(reference, name), inputs, wanted, cotangents))
+
+    return _differentiable(name, save, grad, weights_at, lengths_at)
+
+
+LSTM_RECURRENCE = _differentiable("lstm_recurrence", _save_lstm, _lstm_grad, weights_at=(1,), lengths_at=4)
+GRU_RECURRENCE = _differentiable("gru_recurrence", _save_gru, _gru_grad, weights_at=(1, 2), lengths_at=4)
+_FUNCTIONS = {
+    name: _differentiable_backward(name, weights_at=(0,), lengths_at=2)
+    for name in ("lstm_recurrence_backward", "gru_recurrence_backward")
+}
 
 
 # --- lstm_variant -----------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """One layer: `run_layer` runs it along its route, and the types say what it is given.
 
-`LSTM` calls it for each of its layers. The functions of `birnn_ext.ops` and `birnn_ext.variants` call it, too.
+The modules call it for each of their layers. The functions of `birnn_ext.ops` and `birnn_ext.variants` call it, too.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from birnn_ext import reference
-from birnn_ext.gradients import Recurrence
-from birnn_ext.other_operators import nn_lstm_layer, onnx_layer
+from birnn_ext.cell import Cell
+from birnn_ext.other_operators import nn_layer, onnx_layer
 from birnn_ext.route import Route, Way, choose_route
 from birnn_ext.without_kernels import count_reference
 
@@ -22,8 +22,9 @@ EPS = 1e-5  # added to the variances of layer norm, as nn.LayerNorm does
 
 _BIASES = ("bias_ih", "bias_hh")
 
-State = tuple[Tensor | None, Tensor | None]  # h0 (D, B, P) and c0 (D, B, H); None stands for zeros
-Results = tuple[Tensor, Tensor, Tensor, Tensor | None]  # y, h_n, c_n, and the cell states where they are wanted
+State = tuple[Tensor | None, ...]  # h0 (D, B, P) and, of an LSTM, c0 (D, B, H); None stands for zeros
+FinalState = tuple[Tensor, ...]  # likewise, after each sequence's last step
+Results = tuple[Tensor, FinalState, Tensor | None]  # y, the final states, and the cell states where they are wanted
 
 
 # --- what a layer is given --------------------------------------------------------------------------------------------
@@ -34,7 +35,7 @@ class Sequences(NamedTuple):
 
     x: Tensor  # (T, B, I)
     lengths: Tensor | None = None  # (B,) int64: sequence b is its first lengths[b] steps; None stands for T each
-    reset: Tensor | None = None  # (T, B) bool: step t begins a new sequence; `Variant` hands it to the operator
+    reset: Tensor | None = None  # (T, B) bool: step t begins a new sequence; an LSTM's operator gets it in `Variant`
 
     def without_padding(self) -> Tensor:
         """Returns x, with zeros beyond the ends: what lies there must not reach the weights' gradients."""
@@ -53,10 +54,10 @@ class Sequences(NamedTuple):
 
 
 class LayerWeights(NamedTuple):
-    """A layer's parameters, as its module holds them and the operator lstm_layer takes them."""
+    """A layer's parameters, as its module holds them and the operator of a layer takes them."""
 
-    tensors: list[Tensor]  # those of direction 0, then those of direction 1, each in nn.LSTM's order
-    kinds: tuple[str, ...]  # of one direction: "weight_ih" and so on, as nn.LSTM names them
+    tensors: list[Tensor]  # those of direction 0, then those of direction 1, each in PyTorch's order
+    kinds: tuple[str, ...]  # of one direction: "weight_ih" and so on, as PyTorch names them
 
     def each(self, kind: str) -> list[Tensor]:
         """Returns the parameters of one kind, of each direction; none if the layer has no such parameter."""
@@ -83,7 +84,7 @@ class LayerWeights(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """A layer's parameters, of D directions."""
+    """The parameters of an LSTM's layer, of D directions."""
 
     w_ih: Tensor  # (D, 4H, I)
     w_hh: Tensor  # (D, 4H, P)
@@ -95,7 +96,7 @@ class Weights(NamedTuple):
 
 
 class Variant(NamedTuple):
-    """Masks and factors by which a layer goes beyond nn.LSTM. None, and a mean of 0, stand for nothing."""
+    """Masks and factors by which an LSTM's layer goes beyond nn.LSTM. None, and a mean of 0, stand for nothing."""
 
     reset: Tensor | None = None  # (T, B) bool: step t begins a new sequence, with h = c = 0
     h_mask: Tensor | None = None  # (D, B, P): multiplies h_{t-1} on its way to W_hh
@@ -129,39 +130,45 @@ class Options(NamedTuple):
 
     cells: bool = False  # return the cell states of all steps
     recompute: bool = False  # keep less for the backward pass, and compute again there
-    recorded: nn.LSTM | None = None  # the module to leave as nn.LSTM's operator in a program that PyTorch records
+    recorded: nn.RNNBase | None = None  # the module to leave as PyTorch's own operator in a program that it records
 
 
 # --- a layer along its route ------------------------------------------------------------------------------------------
 
 
 def run_last(
-    sequences: Sequences, weights: LayerWeights, state: State, variant: Variant | None, options: Options
-) -> tuple[Tensor, Tensor, Tensor]:
+    cell: Cell,
+    sequences: Sequences,
+    weights: LayerWeights,
+    state: State,
+    variant: Variant | None = None,
+    options: Options = Options(),  # noqa: B008, it is immutable
+) -> tuple[Tensor, FinalState]:
     """Runs a layer as far as its output at each sequence's last step needs it.
 
     The reverse direction begins at that step, so one step of it is all that is needed.
 
     Returns:
-        The output (B, D * P), and the forward direction's h_n (1, B, P) and c_n (1, B, H).
+        The output (B, D * P), and the forward direction's final states (1, B, .).
     """
 
     def state_of(d: int) -> State:
-        h0, c0 = state
-        return (None, None) if h0 is None or c0 is None else (h0[d : d + 1], c0[d : d + 1])
+        return tuple(None if s is None else s[d : d + 1] for s in state)
 
     _, lengths, _ = sequences
     share = None if variant is None else variant.direction(0)
-    _, h_n, c_n, _ = run_layer(sequences, weights.direction(0), state_of(0), share, options)
-    outputs = [h_n[0] if lengths is None else h_n[0].masked_fill((lengths == 0).unsqueeze(-1), 0)]
+    _, final, _ = run_layer(cell, sequences, weights.direction(0), state_of(0), share, options)
+    h_n = final[0][0]
+    outputs = [h_n if lengths is None else h_n.masked_fill((lengths == 0).unsqueeze(-1), 0)]
     if len(weights.by_direction()) == 2:
         share = None if variant is None else variant.first_reverse_step(lengths)
-        y, *_ = run_layer(sequences.last_step(), weights.direction(1), state_of(1), share, options)
+        y, *_ = run_layer(cell, sequences.last_step(), weights.direction(1), state_of(1), share, options)
         outputs.append(y[0, :, 0])
-    return torch.cat(outputs, -1), h_n, c_n
+    return torch.cat(outputs, -1), final
 
 
 def run_layer(
+    cell: Cell,
     sequences: Sequences,
     weights: LayerWeights | Weights,
     state: State,
@@ -171,59 +178,69 @@ def run_layer(
     """Runs a layer, with its input projection, along the route that `choose_route` chooses.
 
     Args:
+        cell: which one.
         sequences: x (T, B, I), T >= 1, with lengths.
         weights: of x's dtype and device, as the states are; stacked ones only with a variant.
         state: the initial state.
-        variant: what the layer does beyond nn.LSTM; None for nothing.
+        variant: what an LSTM's layer does beyond nn.LSTM; None for nothing.
         options: how it is to be run.
 
     Returns:
-        y (T, B, D, P), h_n (D, B, P), c_n (D, B, H), and the cell states (T, B, D, H) where they are wanted.
+        y (T, B, D, P), the final states (D, B, .), and the cell states (T, B, D, H) where they are wanted.
     """
     x, lengths, reset = sequences
-    h0, c0 = state
     cells, recompute, recorded = options
     parameters = weights.tensors if isinstance(weights, LayerWeights) else weights
     route = choose_route(
-        x, (*parameters, h0, c0), extended=variant is not None, cells=cells, recompute=recompute,
-        as_nn_lstm=recorded is not None,
+        x, (*parameters, *state), extended=variant is not None, cells=cells, recompute=recompute,
+        projected=reset is not None, recorded=recorded is not None,
     )  # fmt: skip
     if route.save != "none" or route.way is Way.AGAIN:
         # As nn.LSTM's backward pass, ours keeps a copy of what is a view with the batch first. Users may then change
         # theirs in place, or may have made it in inference mode.
         x = x.contiguous()
+    sequences = Sequences(x, lengths, reset)
     if route.way is Way.AGAIN:
-        return _run_again(Sequences(x, lengths, reset), weights, state, variant, options._replace(recompute=False))
+        return _run_again(cell, sequences, weights, state, variant, options._replace(recompute=False))
     if route.way in (Way.OPERATOR, Way.FUNCTION, Way.REFERENCE):
-        return _run_projected(route, Sequences(x, lengths, reset), weights, state, variant, cells)
+        if variant is not None:
+            return _run_projected_variant(route, sequences, weights, state, variant, cells)
+        assert isinstance(weights, LayerWeights)
+        return *_run_projected(cell, route, sequences, weights, state), None
     assert isinstance(weights, LayerWeights)
     if route.way is Way.LAYER:
-        bias = "bias_ih" in weights.kinds
-        y, h_n, c_n, *_ = torch.ops.birnn_ext.lstm_layer(x, parameters, bias, h0, c0, lengths, route.save)
-        return y, h_n, c_n, None
-    if route.way is Way.NN_LSTM:
-        assert recorded is not None and h0 is not None and c0 is not None
-        return *nn_lstm_layer(recorded, x, weights.by_direction(), h0, c0, lengths), None
+        y, *final, _, _ = cell.layer(x, parameters, "bias_ih" in weights.kinds, *state, lengths, route.save)
+        return y, tuple(final), None
+    if route.way is Way.TORCH:
+        assert recorded is not None
+        first = tuple(s for s in state if s is not None)
+        return *nn_layer(cell, recorded, x, weights.by_direction(), first, lengths), None
     biases = [weights.each(kind) for kind in _BIASES if kind in weights.kinds]
-    return *onnx_layer(x, weights.each("weight_ih"), weights.each("weight_hh"), biases, h0, c0, lengths), None
+    return *onnx_layer(cell, x, weights.each("weight_ih"), weights.each("weight_hh"), biases, state, lengths), None
 
 
 def _run_again(
-    sequences: Sequences, weights: LayerWeights | Weights, state: State, variant: Variant | None, options: Options
+    cell: Cell,
+    sequences: Sequences,
+    weights: LayerWeights | Weights,
+    state: State,
+    variant: Variant | None,
+    options: Options,
 ) -> Results:
     """Runs the layer now, keeping its arguments alone, and once more in the backward pass."""
     parameters = weights.tensors if isinstance(weights, LayerWeights) else weights
-    count = len(parameters)
+    states, count = len(state), len(parameters)
 
     # A checkpoint notices a change in place of the tensors that are its arguments, not of those within others.
-    def run(x: Tensor, lengths: Tensor | None, h0: Tensor | None, c0: Tensor | None, *others: Any) -> Results:
+    def run(x: Tensor, lengths: Tensor | None, *others: Any) -> Results:
+        given, others = others[:states], others[states:]
         own: LayerWeights | Weights
         if isinstance(weights, LayerWeights):
             own = LayerWeights(list(others[:count]), weights.kinds)
         else:
             own = Weights(*others[:count])
         masks = None if variant is None else Variant(*others[count:])
-        return run_layer(Sequences(x, lengths, sequences.reset), own, (h0, c0), masks, options)
+        return run_layer(cell, Sequences(x, lengths, sequences.reset), own, given, masks, options)
 
     x, lengths, _ = sequences
     results: Results = checkpoint(
@@ -233,21 +250,53 @@ def _run_again(
 
 
 def _run_projected(
+    cell: Cell, route: Route, sequences: Sequences, weights: LayerWeights, state: State
+) -> tuple[Tensor, FinalState]:
+    """Projects the input of all steps at once, and runs the recurrence."""
+    lengths, reset = sequences.lengths, sequences.reset
+    biases = {kind: torch.cat(weights.each(kind)) for kind in _BIASES if kind in weights.kinds}
+    own = biases.pop("bias_hh", None) if cell.own_bias else None
+    each_w_ih, w_hh = weights.each("weight_ih"), torch.stack(weights.each("weight_hh"))
+    directions = len(each_w_ih)
+    gates_x = _project(sequences, torch.cat(each_w_ih), *biases.values()).unflatten(-1, (directions, -1))
+    of_recurrence: tuple[Tensor | None, ...] = (w_hh,)
+    if cell.own_bias:
+        of_recurrence = (w_hh, None if own is None else own.unflatten(0, (directions, -1)))
+    if reset is None:
+        return run_recurrence(cell, route, gates_x, of_recurrence, state, lengths)
+    gates_x, lengths = _with_clearing_steps(cell, gates_x, lengths, reset)
+    y, final = run_recurrence(cell, route, gates_x, of_recurrence, state, lengths)
+    return y[1::2], final
+
+
+def _with_clearing_steps(
+    cell: Cell, gates_x: Tensor, lengths: Tensor | None, reset: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """Puts a step before each step, which clears the state where a sequence begins anew, and else leaves it as it is.
+
+    So the kernels need to know of nothing, and all derivatives are right. It takes twice the steps.
+    """
+    clears = reset[..., None, None].repeat(1, 1, gates_x.shape[2], 1)
+    if gates_x.shape[2] == 2:
+        clears[0, :, 1] = False  # the reverse direction is through: what lies after its last step is its final state
+    clear, hold = (
+        gates_x.new_tensor(of_gates).repeat_interleave(gates_x.shape[-1] // cell.gates)
+        for of_gates in (cell.clear, cell.hold)
+    )
+    between = torch.where(clears, clear, hold)
+    doubled = torch.stack([between, gates_x], 1).flatten(0, 1)
+    return doubled, None if lengths is None else 2 * lengths
+
+
+def _run_projected_variant(
     route: Route,
     sequences: Sequences,
     weights: LayerWeights | Weights,
     state: State,
-    variant: Variant | None,
+    variant: Variant,
     cells: bool,
 ) -> Results:
-    """Projects the input of all steps at once, and runs the recurrence."""
-    lengths = sequences.lengths
-    if variant is None:
-        assert isinstance(weights, LayerWeights)
-        each_w_ih = weights.each("weight_ih")
-        biases = [torch.cat(weights.each(kind)) for kind in _BIASES if kind in weights.kinds]
-        gates_x = _project(sequences, torch.cat(each_w_ih), *biases).unflatten(-1, (len(each_w_ih), -1))
-        return run_recurrence(route, gates_x, torch.stack(weights.each("weight_hh")), state, lengths)
+    """Does the same with the extended LSTM's recurrence."""
     stacked = weights.stacked() if isinstance(weights, LayerWeights) else weights
     w_ih, bias = stacked.w_ih, stacked.bias
     added = [bias.flatten()] if bias is not None and stacked.ln_ih is None else []
@@ -255,9 +304,10 @@ def _run_projected(
     if stacked.ln_ih is not None:  # autocast would leave it in float32
         gates_x = F.layer_norm(gates_x, gates_x.shape[-1:], eps=EPS).to(sequences.x.dtype) * stacked.ln_ih
         gates_x = gates_x if bias is None else gates_x + bias
-    return run_recurrence(
-        route, gates_x, stacked.w_hh, state, lengths, variant, stacked.w_hr, stacked.ln_hh, stacked.ln_c, cells
-    )
+    return run_variant(
+        route, gates_x, stacked.w_hh, stacked.w_hr, state, sequences.lengths, variant, stacked.ln_hh, stacked.ln_c,
+        cells,
+    )  # fmt: skip
 
 
 def _project(sequences: Sequences, w_ih: Tensor, *biases: Tensor) -> Tensor:
@@ -300,47 +350,52 @@ def _check_projection(x: Tensor, w_ih: Tensor, biases: tuple[Tensor, ...]) -> No
 
 
 def run_recurrence(
+    cell: Cell,
     route: Route,
     gates_x: Tensor,
-    w_hh: Tensor,
+    weights: tuple[Tensor | None, ...],
     state: State,
     lengths: Tensor | None,
-    variant: Variant | None = None,
-    w_hr: Tensor | None = None,
-    ln_hh: Tensor | None = None,
-    ln_c: Tensor | None = None,
-    cells: bool = False,
-) -> Results:
+) -> tuple[Tensor, FinalState]:
     """Runs a recurrence along its route, which is one that follows a projection.
 
     Args:
+        cell: which one.
         route: by `choose_route` or `choose_recurrence_route`.
-        gates_x: (T, B, D, 4H).
-        w_hh: (D, 4H, P).
+        gates_x: (T, B, D, G * H), where G is the number of gates.
+        weights: w_hh (D, G * H, H) and, of a GRU, bias_hh (D, G * H) or None.
         state: the initial state.
         lengths: (B,), or None for T each.
-        variant: what it does beyond nn.LSTM; without, the arguments that follow are None.
-        w_hr: (D, P, H).
-        ln_hh: (D, 4H).
-        ln_c: (D, 2, H).
-        cells: whether the cell states of all steps are wanted.
+
+    Returns:
+        y (T, B, D, H), and the final states (D, B, H).
     """
-    h0, c0 = state
-    all_cells = None
     if route.way is Way.REFERENCE:
-        name = "lstm_recurrence" if variant is None else "lstm_variant"
-        count_reference(name, "reference_forward", route.why, stacklevel=4)
-        if variant is None:
-            y, h_n, c_n, *_ = reference.lstm_recurrence(gates_x, w_hh, h0, c0, lengths, "none")
-        else:
-            y, h_n, c_n, all_cells = reference.lstm_variant(
-                gates_x, w_hh, w_hr, h0, c0, lengths, *variant, ln_hh, ln_c, EPS
-            )
-    elif variant is None:
-        run = Recurrence.apply if route.way is Way.FUNCTION else torch.ops.birnn_ext.lstm_recurrence
-        y, h_n, c_n, *_ = run(gates_x, w_hh, h0, c0, lengths, route.save)
+        count_reference(f"{cell.name.lower()}_recurrence", "reference_forward", route.why, stacklevel=4)
+        run, save = cell.reference, "none"
     else:
-        y, h_n, c_n, all_cells, *_ = torch.ops.birnn_ext.lstm_variant(
-            gates_x, w_hh, w_hr, h0, c0, lengths, *variant, ln_hh, ln_c, EPS, route.save
-        )
-    return y, h_n, c_n, all_cells if cells else None
+        run, save = cell.function if route.way is Way.FUNCTION else cell.recurrence, route.save
+    y, *final, _, _ = run(gates_x, *weights, *state, lengths, save)
+    return y, tuple(final)
+
+
+def run_variant(
+    route: Route,
+    gates_x: Tensor,
+    w_hh: Tensor,
+    w_hr: Tensor | None,
+    state: State,
+    lengths: Tensor | None,
+    variant: Variant,
+    ln_hh: Tensor | None,
+    ln_c: Tensor | None,
+    cells: bool,
+) -> Results:
+    """Runs the extended LSTM's recurrence likewise; `birnn_ext.variants.lstm_variant` documents the arguments."""
+    args: Any = (gates_x, w_hh, w_hr, *state, lengths, *variant, ln_hh, ln_c, EPS)
+    if route.way is Way.REFERENCE:
+        count_reference("lstm_variant", "reference_forward", route.why, stacklevel=4)
+        y, h_n, c_n, all_cells = reference.lstm_variant(*args)
+    else:
+        y, h_n, c_n, all_cells, *_ = torch.ops.birnn_ext.lstm_variant(*args, route.save)
+    return y, (h_n, c_n), all_cells if cells else None

@@ -1,27 +1,23 @@
-"""Modules: `LSTM`, a drop-in for `torch.nn.LSTM`, and `BiRNN`, the tutorial's classifier on top of it."""
+"""Modules: `LSTM` and `GRU`, drop-ins for PyTorch's, and `BiRNN`, the tutorial's classifier on top of one."""
 
 from __future__ import annotations
 
 import copy
-import warnings
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from birnn_ext import portable
-from birnn_ext._torch_private import let_dynamo_trace, within_torch_func
-from birnn_ext.arguments import Call, Elsewhere, State, arranged, autocast_dtype, check_probability, read_call
-from birnn_ext.flat_weights import WithoutFlatWeights
-from birnn_ext.layer import LayerWeights, Options, Results, Sequences, Variant, run_last, run_layer
-from birnn_ext.layer import State as LayerState
-from birnn_ext.route import Way, choose_route
-from birnn_ext.signatures import with_overloads
+from birnn_ext._torch_private import let_dynamo_trace
+from birnn_ext.arguments import Call, check_probability, read_call
+from birnn_ext.cell import GRU_CELL, LSTM_CELL
+from birnn_ext.layer import Variant
+from birnn_ext.recurrent import Recurrent, run_call
+from birnn_ext.signatures import LSTMState, with_gru_overloads, with_lstm_overloads
 
-_WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")  # the last two with bias only
 _LAYER_NORM = ("weight_ln_ih", "weight_ln_hh", "weight_ln_c", "bias_ln_c")  # the last one with bias only
 
 
@@ -30,7 +26,7 @@ def _kept(x: Tensor, p: float, *shape: int) -> Tensor:
     return torch.rand(shape, device=x.device) >= p
 
 
-class LSTM(WithoutFlatWeights):
+class LSTM(Recurrent, nn.LSTM):
     """A drop-in for `torch.nn.LSTM`: same arguments, parameters, initialisation, state_dict and results.
 
     Its time steps run in birnn_ext's fused kernels. In place of nn.LSTM's flattened weights it reads the parameters as
@@ -73,15 +69,12 @@ class LSTM(WithoutFlatWeights):
         ValueError, TypeError: as `torch.nn.LSTM`; a probability is not one.
     """
 
-    # Modules that were pickled before an option existed, or that were an nn.LSTM, find its default here.
-    recompute = False
+    CELL = LSTM_CELL
+
     recurrent_dropout = 0.0
     zoneout: tuple[float, float] = (0.0, 0.0)
     layer_norm = False
-    learned_state = False
 
-    weight_ih_l0: Tensor
-    h_0: Tensor
     c_0: Tensor
 
     def __init__(
@@ -118,35 +111,27 @@ class LSTM(WithoutFlatWeights):
             proj_size=proj_size,
             device=device,
             dtype=dtype,
+            options={
+                "recompute": recompute,
+                "recurrent_dropout": recurrent_dropout,
+                "zoneout": (zoneout_h, zoneout_c),  # always a pair
+                "layer_norm": layer_norm,
+                "learned_state": learned_state,
+            },
         )
-        self.recompute = recompute
-        self.recurrent_dropout = recurrent_dropout
-        self.zoneout = (zoneout_h, zoneout_c)  # always a pair
-        self.layer_norm = layer_norm
-        self.learned_state = learned_state
-        directions = 2 if bidirectional else 1
-        new: dict[str, tuple[int, ...]] = {
-            name: (4 * hidden_size if "_ln_ih_" in name or "_ln_hh_" in name else hidden_size,)
-            for layer in range(num_layers)
-            for d in range(directions)
-            for name in self._weight_names(layer, d)
-            if "_ln_" in name
-        }
-        if learned_state:
-            rows = num_layers * directions
-            new.update(h_0=(rows, proj_size or hidden_size), c_0=(rows, hidden_size))
-        for name, shape in new.items():
-            self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
-        self._reset_own_parameters()
 
-    def reset_parameters(self) -> None:
-        """Initialises nn.LSTM's parameters as nn.LSTM does, and the others with the values that change nothing."""
-        super().reset_parameters()
-        self._reset_own_parameters()
+    def _own_parameters(self) -> Iterator[tuple[str, tuple[int, ...]]]:
+        for layer in range(self.num_layers):
+            for d in range(2 if self.bidirectional else 1):
+                for name in self._weight_names(layer, d):
+                    if "_ln_" in name:
+                        wide = "_ln_ih_" in name or "_ln_hh_" in name
+                        yield name, (4 * self.hidden_size if wide else self.hidden_size,)
+        yield from super()._own_parameters()
 
     def _weight_kinds(self) -> tuple[str, ...]:
         """Names the kinds of parameters of a layer's direction: nn.LSTM's in its order, then layer norm's."""
-        kinds: tuple[str, ...] = _WEIGHTS if self.bias else _WEIGHTS[:2]
+        kinds = super()._weight_kinds()
         if self.proj_size:
             kinds += ("weight_hr",)
         if self.layer_norm:
@@ -154,51 +139,27 @@ class LSTM(WithoutFlatWeights):
         return kinds
 
     def _weight_names(self, layer: int, d: int) -> list[str]:
-        """Names the parameters of one layer and direction, in the order of their kinds."""
-        names: list[str] = self._all_weights[layer * (2 if self.bidirectional else 1) + d]
+        names = super()._weight_names(layer, d)
         if not self.layer_norm:
             return names
         kinds = _LAYER_NORM if self.bias else _LAYER_NORM[:-1]
         return [*names, *(f"{kind}_l{layer}{'_reverse' if d else ''}" for kind in kinds)]
 
     def _reset_own_parameters(self) -> None:
-        if not (self.layer_norm or self.learned_state):  # then these names may be a subclass's own
+        super()._reset_own_parameters()
+        if not self.layer_norm:  # then these names may be a subclass's own
             return
         for name, parameter in self.named_parameters():
             if name.startswith("weight_ln_"):
                 nn.init.ones_(parameter)
-            elif name.startswith("bias_ln_") or name in ("h_0", "c_0"):
+            elif name.startswith("bias_ln_"):
                 nn.init.zeros_(parameter)
 
-    def extra_repr(self) -> str:
-        """Describes the module as nn.LSTM does, with our options that are not at their defaults."""
-        default = {
-            "recompute": False, "recurrent_dropout": 0, "zoneout": (0, 0), "layer_norm": False, "learned_state": False,
-        }  # fmt: skip
-        ours = [f"{name}={getattr(self, name)}" for name, value in default.items() if getattr(self, name) != value]
-        return ", ".join([super().extra_repr(), *ours])
-
-    def flatten_parameters(self) -> None:
-        """Does nothing: there is no flattened copy of the weights. Kept for code that calls it on an nn.LSTM."""
-
-    def __prepare_scriptable__(self) -> nn.LSTM:
-        """Returns what torch.jit.script compiles in place of an LSTM."""
-        if type(self).forward is not LSTM.forward:
-            raise NotImplementedError(
-                f"LSTM: torch.jit.script would leave out the forward of {type(self).__name__}; trace it instead"
-            )
-        warnings.warn(
-            "torch.jit.script compiles an nn.LSTM of the same parameters in place of a birnn_ext.LSTM, and leaves it "
-            "in the model that held ours; birnn_ext.accelerate(model) brings ours back",
-            stacklevel=2,
-        )
-        return portable.scriptable(self)
-
-    @with_overloads
+    @with_lstm_overloads
     def forward(
         self,
         input: Tensor | PackedSequence,
-        hx: State | None = None,
+        hx: LSTMState | None = None,
         *,
         lengths: Tensor | Sequence[int] | None = None,
         output: Literal["all", "last"] = "all",
@@ -238,89 +199,15 @@ class LSTM(WithoutFlatWeights):
             RuntimeError: sizes of input or hx, their devices or hx's dtype that do not fit, as `torch.nn.LSTM`.
             TypeError: an argument of a wrong type or dtype.
         """
-        call = read_call(self, LSTM.forward, input, hx, lengths, output, reset, return_cell_states)
-        if isinstance(call, Elsewhere):
-            result: tuple[Any, ...] = call.result
-            return result
-        return arranged(self, call, *self._run(call))
+        return run_call(self, read_call(self, LSTM.forward, input, hx, lengths, output, reset, return_cell_states))
 
     if TYPE_CHECKING:  # that of nn.Module says Any
         __call__ = forward
 
-    def _run(self, call: Call) -> tuple[Tensor, State | None, Tensor | None]:
-        """Runs all layers: returns y (T, B, D * P) or, with output="last", (B, D * P), the final states, and cells."""
-        sequences, hx = call.sequences, call.hx
-        dtype = autocast_dtype(sequences.x)
-        if dtype is not None:
-            sequences = sequences._replace(x=sequences.x.to(dtype))
-            hx = None if hx is None else (hx[0].to(dtype), hx[1].to(dtype))
-        if not self._needs_python_between(call):
-            weights = self._weights(self._flat_weights_names)
-            route = choose_route(sequences.x, (*weights, *(hx or ())), recompute=self.recompute)
-            if route.way is Way.LAYER:
-                y, h_n, c_n = torch.ops.birnn_ext.lstm(
-                    sequences.x, weights, self.bias, *(hx or (None, None)), sequences.lengths, self.num_layers,
-                    call.last, self.recompute,
-                )  # fmt: skip
-                return y, None if call.last and self.bidirectional else (h_n, c_n), None
-        directions = 2 if self.bidirectional else 1
-        recorded = self if call.recorded else None
-        h_ns, c_ns, cells = [], [], None
-        for layer in range(self.num_layers):
-            final = layer == self.num_layers - 1
-            state: LayerState = (None, None)
-            if hx is not None:
-                state = (hx[0].unflatten(0, (-1, directions))[layer], hx[1].unflatten(0, (-1, directions))[layer])
-            options = Options(call.cells and final, self.recompute, recorded)
-            y, h_n, c_n, cells = self._layer(layer, call.last and final, sequences, state, options)
-            if self.dropout > 0 and not final:
-                y = F.dropout(y, self.dropout, self.training)
-            h_ns.append(h_n)
-            c_ns.append(c_n)
-            sequences = Sequences(y, sequences.lengths, sequences.reset)
-        if call.last and self.bidirectional:
-            return y, None, None
-        if not (call.last or call.recorded) and (y.requires_grad or within_torch_func()):
-            y = y.clone()  # the layer keeps its y for the backward pass, and users may change theirs in place
-        if cells is not None:
-            cells = cells.flatten(2).to(y.dtype, copy=cells.requires_grad)  # likewise
-        return y, (torch.cat(h_ns), torch.cat(c_ns)), cells
-
-    def _layer(self, layer: int, last: bool, sequences: Sequences, state: LayerState, options: Options) -> Results:
-        """Runs one layer: returns y (T, B, D * P) or, if last, (B, D * P), h_n and c_n (D, B, .), and the cells."""
-        variant = self._variant(sequences.x, sequences.reset, options.cells)
-        weights = self._layer_weights(layer, sequences.x.dtype)
-        if last:
-            return *run_last(sequences, weights, state, variant, options), None
-        y, h_n, c_n, cells = run_layer(sequences, weights, state, variant, options)
-        return y.flatten(2), h_n, c_n, cells
-
     def _needs_python_between(self, call: Call) -> bool:
-        """Tells whether there is something to do between layers, or in one of them, that the operator lstm can't."""
-        drops = self.training and (self.recurrent_dropout > 0 or (self.dropout > 0 and self.num_layers > 1))
+        drops = self.training and self.recurrent_dropout > 0
         beyond = self.zoneout != (0, 0) or self.layer_norm or self.proj_size > 0
-        return drops or beyond or call.cells or call.recorded or call.sequences.reset is not None
-
-    def _weights(self, names: Sequence[str]) -> list[Tensor]:
-        """Reads parameters as they are now, which must all be of one dtype and on one device."""
-        # nn.Module finds parameters here, too, but takes a microsecond for each.
-        parameters: dict[str, Any] = self._parameters
-        weights: list[Tensor] = [parameters[name] if name in parameters else getattr(self, name) for name in names]
-        first = self.weight_ih_l0
-        own, device = first.dtype, first.device
-        for name, w in zip(names, weights, strict=True):
-            if w.dtype != own or w.device != device:
-                raise ValueError(f"LSTM: {name} must be {own} on {device} as weight_ih_l0, got {w.dtype} on {w.device}")
-        return weights
-
-    def _layer_weights(self, layer: int, dtype: torch.dtype) -> LayerWeights:
-        """Reads a layer's parameters, and casts them to x's dtype where autocast has cast x."""
-        weights = self._weights(
-            [name for d in range(2 if self.bidirectional else 1) for name in self._weight_names(layer, d)]
-        )
-        if weights[0].dtype != dtype:
-            weights = [w.to(dtype) for w in weights]
-        return LayerWeights(weights, self._weight_kinds())
+        return drops or beyond or super()._needs_python_between(call)
 
     def _variant(self, x: Tensor, reset: Tensor | None, want_cells: bool) -> Variant | None:
         """Draws the masks of a layer with input x (T, B, .); None if it does nothing beyond nn.LSTM."""
@@ -344,33 +231,148 @@ class LSTM(WithoutFlatWeights):
         return Variant(reset, h_mask, zoneout_h, zoneout_c)
 
 
-let_dynamo_trace(LSTM)
+class GRU(Recurrent, nn.GRU):
+    """A drop-in for `torch.nn.GRU`: same arguments, parameters, initialisation, state_dict and results.
+
+    Its time steps run in birnn_ext's fused kernels. In place of nn.GRU's flattened weights it reads the parameters as
+    they are at each call, so pruning, parametrizations, sharing and swapping of weights just work.
+
+    The method: K. Cho et al., "Learning Phrase Representations using RNN Encoder-Decoder", 2014, with W_hn h + b_hn
+    within the product with the reset gate, as cuDNN and `torch.nn.GRU` have it.
+
+    Args:
+        input_size: I, features of the input.
+        hidden_size: H, units per direction.
+        num_layers: stacked layers; layer k > 0 reads the outputs of layer k-1.
+        bias: whether layers have b_ih and b_hh.
+        batch_first: input and output are (B, T, .) instead of (T, B, .). States are not affected.
+        dropout: probability with which outputs of all layers but the last are zeroed in training mode.
+        bidirectional: D = 2 directions instead of 1.
+        device: of the parameters.
+        dtype: of the parameters; float64, float32, float16 or bfloat16.
+        recompute: compute the gates anew in the backward pass: less memory, more time, as in `LSTM`.
+        learned_state: a parameter ``h_0`` (D * num_layers, H), zeros at first, is the initial state of every sequence
+            where forward is given none.
+        refused: other arguments, such as proj_size, raise nn.GRU's errors.
+
+    Raises:
+        ValueError, TypeError: as `torch.nn.GRU`.
+    """
+
+    CELL = GRU_CELL
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        recompute: bool = False,
+        learned_state: bool = False,
+        **refused: NoReturn,
+    ) -> None:
+        super().__init__(
+            input_size,
+            hidden_size,
+            num_layers=num_layers,
+            bias=bias,
+            batch_first=batch_first,
+            dropout=dropout,
+            bidirectional=bidirectional,
+            device=device,
+            dtype=dtype,
+            options={"recompute": recompute, "learned_state": learned_state},
+            **refused,
+        )
+
+    @with_gru_overloads
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Tensor | None = None,
+        *,
+        lengths: Tensor | Sequence[int] | None = None,
+        output: Literal["all", "last"] = "all",
+        reset: Tensor | PackedSequence | None = None,
+    ) -> tuple[Any, ...]:
+        """Runs all layers.
+
+        Args:
+            input: (T, B, I), with batch_first (B, T, I), unbatched (T, I), or a PackedSequence.
+            hx: h_0 (D * num_layers, B, H), unbatched without B; None stands for zeros, or for the learned state.
+            lengths: (B,), as for `LSTM.forward`.
+            output: "all" returns every step, "last" each sequence's own last one, as for `LSTM.forward`.
+            reset: bool, as for `LSTM.forward`: where it is True, that step begins a new sequence. A call with it runs
+                twice the steps, as there is a step that clears the state, or leaves it, before each.
+
+        Returns:
+            ``(output, h_n)``, as `torch.nn.GRU`, with output (T, B, D * H), arranged as the input and 0 beyond a
+            sequence's end, and h_n (D * num_layers, B, H). With output="last", output is (B, D * H), and a
+            bidirectional GRU returns ``(output, None)``.
+
+        Raises:
+            ValueError: a wrong number of dimensions, `output`, `lengths` or `reset` that fit nothing, or arguments that
+                exclude each other, as reset and learned_state do.
+            RuntimeError: sizes of input or hx, their devices or hx's dtype that do not fit, as `torch.nn.GRU`.
+            TypeError: an argument of a wrong type or dtype.
+        """
+        return run_call(self, read_call(self, GRU.forward, input, hx, lengths, output, reset))
+
+    if TYPE_CHECKING:  # that of nn.Module says Any
+        __call__ = forward
+
+
+let_dynamo_trace(Recurrent)
 
 
 class BiRNN(nn.Module):
     """The many-to-one classifier of the well-known PyTorch tutorial: a bidirectional LSTM and a linear layer.
 
-    Parameters are named as the tutorial's (``lstm.*``, ``fc.*``), so checkpoints go both ways.
+    Parameters are named as the tutorial's (``lstm.*``, ``fc.*``), so checkpoints go both ways. With a GRU they are
+    ``gru.*``.
 
     Args:
         input_size: I, features of each step.
         hidden_size: H, units per direction.
-        num_layers: stacked LSTM layers.
+        num_layers: stacked layers.
         num_classes: outputs.
+        cell: "lstm" or "gru".
 
     Raises:
-        ValueError, TypeError: as `LSTM`.
+        ValueError, TypeError: as `LSTM` and `GRU`; cell is neither of the two.
     """
 
-    def __init__(self, input_size: int, hidden_size: int, num_layers: int, num_classes: int) -> None:
+    cell = "lstm"  # of models that were pickled before there was another
+    if TYPE_CHECKING:
+        lstm: LSTM | nn.LSTM
+        gru: GRU | nn.GRU
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int,
+        num_classes: int,
+        cell: Literal["lstm", "gru"] = "lstm",
+    ) -> None:
         super().__init__()
+        if cell not in ("lstm", "gru"):
+            raise ValueError(f'BiRNN: cell must be "lstm" or "gru", got {cell!r}')
         self.hidden_size = hidden_size
         self.num_layers = num_layers
-        self.lstm = LSTM(input_size, hidden_size, num_layers, batch_first=True, bidirectional=True)
+        self.cell = cell
+        made = LSTM if cell == "lstm" else GRU
+        self.add_module(cell, made(input_size, hidden_size, num_layers, batch_first=True, bidirectional=True))
         self.fc = nn.Linear(hidden_size * 2, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Scores sequences by the LSTM's output at their last step.
+        """Scores sequences by the recurrent module's output at their last step.
 
         Args:
             x: (B, T, I), of the parameters' dtype and device.
@@ -381,22 +383,27 @@ class BiRNN(nn.Module):
         Raises:
             ValueError, RuntimeError, TypeError: as `LSTM.forward`.
         """
-        # torch.jit.script leaves out the branches that it can't read.
-        if torch.jit.is_scripting():  # type: ignore[attr-defined]
+        if not torch.jit.is_scripting():  # type: ignore[attr-defined]
+            last = self._last(x)
+        elif hasattr(self, "lstm"):  # torch.jit.script leaves out the branch of the other
             last = self.lstm(x)[0][:, -1]
-        elif isinstance(self.lstm, LSTM):
-            last, _ = self.lstm(x, output="last")
-        else:  # `restore` has made it an nn.LSTM
-            last = self.lstm(x)[0][:, -1]
+        else:
+            last = self.gru(x)[0][:, -1]
         scores: Tensor = self.fc(last)
         return scores
 
+    def _last(self, x: Tensor) -> Tensor:
+        rnn = getattr(self, self.cell)
+        last: Tensor = rnn(x, output="last")[0] if isinstance(rnn, Recurrent) else rnn(x)[0][:, -1]
+        return last  # the second of these if `restore` has made it PyTorch's
+
     def __prepare_scriptable__(self) -> BiRNN:
-        """Returns a twin with the nn.LSTM that torch.jit.script would otherwise leave in this one."""
+        """Returns a twin with the module of PyTorch's that torch.jit.script would otherwise leave in this one."""
         twin = copy.copy(self)
         twin._modules = dict(self._modules)
-        if isinstance(self.lstm, LSTM):
-            twin.lstm = portable.scriptable(self.lstm)  # type: ignore[assignment]
+        rnn = self._modules[self.cell]
+        if isinstance(rnn, Recurrent):
+            twin._modules[self.cell] = portable.scriptable(rnn)
         return twin
 
     if TYPE_CHECKING:  # that of nn.Module says Any

@@ -1,4 +1,4 @@
-"""`export` writes a model as an ONNX file, with our LSTM as ONNX's own LSTM operator, which every ONNX runtime has.
+"""`export` writes a model as an ONNX file, with our modules as ONNX's own operators, which every ONNX runtime has.
 
 `torch.onnx.export(..., dynamo=True)` does so as well; `export` is that with batch and time dynamic.
 """
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from birnn_ext.modules import LSTM, BiRNN
+from birnn_ext.recurrent import Recurrent
 
 if TYPE_CHECKING:
     from torch.onnx import ONNXProgram
@@ -34,22 +35,22 @@ def export(
 ) -> ONNXProgram:
     """Writes a model, in evaluation mode, as an ONNX file.
 
-    Each layer of a `birnn_ext.LSTM` becomes one LSTM operator of the ONNX standard, `lengths` its sequence_lens; for
-    ``output="last"`` the last layer becomes two, of one direction each. In the file, as in PyTorch, lengths are int64
-    and states are (D * num_layers, B, H). bfloat16 layers compute in float32, as the operator has no bfloat16.
+    Each layer of a `birnn_ext.LSTM` becomes one LSTM operator of the ONNX standard, one of a `birnn_ext.GRU` a GRU
+    operator, and `lengths` its sequence_lens; for ``output="last"`` the last layer becomes two, of one direction each.
+    In the file, as in PyTorch, lengths are int64 and states are (D * num_layers, B, H). bfloat16 layers compute in
+    float32, as the operators have no bfloat16.
 
-    An `nn.LSTM` is not translated so; `birnn_ext.accelerate` makes it ours.
+    PyTorch's own modules are not translated so; `birnn_ext.accelerate` makes them ours.
 
     Args:
-        model: a `birnn_ext.LSTM`, a `birnn_ext.BiRNN`, or any module that contains them.
+        model: a `birnn_ext.LSTM`, `birnn_ext.GRU` or `birnn_ext.BiRNN`, or any module that contains them.
         path: of the file to write.
-        args: example arguments of the model, tensors or nested tuples of them. None makes up an input for an LSTM or
-            BiRNN.
+        args: example arguments of the model, tensors or nested tuples of them. None makes up an input for one of ours.
         kwargs: further ones, by name.
         dynamic_shapes: as in `torch.onnx.export`. None leaves every dimension of every tensor dynamic that the model
             does not fix; dimensions that may vary should not be 1 in the examples.
         input_names: as in `torch.onnx.export`.
-        output_names: likewise; an LSTM's are output, h_n and c_n if none are given.
+        output_names: likewise; an LSTM's are output, h_n and c_n if none are given, a GRU's output and h_n.
         options: further arguments of `torch.onnx.export`, such as opset_version.
 
     Returns:
@@ -57,9 +58,9 @@ def export(
 
     Raises:
         ImportError: onnx or onnxscript is missing; ``pip install 'birnn_ext[onnx]'``.
-        NotImplementedError: an LSTM has proj_size, zoneout or layer_norm, or is asked for reset or return_cell_states,
+        NotImplementedError: a module has proj_size, zoneout or layer_norm, or is asked for reset or return_cell_states,
             for which ONNX's operator has nothing.
-        TypeError: the model's LSTM is float64, for which ONNX Runtime has no LSTM; or args are missing.
+        TypeError: the model's LSTM or GRU is float64, for which ONNX Runtime has neither; or args are missing.
     """
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
@@ -71,9 +72,9 @@ def export(
     modes = {module: module.training for module in model.modules()}
     if args is None:
         args = _example(model)
-    if output_names is None and isinstance(model, LSTM):
-        last = kwargs.get("output") == "last"
-        output_names = ["output"] if last and model.bidirectional else ["output", "h_n", "c_n"]
+    if output_names is None and isinstance(model, Recurrent):
+        none = kwargs.get("output") == "last" and model.bidirectional
+        output_names = ["output", *([] if none else [f"{name[0]}_n" for name in model.CELL.states])]
     model.eval()
     try:
         with torch.no_grad():
@@ -100,16 +101,19 @@ def export(
 
 def _check_model(model: nn.Module, kwargs: Mapping[str, Any]) -> None:
     """Raises an error for what ONNX's operator can't express, or ONNX Runtime can't run."""
-    lstms = [module for module in model.modules() if isinstance(module, LSTM)]
-    if any(lstm.weight_ih_l0.dtype == torch.float64 for lstm in lstms):
-        raise TypeError("birnn_ext.onnx.export: ONNX Runtime has no LSTM in float64; export model.float()")
-    asked = ["reset"] if isinstance(model, LSTM) and kwargs.get("reset") is not None else []
-    asked += ["return_cell_states"] if isinstance(model, LSTM) and kwargs.get("return_cell_states") else []
-    for lstm in lstms:
-        asked += [name for name in ("proj_size", "layer_norm") if getattr(lstm, name)]
-        asked += ["zoneout"] if lstm.zoneout != (0, 0) else []
-    if asked:
-        raise NotImplementedError(f"birnn_ext.onnx.export: ONNX's LSTM operator has no {', '.join(asked)}")
+    for module in model.modules():
+        if not isinstance(module, Recurrent):
+            continue
+        name = module.CELL.name
+        if module.weight_ih_l0.dtype == torch.float64:
+            raise TypeError(f"birnn_ext.onnx.export: ONNX Runtime has no {name} in float64; export model.float()")
+        of_call = kwargs if module is model else {}
+        asked = ["reset"] if of_call.get("reset") is not None else []
+        asked += ["return_cell_states"] if of_call.get("return_cell_states") else []
+        asked += [key for key in ("proj_size", "layer_norm") if getattr(module, key, False)]
+        asked += ["zoneout"] if isinstance(module, LSTM) and module.zoneout != (0, 0) else []
+        if asked:
+            raise NotImplementedError(f"birnn_ext.onnx.export: ONNX's {name} operator has no {', '.join(asked)}")
 
 
 def _name_fixed_sizes(program: Any) -> None:
@@ -123,11 +127,11 @@ def _name_fixed_sizes(program: Any) -> None:
 
 
 def _example(model: nn.Module) -> tuple[Tensor]:
-    lstm = model.lstm if isinstance(model, BiRNN) else model
-    if not isinstance(lstm, LSTM):
+    rnn = getattr(model, model.cell) if isinstance(model, BiRNN) else model
+    if not isinstance(rnn, Recurrent):
         raise TypeError(f"birnn_ext.onnx.export: args must be example arguments of {type(model).__name__}, got None")
-    weight = lstm.weight_ih_l0
-    return (torch.zeros(2, 3, lstm.input_size, dtype=weight.dtype, device=weight.device),)
+    weight = rnn.weight_ih_l0
+    return (torch.zeros(2, 3, rnn.input_size, dtype=weight.dtype, device=weight.device),)
 
 
 def _all_dynamic(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

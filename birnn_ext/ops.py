@@ -1,4 +1,4 @@
-"""Functions: one layer of an LSTM, and its recurrence alone, of both directions.
+"""Functions: one layer of an LSTM or a GRU, and its recurrence alone, of both directions.
 
 They are differentiable any number of times. What runs them is chosen by `birnn_ext.route`.
 """
@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from birnn_ext.layer import LayerWeights, Options, Sequences, run_layer, run_recurrence
+from birnn_ext.cell import GRU_CELL, LSTM_CELL, Cell
+from birnn_ext.layer import LayerWeights, Options, Results, Sequences, State, run_layer, run_recurrence
 from birnn_ext.route import choose_recurrence_route
 
 _KINDS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
@@ -42,7 +43,7 @@ def lstm_recurrence(
         TypeError: a dtype does not fit.
     """
     route = choose_recurrence_route((gates_x, w_hh, h0, c0))
-    y, h_n, c_n, _ = run_recurrence(route, gates_x, w_hh, (h0, c0), lengths)
+    y, (h_n, c_n) = run_recurrence(LSTM_CELL, route, gates_x, (w_hh,), (h0, c0), lengths)
     return y, h_n, c_n
 
 
@@ -79,9 +80,75 @@ def lstm_layer(
     Raises:
         ValueError, TypeError: as `lstm_recurrence`.
     """
+    y, (h_n, c_n), _ = _run_layer(LSTM_CELL, x, weights, bias, (h0, c0), lengths, recompute)
+    return y, h_n, c_n
+
+
+def gru_recurrence(
+    gates_x: Tensor,
+    w_hh: Tensor,
+    bias_hh: Tensor | None = None,
+    h0: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Runs a GRU layer's time steps, given its input projection.
+
+    The gates' order is r, z, n, and the equations are those of `torch.nn.GRU`. Otherwise it is as `lstm_recurrence`.
+
+    Args:
+        gates_x: (T, B, D, 3H), W_ih x_t + b_ih; T >= 1, D is 1 or 2; float64, float32, float16 or bfloat16.
+        w_hh: (D, 3H, H), of gates_x's dtype and device, as all floating-point arguments.
+        bias_hh: (D, 3H), added to W_hh h; None for none. That of n is within the product with r.
+        h0: (D, B, H), the initial outputs; None stands for zeros.
+        lengths: (B,) int64 on the same device, in any order: sequence b is its first lengths[b] steps, 0 to T.
+
+    Returns:
+        y (T, B, D, H), the output of every step, 0 beyond a sequence's end; h_n (D, B, H), the state after each
+        sequence's own last step.
+
+    Raises:
+        ValueError, TypeError: as `lstm_recurrence`.
+    """
+    route = choose_recurrence_route((gates_x, w_hh, bias_hh, h0))
+    y, (h_n,) = run_recurrence(GRU_CELL, route, gates_x, (w_hh, bias_hh), (h0,), lengths)
+    return y, h_n
+
+
+def gru_layer(
+    x: Tensor,
+    weights: list[Tensor],
+    bias: bool,
+    h0: Tensor | None = None,
+    lengths: Tensor | None = None,
+    recompute: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """Runs a GRU layer with its input projection, as `lstm_layer` does an LSTM's.
+
+    Args:
+        x: (T, B, I), T >= 1; float64, float32, float16 or bfloat16.
+        weights: of each direction w_ih (3H, I), w_hh (3H, H) and, with bias, bias_ih (3H,) and bias_hh (3H,), as
+            `torch.nn.GRU` orders them; of x's dtype and device, as h0 is.
+        bias: whether there are biases.
+        h0: (D, B, H), the initial outputs; None stands for zeros.
+        lengths: (B,) int64 as for `gru_recurrence`.
+        recompute: as for `lstm_layer`.
+
+    Returns:
+        y (T, B, D, H) and h_n (D, B, H).
+
+    Raises:
+        ValueError, TypeError: as `gru_recurrence`.
+    """
+    y, (h_n,), _ = _run_layer(GRU_CELL, x, weights, bias, (h0,), lengths, recompute)
+    return y, h_n
+
+
+def _run_layer(
+    cell: Cell, x: Tensor, weights: list[Tensor], bias: bool, state: State, lengths: Tensor | None, recompute: bool
+) -> Results:
     kinds = _KINDS if bias else _KINDS[:2]
     if len(weights) not in (len(kinds), 2 * len(kinds)):
-        raise ValueError(f"lstm_layer: weights must be {len(kinds)} or {2 * len(kinds)} tensors, got {len(weights)}")
+        name = f"{cell.name.lower()}_layer"
+        raise ValueError(f"{name}: weights must be {len(kinds)} or {2 * len(kinds)} tensors, got {len(weights)}")
     given = LayerWeights(weights, kinds)
-    y, h_n, c_n, _ = run_layer(Sequences(x, lengths), given, (h0, c0), options=Options(recompute=recompute))
-    return y, h_n, c_n
+    return run_layer(cell, Sequences(x, lengths), given, state, options=Options(recompute=recompute))

@@ -1,8 +1,8 @@
-"""Models for programs that know PyTorch, but not birnn_ext: when `LSTM` leaves nn.LSTM's own operator, and what can.
+"""Models for programs that know PyTorch, but not birnn_ext: when a module leaves PyTorch's own operator, and what can.
 
 Who traces, scripts, or exports by the ways before torch.export wants a file that runs elsewhere, so there `LSTM` leaves
-what nn.LSTM does. In torch.export, whose programs have our kernels, it does so within `as_nn_lstm`. docs/elsewhere.md
-has all the ways.
+what nn.LSTM does, and `GRU` what nn.GRU does. In torch.export, whose programs have our kernels, they do so within
+`as_nn_lstm`. docs/elsewhere.md has all the ways.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from birnn_ext._torch_private import TracerWarning, is_tracing
+from birnn_ext.base import Base
 
 _asked = False
 
@@ -26,7 +27,7 @@ warnings.filterwarnings("ignore", category=TracerWarning, module="birnn_ext")
 
 @contextmanager
 def as_nn_lstm() -> Iterator[None]:
-    """Within it, `LSTM` computes by nn.LSTM's own operator, in the whole process.
+    """Within it, `LSTM` computes by nn.LSTM's own operator, and `GRU` by nn.GRU's, in the whole process.
 
     For programs that are to run where birnn_ext is not: ``torch.export.export`` within it leaves no operator of ours,
     and needs a fixed number of time steps as it does for nn.LSTM. `torch.jit.trace`, `torch.jit.script` and
@@ -34,8 +35,10 @@ def as_nn_lstm() -> Iterator[None]:
 
     Results are the same within rounding, ``lengths`` and ``output="last"`` included.
 
+    `as_nn_gru` is the same function.
+
     Raises:
-        NotImplementedError: at the call of an LSTM that uses what can't be said with that operator: zoneout,
+        NotImplementedError: at the call of a module that uses what can't be said with that operator: zoneout,
             layer_norm, recurrent_dropout in training mode, reset or return_cell_states.
     """
     global _asked
@@ -46,54 +49,63 @@ def as_nn_lstm() -> Iterator[None]:
         _asked = before
 
 
+as_nn_gru = as_nn_lstm
+
+
 def is_recording() -> bool:
-    """Tells whether an LSTM must leave nn.LSTM's operator now."""
+    """Tells whether a module must leave PyTorch's own operator now."""
     return _asked or is_tracing()
 
 
-def beyond_nn_lstm(lstm: nn.LSTM) -> list[str]:
-    """Names of the options by which an LSTM's results differ from an nn.LSTM's of the same parameters."""
-    names = ["recurrent_dropout", "zoneout", "layer_norm", "learned_state"]
-    return [name for name in names if getattr(lstm, name) not in (False, (0, 0))]
+def beyond_torch(module: Base) -> list[str]:
+    """Names of the options by which a module's results differ from those of PyTorch's with the same parameters."""
+    options = module.CELL.options.items()
+    return [name for name, default in options if name != "recompute" and getattr(module, name) != default]
 
 
-def check_recordable(lstm: nn.LSTM, reset: object, return_cell_states: bool) -> None:
-    """Refuses what can't be said with nn.LSTM's operator. A learned state can: it is the operator's hx."""
-    no = [name for name in beyond_nn_lstm(lstm) if name != "learned_state"]
-    if not lstm.training and "recurrent_dropout" in no:
+def check_recordable(module: Base, reset: object, return_cell_states: bool) -> None:
+    """Refuses what can't be said with PyTorch's operator. A learned state can: it is the operator's hx."""
+    no = [name for name in beyond_torch(module) if name != "learned_state"]
+    if not module.training and "recurrent_dropout" in no:
         no.remove("recurrent_dropout")
     no += ["reset"] if reset is not None else []
     no += ["return_cell_states"] if return_cell_states else []
     if no:
+        name = module.CELL.name
         raise NotImplementedError(
-            f"LSTM: {', '.join(no)} can't be recorded: torch.jit.trace, torch.onnx.export(dynamo=False) and as_nn_lstm "
-            "record nn.LSTM's own operator, which has no such thing; torch.export has birnn_ext's operators"
+            f"{name}: {', '.join(no)} can't be recorded: torch.jit.trace, torch.onnx.export(dynamo=False) and "
+            f"as_nn_{name.lower()} record nn.{name}'s own operator, which has no such thing; torch.export has "
+            "birnn_ext's operators"
         )
 
 
-def zero_state(lstm: nn.LSTM, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Makes the state that hx=None stands for, of the input's own sizes, which exporters keep dynamic."""
-    rows, outputs = lstm.num_layers * (2 if lstm.bidirectional else 1), lstm.proj_size or lstm.hidden_size
-    return x.new_zeros(rows, x.shape[1], outputs), x.new_zeros(rows, x.shape[1], lstm.hidden_size)
+def zero_states(module: Base, x: Tensor) -> tuple[Tensor, ...]:
+    """Makes the states that hx=None stands for, of the input's own sizes, which exporters keep dynamic."""
+    rows, sizes = module.num_layers * (2 if module.bidirectional else 1), [module.proj_size or module.hidden_size]
+    sizes += [module.hidden_size] * (len(module.CELL.states) - 1)
+    return tuple(x.new_zeros(rows, x.shape[1], size) for size in sizes)
 
 
-def nn_lstm_state(lstm: nn.LSTM) -> dict[str, Any]:
-    """Returns an LSTM's attributes without those that an nn.LSTM lacks; recompute=True stays, for `accelerate`."""
-    added = {"accelerated", "recurrent_dropout", "zoneout", "layer_norm", "learned_state"}
-    added |= set() if lstm.recompute else {"recompute"}
-    return {name: value for name, value in vars(lstm).items() if name not in added}
+def attributes_for_torch(module: Base) -> dict[str, Any]:
+    """Returns a module's attributes without those that PyTorch's lacks; recompute=True stays, for `accelerate`."""
+    added = {"accelerated", *module.CELL.options}
+    if module.recompute:
+        added.remove("recompute")
+    return {name: value for name, value in vars(module).items() if name not in added}
 
 
-def scriptable(lstm: nn.LSTM) -> nn.LSTM:
-    """Makes an nn.LSTM for torch.jit.script, which shares parameters, hooks and all else with an LSTM."""
-    no = beyond_nn_lstm(lstm)
+def scriptable(module: Base) -> nn.RNNBase:
+    """Makes a module of PyTorch's for torch.jit.script, which shares parameters, hooks and all else with ours."""
+    cell, no = module.CELL, beyond_torch(module)
+    name = cell.name
     if no:
-        raise NotImplementedError(f"LSTM: torch.jit.script compiles an nn.LSTM, which has no {', '.join(no)}")
-    if is_parametrized(lstm):
+        raise NotImplementedError(f"{name}: torch.jit.script compiles an nn.{name}, which has no {', '.join(no)}")
+    if is_parametrized(module):
         raise NotImplementedError(
-            "LSTM: torch.jit.script can't compile a parametrized nn.LSTM; remove_parametrizations first, or trace it"
+            f"{name}: torch.jit.script can't compile a parametrized nn.{name}; remove_parametrizations first, or trace "
+            "it"
         )
-    twin = nn.LSTM.__new__(nn.LSTM)
-    vars(twin).update(nn_lstm_state(lstm))
+    twin = cell.theirs.__new__(cell.theirs)
+    vars(twin).update(attributes_for_torch(module))
     twin._init_flat_weights()
     return twin

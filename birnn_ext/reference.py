@@ -1,4 +1,4 @@
-"""The LSTM recurrence in plain, differentiable PyTorch.
+"""The recurrences of the LSTM and the GRU in plain, differentiable PyTorch.
 
 It is written independently of the kernels: tests compare them with it, devices that have no kernel run it, and double
 backward differentiates it. Shapes: T steps, B sequences, D directions, H hidden units. The arguments are those of the
@@ -45,6 +45,15 @@ def _active(lengths: Tensor | None, t: int) -> Tensor | None:
 
 def _where(mask: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
     return a if mask is None else torch.where(mask, a, b)
+
+
+def _before(states: Tensor, first: Tensor, lengths: Tensor | None, t: int, d: int) -> Tensor:
+    """Returns the state (B, H) before direction d's step t, of the states after all steps (T, B, D, H)."""
+    if d == 0:
+        return states[t - 1, :, d] if t > 0 else first
+    if t == states.shape[0] - 1:
+        return first
+    return _where(_active(lengths, t + 1), states[t + 1, :, d], first)
 
 
 @without_autocast
@@ -121,12 +130,7 @@ def lstm_recurrence_backward(
         for t in times:
             mask = _active(lengths, t)
             i, f, g, o = gates[t, :, d].to(acc).chunk(4, -1)
-            if d == 0:
-                c_prev = cells[t - 1, :, d] if t > 0 else c_first
-            elif t == steps - 1:
-                c_prev = c_first
-            else:
-                c_prev = _where(_active(lengths, t + 1), cells[t + 1, :, d], c_first)
+            c_prev = _before(cells, c_first, lengths, t, d)
             tanh_c = cells[t, :, d].tanh()
             dh_t = dh if dy is None else dh + dy[t, :, d].to(acc)
             do = dh_t * tanh_c
@@ -147,6 +151,108 @@ def lstm_recurrence_backward(
     if not state_grads:
         return d_gates_x, gates.new_empty(0), gates.new_empty(0)
     return d_gates_x, torch.stack(dh0).to(dtype), torch.stack(dc0).to(dtype)
+
+
+@without_autocast
+def gru_recurrence(
+    gates_x: Tensor,
+    w_hh: Tensor,
+    bias_hh: Tensor | None,
+    h0: Tensor | None,
+    lengths: Tensor | None,
+    save: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Computes the operator gru_recurrence; returns (y, h_n, gates, cells), the last two as save says."""
+    steps, batch, directions, size = gates_x.shape
+    hidden = size // 3
+    dtype, acc = gates_x.dtype, accumulate_dtype(gates_x.dtype)
+    zeros = gates_x.new_zeros(batch, hidden, dtype=acc)
+    per_direction = []
+    for d in range(directions):
+        h = zeros if h0 is None else h0[d].to(acc)
+        w = w_hh[d].to(acc)
+        states, gates = [], []
+        for t in range(steps) if d == 0 else range(steps - 1, -1, -1):
+            mask = _active(lengths, t)
+            of_r, of_z, of_n = gates_x[t, :, d].to(acc).chunk(3, -1)
+            products = h @ w.T if bias_hh is None else h @ w.T + bias_hh[d].to(acc)
+            r, z, q = products.chunk(3, -1)
+            r, z = (of_r + r).sigmoid(), (of_z + z).sigmoid()
+            n = (of_n + r * q).tanh()
+            h_t = (1 - z) * n + z * h
+            h = _where(mask, h_t, h)
+            states.append(_where(mask, h_t, zeros))
+            four = torch.cat([r, z, n, q], -1)
+            gates.append(_where(mask, four, torch.zeros_like(four)))
+        if d == 1:
+            states, gates = states[::-1], gates[::-1]
+        per_direction.append((torch.stack(states), torch.stack(gates), h))
+    all_states, all_gates, h_n = (
+        torch.stack(part, dim) for part, dim in zip(zip(*per_direction, strict=True), (2, 2, 0), strict=True)
+    )
+    if save != "all":
+        all_gates = gates_x.new_empty(0)
+    # Where y is exact, it is what the backward pass needs of the states.
+    cells = gates_x.new_empty(0, dtype=acc) if save == "none" or acc == dtype else all_states
+    return all_states.to(dtype), h_n.to(dtype), all_gates.to(dtype), cells
+
+
+@without_autocast
+def gru_recurrence_backward(
+    w_hh: Tensor,
+    h0: Tensor | None,
+    lengths: Tensor | None,
+    y: Tensor,
+    gates: Tensor,
+    cells: Tensor,
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    state_grads: bool,
+    d_gates: Tensor | None = None,
+    d_cells: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Computes the operator gru_recurrence_backward; returns (d_gates_x, d_q, dh0).
+
+    d_gates (T, B, D, 4H) and d_cells (T, B, D, H) are as for `lstm_recurrence_backward`.
+    """
+    steps, batch, directions, hidden = y.shape
+    dtype, acc = y.dtype, cells.dtype
+    states = y if acc == dtype else cells
+    zeros = cells.new_zeros(batch, hidden)
+    per_direction = []
+    for d in range(directions):
+        w = w_hh[d].to(acc)
+        h_first = zeros if h0 is None else h0[d].to(acc)
+        dh = zeros if dh_n is None else dh_n[d].to(acc)
+        dzs: list[Tensor] = []
+        dqs: list[Tensor] = []
+        for t in range(steps - 1, -1, -1) if d == 0 else range(steps):
+            mask = _active(lengths, t)
+            r, z, n, q = gates[t, :, d].to(acc).chunk(4, -1)
+            dh_t = dh if dy is None else dh + dy[t, :, d].to(acc)
+            if d_cells is not None:
+                dh_t = dh_t + d_cells[t, :, d]
+            dz = dh_t * (_before(states, h_first, lengths, t, d) - n)
+            dn = dh_t * (1 - z)
+            more = None if d_gates is None else d_gates[t, :, d].to(acc).chunk(4, -1)
+            if more is not None:
+                dz, dn = dz + more[1], dn + more[2]
+            dn = dn * (1 - n * n)
+            dr, dq = dn * q, dn * r
+            if more is not None:
+                dr, dq = dr + more[0], dq + more[3]
+            dr, dz = dr * r * (1 - r), dz * z * (1 - z)
+            dr, dz, dn, dq = (_where(mask, grad, zeros) for grad in (dr, dz, dn, dq))
+            dh = _where(mask, dh_t * z + torch.cat([dr, dz, dq], -1) @ w, dh)
+            dzs.append(torch.cat([dr, dz, dn], -1))
+            dqs.append(dq)
+        if d == 0:
+            dzs, dqs = dzs[::-1], dqs[::-1]
+        per_direction.append((torch.stack(dzs), torch.stack(dqs), dh))
+    d_gates_x, d_q, dh0 = (
+        torch.stack(part, dim).to(dtype) for part, dim in zip(zip(*per_direction, strict=True), (2, 2, 0), strict=True)
+    )
+    return d_gates_x, d_q, dh0 if state_grads else y.new_empty(0)
 
 
 @without_autocast

@@ -29,13 +29,13 @@ BUILT_FOR_CUDA = bool(_C.build_info()["cuda"])  # a constant, as torch.compile c
 class Way(Enum):
     """What runs a layer, or its recurrence alone after an input projection."""
 
-    LAYER = "the operator lstm_layer"
+    LAYER = "the operator of a layer, or of a stack of layers"
     AGAIN = "the layer now, and once more in the backward pass"
     OPERATOR = "the recurrence's operator, after an input projection"
     FUNCTION = "the recurrence's operator within an autograd.Function, after an input projection"
     REFERENCE = "the recurrence in plain PyTorch, after an input projection"
-    NN_LSTM = "nn.LSTM's operator"
-    ONNX = "ONNX's LSTM operator"
+    TORCH = "PyTorch's own operator"
+    ONNX = "ONNX's operator"
 
 
 class Route(NamedTuple):
@@ -53,7 +53,8 @@ def choose_route(
     extended: bool = False,
     cells: bool = False,
     recompute: bool = False,
-    as_nn_lstm: bool = False,
+    projected: bool = False,
+    recorded: bool = False,
 ) -> Route:
     """Chooses the route of a layer.
 
@@ -63,16 +64,18 @@ def choose_route(
         extended: whether it goes beyond nn.LSTM, and so needs the operator lstm_variant.
         cells: whether the cell states of all steps are wanted.
         recompute: whether memory is to be saved by computing again in the backward pass.
-        as_nn_lstm: whether it must be nn.LSTM's own operator, for programs without birnn_ext.
+        projected: whether something is to be done between the input projection and the recurrence.
+        recorded: whether it must be PyTorch's own operator, for programs without birnn_ext.
     """
-    if as_nn_lstm:
-        return Route(Way.NN_LSTM, "PyTorch records a program that is to run without birnn_ext")
-    if not extended and torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
+    if recorded:
+        return Route(Way.TORCH, "PyTorch records a program that is to run without birnn_ext")
+    projected = projected or extended
+    if not projected and torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
         return Route(Way.ONNX, "PyTorch writes an ONNX file")
     differentiated = _differentiated(x, *others)
     transformed = within_torch_func()
     if (
-        not (extended or transformed)
+        not (projected or transformed)
         and _has_layer_operator(x, differentiated and recompute)
         and only_plain_pytorch((x, *others), transformed) is None
     ):
@@ -102,7 +105,7 @@ def choose_recurrence_route(floating: Sequence[Tensor | None], *, extended: bool
 
     Args:
         floating: all tensors that a gradient may be wanted of, None for those that there are not; the first is one.
-        extended: whether it is lstm_variant, rather than lstm_recurrence.
+        extended: whether it is lstm_variant, rather than a recurrence without extensions.
         cells: whether the cell states of all steps are wanted.
     """
     transformed = within_torch_func()

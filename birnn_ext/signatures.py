@@ -1,4 +1,4 @@
-"""Tells type checkers of `LSTM.forward`, whose results depend on its arguments."""
+"""Tells type checkers of `LSTM.forward` and `GRU.forward`, whose results depend on their arguments."""
 
 from __future__ import annotations
 
@@ -8,69 +8,109 @@ from typing import Any, Literal, Protocol, cast, overload
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-State = tuple[Tensor, Tensor]
+LSTMState = tuple[Tensor, Tensor]
 
 
-class Forward(Protocol):
+class LSTMForward(Protocol):
     """`LSTM.forward` of an instance."""
 
     @overload
     def __call__(
         self,
         input: Tensor,
-        hx: State | None = None,
+        hx: LSTMState | None = None,
         *,
         lengths: Tensor | Sequence[int] | None = None,
         output: Literal["all"] = "all",
         reset: Tensor | None = None,
         return_cell_states: Literal[False] = False,
-    ) -> tuple[Tensor, State]: ...
+    ) -> tuple[Tensor, LSTMState]: ...
     @overload
     def __call__(
         self,
         input: PackedSequence,
-        hx: State | None = None,
+        hx: LSTMState | None = None,
         *,
         lengths: None = None,
         output: Literal["all"] = "all",
         reset: PackedSequence | None = None,
         return_cell_states: Literal[False] = False,
-    ) -> tuple[PackedSequence, State]: ...
+    ) -> tuple[PackedSequence, LSTMState]: ...
     @overload
     def __call__(
         self,
         input: Tensor,
-        hx: State | None = None,
+        hx: LSTMState | None = None,
         *,
         lengths: Tensor | Sequence[int] | None = None,
         output: Literal["all"] = "all",
         reset: Tensor | None = None,
         return_cell_states: Literal[True],
-    ) -> tuple[Tensor, State, Tensor]: ...
+    ) -> tuple[Tensor, LSTMState, Tensor]: ...
     @overload
     def __call__(
         self,
         input: PackedSequence,
-        hx: State | None = None,
+        hx: LSTMState | None = None,
         *,
         lengths: None = None,
         output: Literal["all"] = "all",
         reset: PackedSequence | None = None,
         return_cell_states: Literal[True],
-    ) -> tuple[PackedSequence, State, PackedSequence]: ...
+    ) -> tuple[PackedSequence, LSTMState, PackedSequence]: ...
     @overload
     def __call__(
         self,
         input: Tensor | PackedSequence,
-        hx: State | None = None,
+        hx: LSTMState | None = None,
         *,
         lengths: Tensor | Sequence[int] | None = None,
         output: Literal["last"],
         reset: Tensor | PackedSequence | None = None,
         return_cell_states: Literal[False] = False,
-    ) -> tuple[Tensor, State | None]: ...
+    ) -> tuple[Tensor, LSTMState | None]: ...
 
 
-def with_overloads(forward: Callable[..., Any]) -> Forward:
-    """Returns the function as it is; a type checker then knows it by `Forward`."""
-    return cast(Forward, forward)
+class GRUForward(Protocol):
+    """`GRU.forward` of an instance."""
+
+    @overload
+    def __call__(
+        self,
+        input: Tensor,
+        hx: Tensor | None = None,
+        *,
+        lengths: Tensor | Sequence[int] | None = None,
+        output: Literal["all"] = "all",
+        reset: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]: ...
+    @overload
+    def __call__(
+        self,
+        input: PackedSequence,
+        hx: Tensor | None = None,
+        *,
+        lengths: None = None,
+        output: Literal["all"] = "all",
+        reset: PackedSequence | None = None,
+    ) -> tuple[PackedSequence, Tensor]: ...
+    @overload
+    def __call__(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Tensor | None = None,
+        *,
+        lengths: Tensor | Sequence[int] | None = None,
+        output: Literal["last"],
+        reset: Tensor | PackedSequence | None = None,
+    ) -> tuple[Tensor, Tensor | None]: ...
+
+
+def with_lstm_overloads(forward: Callable[..., Any]) -> LSTMForward:
+    """Returns the function as it is; a type checker then knows it by `LSTMForward`."""
+    return cast(LSTMForward, forward)
+
+
+def with_gru_overloads(forward: Callable[..., Any]) -> GRUForward:
+    """Returns the function as it is; a type checker then knows it by `GRUForward`."""
+    return cast(GRUForward, forward)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from birnn_ext.layer import EPS, Options, Sequences, Variant, Weights, run_layer, run_recurrence
+from birnn_ext.cell import LSTM_CELL
+from birnn_ext.layer import EPS, Options, Sequences, Variant, Weights, run_layer, run_variant
 from birnn_ext.route import choose_recurrence_route
 
 __all__ = ["EPS", "Variant", "Weights", "lstm_variant", "lstm_variant_layer"]
@@ -55,7 +56,10 @@ def lstm_variant(
     """
     floating = (gates_x, w_hh, w_hr, h0, c0, ln_hh, ln_c)
     route = choose_recurrence_route(floating, extended=True, cells=return_cells)
-    return run_recurrence(route, gates_x, w_hh, (h0, c0), lengths, variant, w_hr, ln_hh, ln_c, return_cells)
+    y, (h_n, c_n), cells = run_variant(
+        route, gates_x, w_hh, w_hr, (h0, c0), lengths, variant, ln_hh, ln_c, return_cells
+    )
+    return y, h_n, c_n, cells
 
 
 def lstm_variant_layer(
@@ -88,4 +92,6 @@ def lstm_variant_layer(
         ValueError, TypeError: as `lstm_variant`.
     """
     options = Options(cells=return_cells, recompute=recompute)
-    return run_layer(Sequences(x, lengths, variant.reset), weights, (h0, c0), variant, options)
+    sequences = Sequences(x, lengths, variant.reset)
+    y, (h_n, c_n), cells = run_layer(LSTM_CELL, sequences, weights, (h0, c0), variant, options)
+    return y, h_n, c_n, cells

@@ -13,6 +13,7 @@ from birnn_ext._torch_private import call_while_tracing
 from birnn_ext.reference import accumulate_dtype
 
 Tensors3 = tuple[Tensor, Tensor, Tensor]
+Tensors4 = tuple[Tensor, Tensor, Tensor, Tensor]
 Tensors5 = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -99,6 +100,73 @@ def _(
     d_weights = [w.new_empty(w.shape) if weight_grads else w.new_empty(0) for w in weights]
     d_state = x.new_empty(directions, batch, hidden) if state_grads else x.new_empty(0)
     return dx, d_weights, d_state, torch.empty_like(d_state)
+
+
+def _states_kept(y: Tensor, save: str) -> Tensor:
+    """Makes what a GRU keeps of its states, beside y: those of types in which y is not exact."""
+    wide = accumulate_dtype(y.dtype)
+    return y.new_empty(y.shape if save != "none" and wide != y.dtype else (0,), dtype=wide)
+
+
+@torch.library.register_fake("birnn_ext::gru_recurrence")
+def _(
+    gates_x: Tensor, w_hh: Tensor, bias_hh: Tensor | None, h0: Tensor | None, lengths: Tensor | None, save: str
+) -> Tensors4:
+    _check_devices(gates_x, w_hh, bias_hh, h0, lengths)
+    steps, batch, directions, _ = gates_x.shape
+    hidden = w_hh.shape[-1]
+    y = gates_x.new_empty(steps, batch, directions, hidden)
+    gates = gates_x.new_empty((steps, batch, directions, 4 * hidden) if save == "all" else (0,))
+    return y, gates_x.new_empty(directions, batch, hidden), gates, _states_kept(y, save)
+
+
+@torch.library.register_fake("birnn_ext::gru_recurrence_backward")
+def _(
+    w_hh: Tensor,
+    h0: Tensor | None,
+    lengths: Tensor | None,
+    y: Tensor,
+    gates: Tensor,
+    cells: Tensor,
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    state_grads: bool,
+) -> Tensors3:
+    steps, batch, directions, hidden = y.shape
+    dh0 = y.new_empty((directions, batch, hidden) if state_grads else (0,))
+    return y.new_empty(steps, batch, directions, 3 * hidden), y.new_empty(y.shape), dh0
+
+
+@torch.library.register_fake("birnn_ext::gru_layer")
+def _(x: Tensor, weights: list[Tensor], bias: bool, h0: Tensor | None, lengths: Tensor | None, save: str) -> Tensors4:
+    _check_devices(x, *weights, h0, lengths)
+    steps, batch, _ = x.shape
+    directions, hidden = len(weights) // (4 if bias else 2), weights[1].shape[1]
+    y = x.new_empty(steps, batch, directions, hidden)
+    gates = x.new_empty((steps, batch, directions, 4 * hidden) if save == "all" else (0,))
+    return y, x.new_empty(directions, batch, hidden), gates, _states_kept(y, save)
+
+
+@torch.library.register_fake("birnn_ext::gru_layer_backward")
+def _(
+    x: Tensor,
+    weights: list[Tensor],
+    bias: bool,
+    h0: Tensor | None,
+    lengths: Tensor | None,
+    y: Tensor,
+    gates: Tensor,
+    cells: Tensor,
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    x_grad: bool,
+    weight_grads: bool,
+    state_grads: bool,
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    _, batch, directions, hidden = y.shape
+    dx = x.new_empty(x.shape if x_grad else (0,))
+    d_weights = [w.new_empty(w.shape if weight_grads else (0,)) for w in weights]
+    return dx, d_weights, x.new_empty((directions, batch, hidden) if state_grads else (0,))
 
 
 @torch.library.register_fake("birnn_ext::lstm_variant")
@@ -249,3 +317,27 @@ def _(
 ) -> Tensors3:
     count_reference("lstm_recurrence_backward", "reference_backward", no_kernel(gates.device))
     return reference.lstm_recurrence_backward(w_hh, c0, lengths, gates, cells, dy, dh_n, dc_n, state_grads)
+
+
+@torch.library.impl("birnn_ext::gru_recurrence", "CompositeExplicitAutograd")
+def _(
+    gates_x: Tensor, w_hh: Tensor, bias_hh: Tensor | None, h0: Tensor | None, lengths: Tensor | None, save: str
+) -> Tensors4:
+    count_reference("gru_recurrence", "reference_forward", no_kernel(gates_x.device))
+    return reference.gru_recurrence(gates_x, w_hh, bias_hh, h0, lengths, save)
+
+
+@torch.library.impl("birnn_ext::gru_recurrence_backward", "CompositeExplicitAutograd")
+def _(
+    w_hh: Tensor,
+    h0: Tensor | None,
+    lengths: Tensor | None,
+    y: Tensor,
+    gates: Tensor,
+    cells: Tensor,
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    state_grads: bool,
+) -> Tensors3:
+    count_reference("gru_recurrence_backward", "reference_backward", no_kernel(y.device))
+    return reference.gru_recurrence_backward(w_hh, h0, lengths, y, gates, cells, dy, dh_n, state_grads)

@@ -1,4 +1,4 @@
-// The arguments of lstm_layer that the CPU and CUDA check alike.
+// The arguments of lstm_layer and gru_layer that the CPU and CUDA check alike.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -12,23 +12,24 @@ namespace birnn {
 
 // Checks the arguments of a layer, and keeps them.
 struct LayerCall {
-  int64_t T, B, I, D, H;
+  int64_t T, B, I, D, H, rows;  // rows of the weights: gates * H
   DType dtype;
   std::vector<Tensor> tensors;  // the parameters, contiguous
   LayerWeights weights;         // the same
 
-  LayerCall(const Tensor& x, const LayerWeights& given) {
-    TORCH_CHECK_VALUE(x.dim() == 3, "lstm_layer: x must have shape (T, B, I), got ", x.sizes());
-    TORCH_CHECK_VALUE(x.size(0) > 0 && x.size(2) > 0,
-                      "lstm_layer: x must have at least one time step and one feature, got shape ", x.sizes());
+  LayerCall(CellKind cell, const Tensor& x, const LayerWeights& given) {
+    TORCH_CHECK_VALUE(x.dim() == 3, name_of(cell), "_layer: x must have shape (T, B, I), got ", x.sizes());
+    TORCH_CHECK_VALUE(x.size(0) > 0 && x.size(2) > 0, name_of(cell),
+                      "_layer: x must have at least one time step and one feature, got shape ", x.sizes());
     dtype = dtype_of(x, "x");
-    given.check_count();
+    given.check_count(cell);
     T = x.size(0), B = x.size(1), I = x.size(2), D = int64_t(given.directions()), H = given.w_hh(0).size(1);
+    rows = gates_of(cell) * H;
     for (size_t d = 0; d < given.directions(); ++d) {
-      hold(x, given.w_ih(d), "w_ih", {4 * H, I});
-      hold(x, given.w_hh(d), "w_hh", {4 * H, H});
-      if (given.bias) hold(x, given.bias_ih(d), "bias_ih", {4 * H});
-      if (given.bias) hold(x, given.bias_hh(d), "bias_hh", {4 * H});
+      hold(x, given.w_ih(d), "w_ih", {rows, I});
+      hold(x, given.w_hh(d), "w_hh", {rows, H});
+      if (given.bias) hold(x, given.bias_ih(d), "bias_ih", {rows});
+      if (given.bias) hold(x, given.bias_hh(d), "bias_hh", {rows});
     }
     weights = {tensors, given.bias};
   }

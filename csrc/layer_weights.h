@@ -1,5 +1,6 @@
 // The parameters of a layer in one list, as lstm_layer takes them and returns their gradients: those of direction 0,
-// then those of direction 1, each w_ih (4H, I), w_hh (4H, H) and, if there are biases, bias_ih and bias_hh (4H).
+// then those of direction 1, each w_ih (4H, I), w_hh (4H, H) and, if there are biases, bias_ih and bias_hh (4H); a GRU
+// has 3H for 4H.
 // birnn_ext.layer.LayerWeights makes the list.
 #pragma once
 
@@ -10,6 +11,8 @@
 
 #include <optional>
 #include <vector>
+
+#include "op_common.h"
 
 namespace birnn {
 
@@ -32,12 +35,12 @@ struct LayerWeights {
   const at::Tensor& bias_hh(size_t d) const { return tensors[d * per_direction() + 3]; }
 
   // Checks that there are the parameters of one or two directions, and that H can be read from them.
-  void check_count() const {
+  void check_count(CellKind cell) const {
     const size_t count = tensors.size(), stride = per_direction();
-    TORCH_CHECK_VALUE(count == stride || count == 2 * stride, "lstm_layer: weights must be ", stride, " or ",
+    TORCH_CHECK_VALUE(count == stride || count == 2 * stride, name_of(cell), "_layer: weights must be ", stride, " or ",
                       2 * stride, " tensors, got ", count);
-    TORCH_CHECK_VALUE(w_hh(0).dim() == 2 && w_hh(0).size(1) > 0, "lstm_layer: w_hh must have shape (4H, H), got ",
-                      w_hh(0).sizes());
+    TORCH_CHECK_VALUE(w_hh(0).dim() == 2 && w_hh(0).size(1) > 0, name_of(cell), "_layer: w_hh must have shape (",
+                      gates_of(cell), "H, H), got ", w_hh(0).sizes());
   }
 };
 

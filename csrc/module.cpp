@@ -64,7 +64,8 @@ void cell_math(const std::string& name, const std::string& dtype, uintptr_t x, u
 
 // Says what would run a layer on a GPU, as a dictionary, which birnn_ext/_C.pyi describes.
 py::object cuda_choice(const std::string& dtype, int64_t H, int64_t B, int64_t D, int multiprocessors,
-                       int shared_memory, int capability, const std::string& algorithm, int largest_cluster) {
+                       int shared_memory, int capability, const std::string& algorithm, int largest_cluster,
+                       const std::string& cell_name) {
   using namespace birnn;
   const DType type = dtype_named(dtype);
   if (H < 1 || B < 1 || D < 1 || D > 2 || multiprocessors < 1)
@@ -72,10 +73,13 @@ py::object cuda_choice(const std::string& dtype, int64_t H, int64_t B, int64_t D
   const auto wished = cuda::algorithm_named(algorithm);
   if (!wished && !algorithm.empty()) throw py::value_error("unknown algorithm " + algorithm);
 
+  const CellKind cell = cell_name == name_of(CellKind::gru) ? CellKind::gru : CellKind::lstm;
+  if (cell_name != name_of(cell)) throw py::value_error("cell must be lstm or gru, got " + cell_name);
+
   const auto fits = [&](const auto& plan) {
     return plan.exchange != cuda::Exchange::cluster || plan.ctas <= largest_cluster;
   };
-  const cuda::Choice choice = cuda::choose({type, 1, B, D, H}, {multiprocessors, shared_memory, capability},
+  const cuda::Choice choice = cuda::choose({cell, type, 1, B, D, H}, {multiprocessors, shared_memory, capability},
                                            wished ? std::vector{*wished} : cuda::all_algorithms(), fits);
   if (!choice.possible) return py::none();
   using namespace py::literals;
@@ -101,5 +105,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("cell_math", &cell_math, py::arg("name"), py::arg("dtype"), py::arg("x"), py::arg("y"), py::arg("n"));
   m.def("cuda_choice", &cuda_choice, py::arg("dtype"), py::arg("H"), py::arg("B"), py::arg("D"),
         py::arg("multiprocessors"), py::arg("shared_memory"), py::arg("capability"), py::arg("algorithm") = "",
-        py::arg("largest_cluster") = birnn::cuda::kMaxCluster);
+        py::arg("largest_cluster") = birnn::cuda::kMaxCluster, py::arg("cell") = "lstm");
 }

@@ -17,6 +17,12 @@ namespace birnn {
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+using ThreeTensors = std::tuple<Tensor, Tensor, Tensor>;
+using FourTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using FiveTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+// The beginning of the operators' names.
+constexpr const char* name_of(CellKind cell) { return cell == CellKind::lstm ? "lstm" : "gru"; }
 
 // birnn_ext.op_calls() reads these: they count how often each compiled operator has run in this process.
 struct OpCalls {
@@ -52,6 +58,11 @@ inline DType dtype_of(const Tensor& t, const char* name) {
 
 // The kernels accumulate in this type, and save cell states in it.
 inline at::ScalarType accumulate_type(at::ScalarType type) { return type == at::kDouble ? at::kDouble : at::kFloat; }
+
+// Tells whether y itself has the states that a backward pass needs, so that `cells` is empty.
+inline bool y_has_states(CellKind cell, at::ScalarType type) {
+  return cell == CellKind::gru && accumulate_type(type) == type;
+}
 
 inline void check(const Tensor& t, const char* name, at::IntArrayRef shape, at::ScalarType type, at::Device device) {
   TORCH_CHECK_VALUE(t.sizes() == shape, "birnn_ext: ", name, " must have shape ", shape, ", got ", t.sizes());
@@ -96,29 +107,35 @@ struct Held {
   }
 };
 
+// A call of a cell's forward operator. The kernels' state is h and c; a GRU's c is its h, so c0 is h0, and c_n is h_n.
 struct Forward {
+  CellKind cell;
   DType dtype;
   ForwardParams params = {};
   Held inputs;
   Tensor y, h_n, c_n, gates, cells;
-  std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> results() const { return {y, h_n, c_n, gates, cells}; }
+  FiveTensors results() const { return {y, h_n, c_n, gates, cells}; }
 
   // The recurrence alone uses this constructor.
-  Forward(const Tensor& gates_x, const Tensor& w_hh, const OptionalTensor& h0, const OptionalTensor& c0,
-          const OptionalTensor& lengths, Save save)
-      : Forward(dtype_of(gates_x, "gates_x"), sizes_of(gates_x), gates_x.options(), h0, c0, lengths, save) {
-    check(w_hh, "w_hh", {params.D, 4 * params.H, params.H}, gates_x.scalar_type(), gates_x.device());
+  Forward(CellKind of, const Tensor& gates_x, const Tensor& w_hh, const OptionalTensor& bias_hh,
+          const OptionalTensor& h0, const OptionalTensor& c0, const OptionalTensor& lengths, Save save)
+      : Forward(of, dtype_of(gates_x, "gates_x"), sizes_of(of, gates_x), gates_x.options(), h0, c0, lengths, save) {
+    const int64_t rows = gates_of(cell) * params.H;
+    check(w_hh, "w_hh", {params.D, rows, params.H}, gates_x.scalar_type(), gates_x.device());
+    check(bias_hh, "bias_hh", {params.D, rows}, gates_x.scalar_type(), gates_x.device());
     params.gates_x = inputs.pointer(gates_x);
     inputs.directions(w_hh, params.w_hh);
+    if (bias_hh) inputs.directions(*bias_hh, params.input.bias_hh);
   }
 
   // Every operator uses this constructor. The caller sets where the pre-activations come from.
-  Forward(DType type, const RecurrenceSizes& sizes, const at::TensorOptions& options, const OptionalTensor& h0,
-          const OptionalTensor& c0, const OptionalTensor& lengths, Save save)
-      : dtype(type) {
-    const bool save_gates = save == Save::all, save_cells = save != Save::none;
+  Forward(CellKind of, DType type, const RecurrenceSizes& sizes, const at::TensorOptions& options,
+          const OptionalTensor& h0, const OptionalTensor& c0, const OptionalTensor& lengths, Save save)
+      : cell(of), dtype(type) {
     const auto [T, B, D, H] = sizes;
     const auto scalar = c10::typeMetaToScalarType(options.dtype());
+    const bool save_gates = save == Save::all;
+    const bool save_cells = save != Save::none && !y_has_states(cell, scalar);
     const auto device = options.device();
     check(h0, "h0", {D, B, H}, scalar, device);
     check(c0, "c0", {D, B, H}, scalar, device);
@@ -126,8 +143,8 @@ struct Forward {
 
     y = at::empty({T, B, D, H}, options);
     h_n = at::empty({D, B, H}, options);
-    c_n = at::empty({D, B, H}, options);
-    gates = save_gates ? at::empty({T, B, D, 4 * H}, options) : at::empty({0}, options);
+    c_n = cell == CellKind::gru ? h_n : at::empty({D, B, H}, options);
+    gates = save_gates ? at::empty({T, B, D, values_of(cell) * H}, options) : at::empty({0}, options);
     cells =
         at::empty(save_cells ? at::DimVector{T, B, D, H} : at::DimVector{0}, options.dtype(accumulate_type(scalar)));
 
@@ -143,61 +160,68 @@ struct Forward {
   }
 
  private:
-  static RecurrenceSizes sizes_of(const Tensor& gates_x) {
-    TORCH_CHECK_VALUE(gates_x.dim() == 4 && gates_x.size(3) % 4 == 0 && gates_x.size(3) > 0,
-                      "birnn_ext: gates_x must have shape (T, B, D, 4H), got ", gates_x.sizes());
+  static RecurrenceSizes sizes_of(CellKind cell, const Tensor& gates_x) {
+    const int gates = gates_of(cell);
+    TORCH_CHECK_VALUE(gates_x.dim() == 4 && gates_x.size(3) % gates == 0 && gates_x.size(3) > 0,
+                      "birnn_ext: gates_x must have shape (T, B, D, ", gates, "H), got ", gates_x.sizes());
     TORCH_CHECK_VALUE(gates_x.size(0) > 0, "birnn_ext: gates_x must have at least one time step, got shape ",
                       gates_x.sizes());
     TORCH_CHECK_VALUE(gates_x.size(2) == 1 || gates_x.size(2) == 2,
                       "birnn_ext: gates_x must have 1 or 2 directions, got shape ", gates_x.sizes());
-    return {gates_x.size(0), gates_x.size(1), gates_x.size(2), gates_x.size(3) / 4};
+    return {gates_x.size(0), gates_x.size(1), gates_x.size(2), gates_x.size(3) / gates};
   }
 };
 
+// A call of a cell's backward operator. c0 is h0, and there is no dc_n, for a GRU.
 struct Backward {
+  CellKind cell;
   DType dtype;
   BackwardParams params = {};
   Held inputs;
-  Tensor d_gates_x, dh0, dc0;
-  std::tuple<Tensor, Tensor, Tensor> results() const { return {d_gates_x, dh0, dc0}; }
+  Tensor d_gates_x, d_q, dh0, dc0;
 
   // The recurrence alone uses this constructor.
-  Backward(const Tensor& w_hh, const OptionalTensor& c0, const OptionalTensor& lengths, const Tensor& gates,
-           const Tensor& cells, const OptionalTensor& dy, const OptionalTensor& dh_n, const OptionalTensor& dc_n,
-           bool state_grads)
-      : Backward(dtype_of(gates, "gates"), sizes_of(gates), gates.options(), c0, lengths, gates, cells,
+  Backward(CellKind of, const Tensor& w_hh, const OptionalTensor& h0, const OptionalTensor& c0,
+           const OptionalTensor& lengths, const OptionalTensor& y, const Tensor& gates, const Tensor& cells,
+           const OptionalTensor& dy, const OptionalTensor& dh_n, const OptionalTensor& dc_n, bool state_grads)
+      : Backward(of, dtype_of(gates, "gates"), sizes_of(of, gates), gates.options(), h0, c0, lengths, y, gates, cells,
                  dy ? OptionalTensor(dy->contiguous()) : dy, dh_n, dc_n, state_grads) {
-    check(w_hh, "w_hh", {params.D, 4 * params.H, params.H}, gates.scalar_type(), gates.device());
+    check(w_hh, "w_hh", {params.D, gates_of(cell) * params.H, params.H}, gates.scalar_type(), gates.device());
     inputs.directions(w_hh, params.w_hh);
-    d_gates_x = at::empty(gates.sizes(), gates.options());
-    params.d_gates_x = d_gates_x.mutable_data_ptr();
+    allocate_gradients_of_gates(gates.options());
   }
 
   // Every operator uses this constructor. The caller sets which gradients it wants. gates may be empty, and dy may be
-  // strided over time and batch.
-  Backward(DType type, const RecurrenceSizes& sizes, const at::TensorOptions& options, const OptionalTensor& c0,
-           const OptionalTensor& lengths, const Tensor& gates, const Tensor& cells, const OptionalTensor& dy,
-           const OptionalTensor& dh_n, const OptionalTensor& dc_n, bool state_grads)
-      : dtype(type) {
+  // strided over time and batch. Of h0 and y, the LSTM's recurrence needs neither.
+  Backward(CellKind of, DType type, const RecurrenceSizes& sizes, const at::TensorOptions& options,
+           const OptionalTensor& h0, const OptionalTensor& c0, const OptionalTensor& lengths, const OptionalTensor& y,
+           const Tensor& gates, const Tensor& cells, const OptionalTensor& dy, const OptionalTensor& dh_n,
+           const OptionalTensor& dc_n, bool state_grads)
+      : cell(of), dtype(type) {
     const auto [T, B, D, H] = sizes;
     const auto scalar = c10::typeMetaToScalarType(options.dtype());
     const auto device = options.device();
+    const bool own_cells = !y_has_states(cell, scalar);
+    check(h0, "h0", {D, B, H}, scalar, device);
     check(c0, "c0", {D, B, H}, scalar, device);
     check(lengths, "lengths", {B}, at::kLong, device);
-    if (gates.dim() != 1) check(gates, "gates", {T, B, D, 4 * H}, scalar, device);
-    check(cells, "cells", {T, B, D, H}, accumulate_type(scalar), device);
+    check(y, "y", {T, B, D, H}, scalar, device);
+    if (gates.dim() != 1) check(gates, "gates", {T, B, D, values_of(cell) * H}, scalar, device);
+    if (own_cells) check(cells, "cells", {T, B, D, H}, accumulate_type(scalar), device);
     check(dy, "dy", {T, B, D, H}, scalar, device);
     check(dh_n, "dh_n", {D, B, H}, scalar, device);
     check(dc_n, "dc_n", {D, B, H}, scalar, device);
 
     dh0 = state_grads ? at::empty({D, B, H}, options) : at::empty({0}, options);
-    dc0 = at::empty(dh0.sizes(), options);
+    if (cell == CellKind::lstm) dc0 = at::empty(dh0.sizes(), options);
 
     static_cast<RecurrenceSizes&>(params) = sizes;
+    params.h0 = inputs.pointer(h0);
     params.c0 = inputs.pointer(c0);
     params.lengths = inputs.pointer<int64_t>(lengths);
+    params.y = inputs.pointer(y);
     params.gates = gates.dim() == 1 ? nullptr : inputs.pointer(gates);
-    params.cells = inputs.pointer(cells);
+    params.cells = own_cells ? inputs.pointer(cells) : params.y;
     if (dy) {
       const bool dense = dy->stride(3) == 1 && (D == 1 || dy->stride(2) == H);
       const Tensor& kept = inputs.hold(dense ? *dy : dy->contiguous());
@@ -208,17 +232,27 @@ struct Backward {
     params.dh_n = inputs.pointer(dh_n);
     params.dc_n = inputs.pointer(dc_n);
     params.dh0 = state_grads ? dh0.mutable_data_ptr() : nullptr;
-    params.dc0 = state_grads ? dc0.mutable_data_ptr() : nullptr;
+    params.dc0 = state_grads && dc0.defined() ? dc0.mutable_data_ptr() : nullptr;
+  }
+
+  void allocate_gradients_of_gates(const at::TensorOptions& options) {
+    const auto [T, B, D, H] = static_cast<const RecurrenceSizes&>(params);
+    d_gates_x = at::empty({T, B, D, gates_of(cell) * H}, options);
+    params.d_gates_x = d_gates_x.mutable_data_ptr();
+    if (cell == CellKind::lstm) return;
+    d_q = at::empty({T, B, D, H}, options);
+    params.d_q = d_q.mutable_data_ptr();
   }
 
  private:
-  static RecurrenceSizes sizes_of(const Tensor& gates) {
-    TORCH_CHECK_VALUE(gates.dim() == 4 && gates.size(3) % 4 == 0 && gates.size(3) > 0 && gates.size(0) > 0,
-                      "lstm_recurrence_backward: gates must be those of a forward call with save=\"all\", got shape ",
-                      gates.sizes());
-    TORCH_CHECK_VALUE(gates.size(2) == 1 || gates.size(2) == 2,
-                      "lstm_recurrence_backward: gates must have 1 or 2 directions, got shape ", gates.sizes());
-    return {gates.size(0), gates.size(1), gates.size(2), gates.size(3) / 4};
+  static RecurrenceSizes sizes_of(CellKind cell, const Tensor& gates) {
+    const int values = values_of(cell);
+    TORCH_CHECK_VALUE(gates.dim() == 4 && gates.size(3) % values == 0 && gates.size(3) > 0 && gates.size(0) > 0,
+                      name_of(cell), "_recurrence_backward: gates must be those of a forward call with save=\"all\", ",
+                      "got shape ", gates.sizes());
+    TORCH_CHECK_VALUE(gates.size(2) == 1 || gates.size(2) == 2, name_of(cell),
+                      "_recurrence_backward: gates must have 1 or 2 directions, got shape ", gates.sizes());
+    return {gates.size(0), gates.size(1), gates.size(2), gates.size(3) / values};
   }
 };
 

@@ -9,9 +9,8 @@ from unittest import mock
 
 import pytest
 import torch
+from cells import LSTM_CELL, Cell
 from torch import Tensor, nn
-
-import birnn_ext
 
 # The largest difference that two ways of computing in a dtype may have, forward or backward, relative to the largest
 # expected value. The 16-bit figures serve comparisons among our own kernels: beside nn.LSTM, the tests compare 16-bit
@@ -70,10 +69,10 @@ def all_near(actual: Iterable[Tensor], expected: Iterable[Tensor], what: str = "
         assert_near(a, e, f"{what}[{k}]")
 
 
-def twins(*args, device: str = "cpu", **kwargs) -> tuple[birnn_ext.LSTM, nn.LSTM]:
-    """Returns our LSTM and nn.LSTM with the same arguments and weights."""
-    theirs = nn.LSTM(*args, device=device, **kwargs)
-    ours = birnn_ext.LSTM(*args, device=device, **kwargs)
+def twins(*args, device: str = "cpu", cell: Cell = LSTM_CELL, **kwargs):
+    """Returns our LSTM and nn.LSTM, or another cell's two modules, with the same arguments and weights."""
+    theirs = cell.theirs(*args, device=device, **kwargs)
+    ours = cell.module(*args, device=device, **kwargs)
     ours.load_state_dict(theirs.state_dict())
     return ours, theirs
 
@@ -86,8 +85,15 @@ def gradients(module: nn.Module, outputs: Iterable[Tensor], inputs: Iterable[Ten
     return list(torch.autograd.grad(outputs, [*inputs, *module.parameters()], weights))
 
 
-def random_state(layers_and_directions: int, batch: int, hidden: int, **kwargs) -> tuple[Tensor, Tensor]:
-    return tuple(torch.randn(layers_and_directions, batch, hidden, **kwargs) for _ in range(2))
+def random_state(
+    layers_and_directions: int, batch: int, hidden: int, cell: Cell = LSTM_CELL, **kwargs
+) -> tuple[Tensor, ...]:
+    return tuple(torch.randn(layers_and_directions, batch, hidden, **kwargs) for _ in range(cell.states))
+
+
+def leaves(result: object) -> list[Tensor]:
+    """Returns the tensors of a module's result: y, the final states, and what else there is."""
+    return [t for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, Tensor)]
 
 
 def skip_without_triton_on_cuda() -> None:

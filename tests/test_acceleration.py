@@ -11,6 +11,7 @@ import weakref
 
 import pytest
 import torch
+from cells import every_cell
 from helpers import TutorialBiRNN, all_near
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
@@ -20,11 +21,11 @@ from birnn_ext import accelerate, restore
 
 
 class Shared(nn.Module):
-    """A model that has one LSTM under two names and in a list."""
+    """A model that has one LSTM or GRU under two names and in a list."""
 
-    def __init__(self) -> None:
+    def __init__(self, theirs: type[nn.RNNBase] = nn.LSTM) -> None:
         super().__init__()
-        self.first = nn.LSTM(4, 4, batch_first=True)
+        self.first = theirs(4, 4, batch_first=True)
         self.again = self.first
         self.stack = nn.ModuleList([nn.Sequential(self.first)])
         self.outside = [self.first]  # a list does not register it
@@ -38,7 +39,11 @@ def outputs_and_gradients(model: nn.Module, x: torch.Tensor, output=lambda resul
     return [y, *torch.autograd.grad(y.square().sum(), list(model.parameters()))]
 
 
-@pytest.mark.parametrize("make", [lambda: TutorialBiRNN(4, 6, 2, 3), Shared], ids=["tutorial", "shared"])
+@pytest.mark.parametrize(
+    "make",
+    [lambda: TutorialBiRNN(4, 6, 2, 3), Shared, lambda: Shared(nn.GRU)],
+    ids=["tutorial", "shared", "shared GRU"],
+)
 def test_same_numbers_same_parameters(make, device):
     model = make().to(device)
     x = torch.randn(3, 5, 4, device=device)
@@ -56,13 +61,14 @@ def test_same_numbers_same_parameters(make, device):
 
     assert restore(model) == report.replaced
     calls = birnn_ext.op_calls()[f"{device}_forward"]
-    assert not any(isinstance(m, birnn_ext.LSTM) for m in model.modules())
+    assert not any(isinstance(m, (birnn_ext.LSTM, birnn_ext.GRU)) for m in model.modules())
     all_near(outputs_and_gradients(model, x), before)
     assert birnn_ext.op_calls()[f"{device}_forward"] == calls
 
 
-def test_hooks_copies_and_pickles_survive():
-    model = nn.Sequential(nn.LSTM(4, 6))
+@every_cell
+def test_hooks_copies_and_pickles_survive(cell):
+    model = nn.Sequential(cell.theirs(4, 6))
     seen = []
     model[0].register_forward_hook(lambda *_: seen.append(1))
     accelerate(model)
@@ -72,21 +78,23 @@ def test_hooks_copies_and_pickles_survive():
     del model[0]._forward_hooks
     model[0]._forward_hooks = {}
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-        assert type(twin[0]) is birnn_ext.LSTM
+        assert type(twin[0]) is cell.module
         assert torch.equal(twin(x)[0], y)
 
 
-def test_the_model_itself():
-    lstm = nn.LSTM(4, 6)
-    assert str(accelerate(lstm)) == "replaced (the model itself)"
-    assert isinstance(lstm, birnn_ext.LSTM)
-    assert str(accelerate(lstm)) == "found no nn.LSTM"  # a second call changes nothing
+@every_cell
+def test_the_model_itself(cell):
+    module = cell.theirs(4, 6)
+    assert str(accelerate(module)) == "replaced (the model itself)"
+    assert type(module) is cell.module
+    assert str(accelerate(module)) == "found no nn.LSTM or nn.GRU"  # a second call changes nothing
 
 
-def test_forward_that_was_replaced_is_left():
-    lstm = nn.LSTM(3, 4)
-    lstm.forward = lstm.forward
-    assert "forward has been replaced" in accelerate(lstm).left[""]
+@every_cell
+def test_forward_that_was_replaced_is_left(cell):
+    module = cell.theirs(3, 4)
+    module.forward = module.forward
+    assert "forward has been replaced" in accelerate(module).left[""]
 
 
 def test_restore_says_what_it_leaves():
@@ -150,6 +158,22 @@ class Mixed(Doubling, nn.LSTM):
     pass
 
 
+class MixedGRU(Doubling, nn.GRU):
+    pass
+
+
+class ScaledGRU(nn.GRU):
+    """A subclass with its own parameter, whose forward changes input and output."""
+
+    def __init__(self, *args) -> None:
+        super().__init__(*args)
+        self.scale = nn.Parameter(torch.full((1,), 1.5))
+
+    def forward(self, x: torch.Tensor, hx: torch.Tensor | None = None) -> tuple:
+        y, h_n = super().forward(x * self.scale, hx)
+        return y * 2, h_n
+
+
 class WeightDrop(nn.LSTM):
     """A module that replaces a weight before each call."""
 
@@ -174,7 +198,7 @@ def results(module: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
     return outputs_and_gradients(module, x, lambda result: result[0])
 
 
-SUBCLASSES = [Initialised, Options, Scaled, Grandchild, Mixed, WeightDrop]
+SUBCLASSES = [Initialised, Options, Scaled, Grandchild, Mixed, WeightDrop, MixedGRU, ScaledGRU]
 
 
 @pytest.mark.parametrize("cls", SUBCLASSES)
@@ -185,7 +209,7 @@ def test_subclasses_whose_forward_is_nn_lstms_or_ends_in_it(cls, device):
     parameters = dict(module.named_parameters())
     assert str(accelerate(module)) == "replaced (the model itself)"
     assert isinstance(module, cls)
-    assert isinstance(module, birnn_ext.LSTM)
+    assert isinstance(module, birnn_ext.GRU if issubclass(cls, nn.GRU) else birnn_ext.LSTM)
     assert (type(module).__name__, type(module).__module__) == (cls.__name__, cls.__module__)
     assert repr(module) == repr(cls(4, 6))
     assert accelerate(module).replaced == []  # a second call changes nothing
@@ -202,12 +226,13 @@ def test_subclasses_whose_forward_is_nn_lstms_or_ends_in_it(cls, device):
     assert birnn_ext.op_calls() == calls
 
 
+@pytest.mark.parametrize("cls", [Scaled, ScaledGRU])
 @pytest.mark.parametrize("where", ["a module", "__main__"])
-def test_subclasses_are_copied_and_saved_as_the_users_class(where, monkeypatch):
+def test_subclasses_are_copied_and_saved_as_the_users_class(where, cls, monkeypatch):
     if where == "__main__":  # as in a script or a notebook
-        monkeypatch.setattr(Scaled, "__module__", "__main__")
-        monkeypatch.setattr(sys.modules["__main__"], "Scaled", Scaled, raising=False)
-    model = nn.Sequential(Scaled(4, 6))
+        monkeypatch.setattr(cls, "__module__", "__main__")
+        monkeypatch.setattr(sys.modules["__main__"], cls.__name__, cls, raising=False)
+    model = nn.Sequential(cls(4, 6))
     accelerate(model)
     x = torch.randn(5, 2, 4)
     y, _ = model(x)
@@ -224,7 +249,7 @@ def test_subclasses_are_copied_and_saved_as_the_users_class(where, monkeypatch):
         assert torch.equal(twin(x)[0], y)
         assert twin[0].scale is not model[0].scale
         assert restore(twin) == ["0"]
-        assert type(twin[0]) is Scaled
+        assert type(twin[0]) is cls
 
 
 def test_a_subclass_is_initialised_by_its_own_code():
@@ -295,6 +320,11 @@ class Registered(nn.LSTM):
         Registered.names.append(cls.__name__)
 
 
+class GRUOfItsOwn(nn.GRU):
+    def check_input(self, *_) -> None:
+        pass
+
+
 def made_at_run_time() -> type[nn.LSTM]:
     return type("Wrapped", (nn.LSTM,), {"__module__": __name__})
 
@@ -313,11 +343,13 @@ def made_at_run_time() -> type[nn.LSTM]:
         (own(layer_norm=property(lambda self: nn.LayerNorm(4))), "it has an attribute layer_norm, a name that"),
         (own(_run=calls_super), "it has an attribute _run, a name that birnn_ext.LSTM uses for something else"),
         (Registered, "its class Registered has a metaclass or an __init_subclass__, which may not want another"),
+        (type("OwnGRU", (nn.GRU,), {"__module__": __name__, "forward": calls_by_name}), "its class OwnGRU was made at"),
+        (GRUOfItsOwn, "its class GRUOfItsOwn has check_input, one of nn.GRU's inner workings, of its own"),
         (made_at_run_time(), "its class Wrapped was made at run time, by another library perhaps"),
     ],
 )
 def test_subclasses_that_are_left_and_why(cls, why):
-    model = nn.ModuleDict({"own": cls(3, 4), "gru": nn.GRU(3, 4)})
+    model = nn.ModuleDict({"own": cls(3, 4), "rnn": nn.RNN(3, 4)})
     report = accelerate(model)
     assert report.replaced == []
     assert str(report).startswith(f"left own: {why}")
@@ -329,7 +361,7 @@ def test_subclasses_that_are_left_and_why(cls, why):
 # --- classes that PyTorch makes ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cls", [nn.LSTM, Scaled])
+@pytest.mark.parametrize("cls", [nn.LSTM, Scaled, nn.GRU, ScaledGRU])
 @pytest.mark.parametrize("first", ["accelerated", "parametrized"])
 @pytest.mark.parametrize("norm", [parametrizations.weight_norm, parametrizations.spectral_norm])
 def test_parametrizations(norm, first, cls):
@@ -349,12 +381,12 @@ def test_parametrizations(norm, first, cls):
     assert isinstance(module, cls)
 
     assert restore(module) == [""]
-    assert not isinstance(module, birnn_ext.LSTM)
+    assert not isinstance(module, (birnn_ext.LSTM, birnn_ext.GRU))
     all_near(ours, results(module, x))
     accelerate(module)
     for name in ("weight_hh_l0", "weight_ih_l0"):
         parametrize.remove_parametrizations(module, name)
-    assert isinstance(module, birnn_ext.LSTM)
+    assert isinstance(module, (birnn_ext.LSTM, birnn_ext.GRU))
     all_near([module(x)[0]], ours[:1])
     restore(module)
     assert type(module) is cls
@@ -400,6 +432,11 @@ def test_torchscript_is_listed_as_left(way):
         parts = ["0"] * isinstance(module, nn.Sequential) + ["lstm"] * (way != "frozen")
         assert list(report.left) == [".".join(parts)]
         assert "it is TorchScript, which can't be changed" in str(report)
+
+
+@pytest.mark.filterwarnings("ignore:.*deprecated")
+def test_torchscript_with_a_gru_is_listed_as_left():
+    assert "and has nn.GRU's operator" in str(accelerate(torch.jit.script(nn.Sequential(nn.GRU(3, 4)))))
 
 
 @pytest.mark.filterwarnings("ignore:The tensor attributes self.lstm._flat_weights")

@@ -1,4 +1,4 @@
-"""birnn_ext.BiRNN agrees with the tutorial's class on nn.LSTM, on real digits."""
+"""birnn_ext.BiRNN agrees with the tutorial's class on nn.LSTM, or nn.GRU, on real digits."""
 
 from __future__ import annotations
 
@@ -7,11 +7,47 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from cells import Cell, every_cell
 from helpers import TutorialBiRNN, all_near, assert_near
+from torch import nn
 
 from birnn_ext import BiRNN, op_calls
 
 SIZES = (28, 16, 2, 10)  # input, hidden, layers, classes
+
+
+class OnTheirs(nn.Module):
+    """The tutorial's classifier, with PyTorch's module of a cell under the cell's name."""
+
+    def __init__(self, input_size: int, hidden_size: int, num_layers: int, num_classes: int, cell: Cell) -> None:
+        super().__init__()
+        self.name = cell.name
+        rnn = cell.theirs(input_size, hidden_size, num_layers, batch_first=True, bidirectional=True)
+        self.add_module(cell.name, rnn)
+        self.fc = nn.Linear(hidden_size * 2, num_classes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(getattr(self, self.name)(x)[0][:, -1])
+
+
+@every_cell
+def test_on_each_cell(cell, device):
+    """Parameters of the same seed, their names, scores and gradients are those of the model on PyTorch's module."""
+    made = []
+    for make in (lambda: BiRNN(*SIZES, cell=cell.name), lambda: OnTheirs(*SIZES, cell)):
+        torch.manual_seed(1)
+        made.append(make())
+    ours, theirs = (model.to(device) for model in made)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    assert all(map(torch.equal, ours.parameters(), theirs.parameters()))
+    x = torch.randn(5, 28, 28, device=device, requires_grad=True)
+    results = [[m(x), *torch.autograd.grad(m(x).square().sum(), [x, *m.parameters()])] for m in (ours, theirs)]
+    all_near(*results)
+
+
+def test_other_cells_are_refused():
+    with pytest.raises(ValueError, match='BiRNN: cell must be "lstm" or "gru", got \'rnn\''):
+        BiRNN(*SIZES, cell="rnn")
 
 
 @pytest.fixture(scope="module")

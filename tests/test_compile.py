@@ -9,13 +9,14 @@ import sys
 
 import pytest
 import torch
-from helpers import all_near, gradients, random_state
+from cells import GRU_CELL, LSTM_CELL, every_cell
+from helpers import all_near, gradients, leaves, random_state
 from torch import Tensor, nn
 from torch._dynamo.exc import Unsupported
 from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
 
-from birnn_ext import LSTM, BiRNN, accelerate
+from birnn_ext import GRU, LSTM, BiRNN, accelerate
 
 # B, T. None is 1, which torch.compile treats specially, and the first call's sizes differ, as it identifies equal ones.
 SIZES = [(3, 7), (5, 6), (9, 2), (6, 11)]
@@ -30,10 +31,6 @@ def compiled_once():
         yield
     assert counters["stats"]["unique_graphs"] <= 1
     assert not counters["graph_break"]
-
-
-def leaves(result) -> list[Tensor]:
-    return [t for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, Tensor)]
 
 
 def check(module: nn.Module, arguments, device: str, backend: str = "aot_eager", train: bool = True) -> None:
@@ -52,40 +49,49 @@ def check(module: nn.Module, arguments, device: str, backend: str = "aot_eager",
     assert counters["stats"]["unique_graphs"] == 1
 
 
+@every_cell
 @pytest.mark.parametrize("train", [True, False], ids=["training", "inference"])
-def test_the_classifier_compiles_into_one_graph_once_for_all_sizes(train, device):
-    model = BiRNN(28, 16, 2, 10).to(device)
+def test_the_classifier_compiles_into_one_graph_once_for_all_sizes(train, cell, device):
+    model = BiRNN(28, 16, 2, 10, cell=cell.name).to(device)
     check(model, lambda batch, steps: ((torch.randn(batch, steps, 28, device=device),), {}), device, train=train)
 
 
-CASES = [  # output, with_state, lengths, recompute, dtype, train
-    ("all", True, True, False, torch.float32, True),
-    ("last", True, True, True, torch.float64, True),
-    ("last", False, True, False, torch.bfloat16, False),
+CASES = [  # cell, output, with_state, lengths, recompute, dtype, train
+    (LSTM_CELL, "all", True, True, False, torch.float32, True),
+    (LSTM_CELL, "last", True, True, True, torch.float64, True),
+    (LSTM_CELL, "last", False, True, False, torch.bfloat16, False),
+    (GRU_CELL, "all", True, True, True, torch.float32, True),
+    (GRU_CELL, "last", True, False, False, torch.float64, True),
 ]
 MORE = [
     case
     for case in itertools.product(
-        ("all", "last"), (True, False), (True, False), (True, False), (torch.float32, torch.bfloat16), (True, False)
+        (LSTM_CELL, GRU_CELL),
+        ("all", "last"),
+        (True, False),
+        (True, False),
+        (True, False),
+        (torch.float32, torch.bfloat16),
+        (True, False),
     )
     if case not in CASES
 ][::8]  # an eighth, as each takes seconds
 
 
 @pytest.mark.parametrize(
-    ("output", "with_state", "lengths", "recompute", "dtype", "train"),
+    ("cell", "output", "with_state", "lengths", "recompute", "dtype", "train"),
     [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE)],
 )
-def test_an_lstm_compiles_into_one_graph_once_for_all_sizes(
-    output, with_state, lengths, recompute, dtype, train, device
+def test_a_module_compiles_into_one_graph_once_for_all_sizes(
+    cell, output, with_state, lengths, recompute, dtype, train, device
 ):
-    lstm = LSTM(10, 8, 2, batch_first=True, bidirectional=True, recompute=recompute, device=device, dtype=dtype)
+    lstm = cell.module(10, 8, 2, batch_first=True, bidirectional=True, recompute=recompute, device=device, dtype=dtype)
 
     def arguments(batch: int, steps: int):
         x = torch.randn(batch, steps, 10, device=device).to(dtype)
-        state = tuple(s.to(dtype) for s in random_state(4, batch, 8, device=device)) if with_state else None
+        state = tuple(s.to(dtype) for s in random_state(4, batch, 8, cell, device=device)) if with_state else None
         n = torch.randint(0, steps + 1, (batch,), device=device) if lengths else None
-        return (x, state), {"lengths": n, "output": output}
+        return (x, cell.hx(state)), {"lengths": n, "output": output}
 
     check(lstm, arguments, device, train=train)
 
@@ -146,6 +152,16 @@ class Mine(LSTM):
     pass
 
 
+def test_resets_of_a_gru_compile_into_one_graph_once_for_all_sizes(device):
+    gru = GRU(10, 8, 2, batch_first=True, bidirectional=True, device=device)
+
+    def arguments(batch: int, steps: int):
+        reset = torch.rand(batch, steps, device=device) < 0.2
+        return (torch.randn(batch, steps, 10, device=device),), {"reset": reset}
+
+    check(gru, arguments, device)
+
+
 @pytest.mark.parametrize("recompute", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["saved", "recompute"])
 @pytest.mark.parametrize(
     "options",
@@ -166,25 +182,30 @@ def test_variants_compile_into_one_graph_once_for_all_sizes(options, recompute, 
     check(lstm, arguments, device, train="proj_size" in options or "layer_norm" in options)
 
 
-@pytest.mark.parametrize("kind", ["subclass", "accelerated"])
-def test_subclasses_and_accelerated_models_compile_into_one_graph(kind):
-    module = Mine(5, 8) if kind == "subclass" else nn.Sequential(nn.LSTM(5, 8))
+@pytest.mark.parametrize(
+    "make",
+    [lambda: Mine(5, 8), lambda: nn.Sequential(nn.LSTM(5, 8)), lambda: nn.Sequential(nn.GRU(5, 8))],
+    ids=["subclass", "accelerated", "accelerated GRU"],
+)
+def test_subclasses_and_accelerated_models_compile_into_one_graph(make):
+    module = make()
     accelerate(module)
     x = torch.randn(4, 3, 5)
     all_near([torch.compile(module, fullgraph=True, backend="eager")(x)[0]], [module(x)[0]])
 
 
-def test_torch_func_compiles_into_one_graph(monkeypatch, reference_operators):
+@every_cell
+def test_torch_func_compiles_into_one_graph(cell, monkeypatch, reference_operators):
     """It takes the slow reference, and the warning that says so does not break the graph."""
     monkeypatch.setattr("birnn_ext.without_kernels._said", set())
-    lstm, x = LSTM(3, 5), torch.randn(4, 2, 3)
+    lstm, x = cell.module(3, 5), torch.randn(4, 2, 3)
     parameters = {name: p.detach() for name, p in lstm.named_parameters()}
 
     def loss(parameters):
         return (torch.func.functional_call(lstm, parameters, (x,))[0] ** 2).sum()
 
     with pytest.warns(
-        UserWarning, match=r"^birnn_ext::lstm_\w+ has no rule .* under torch\.compile\. Using .* is slow\.$"
+        UserWarning, match=rf"^birnn_ext::{cell.name}_\w+ has no rule .* under torch\.compile\. Using .* is slow\.$"
     ):
         compiled = torch.compile(torch.func.grad(loss), backend="aot_eager", fullgraph=True)(parameters)
     all_near(compiled.values(), torch.func.grad(loss)(parameters).values())

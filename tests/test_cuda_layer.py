@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import random
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from cells import GRU_CELL, every_cell
 from helpers import TOLERANCE, as_double, assert_near
 from test_layer import composite, random_layer, results_and_gradients
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from birnn_ext import LSTM, BiRNN, op_calls
-from birnn_ext.ops import lstm_layer
 
 pytestmark = pytest.mark.cuda
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -28,14 +29,16 @@ def to_cuda(args):
     ]  # fmt: skip
 
 
+@every_cell
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", range(8))
-def test_against_float64(case, dtype):
-    args = random_layer(random.Random(case), dtype)
+def test_against_float64(case, dtype, cell):
+    args = random_layer(cell, random.Random(case), dtype)
     x, weights, bias, *rest = args
-    truth = results_and_gradients(composite, *as_double([x]), as_double(weights), bias, *as_double(rest))
+    in_double = (*as_double([x]), as_double(weights), bias, *as_double(rest))
+    truth = results_and_gradients(partial(composite, cell), *in_double)
     before = op_calls()
-    found = results_and_gradients(lstm_layer, *to_cuda(args))
+    found = results_and_gradients(cell.function("layer"), *to_cuda(args))
     assert op_calls()["cuda_forward"] == before["cuda_forward"] + 1
     assert op_calls()["cuda_backward"] == before["cuda_backward"] + 1
     for k, (a, e) in enumerate(zip(found, truth, strict=True)):
@@ -59,15 +62,16 @@ STRIDES = {
 }
 
 
+@every_cell
 @pytest.mark.parametrize("algorithm", ["stepwise", "persistent-cta"])
 @pytest.mark.parametrize("strides", STRIDES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_gradient_of_y_may_have_any_strides(dtype, strides, algorithm, monkeypatch):
+def test_the_gradient_of_y_may_have_any_strides(dtype, strides, algorithm, cell, monkeypatch):
     monkeypatch.setenv("BIRNN_CUDA_ALGO", f"{algorithm},stepwise")
-    lstm = LSTM(3, 8, bidirectional=True, dtype=dtype, device="cuda")
+    module = cell.module(3, 8, bidirectional=True, dtype=dtype, device="cuda")
     x = torch.randn(4, 5, 3, dtype=dtype, device="cuda", requires_grad=True)
-    y, _ = lstm(x)
-    inputs = [x, *lstm.parameters()]
+    y, _ = module(x)
+    inputs = [x, *module.parameters()]
     dy = STRIDES[strides](torch.randn(4, 5, 2, 8, dtype=dtype, device="cuda")).flatten(2)
     assert not dy.is_contiguous()
     found = torch.autograd.grad(y, inputs, dy, retain_graph=True)
@@ -76,11 +80,12 @@ def test_the_gradient_of_y_may_have_any_strides(dtype, strides, algorithm, monke
         assert torch.equal(a, b)
 
 
+@every_cell
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_batch_first_input_and_values_beyond_the_ends(dtype):
+def test_batch_first_input_and_values_beyond_the_ends(dtype, cell):
     """What lies beyond a sequence's end reaches nothing, though products read all rows."""
     generator = torch.Generator().manual_seed(0)
-    lstm = LSTM(5, 8, bidirectional=True, batch_first=True, dtype=dtype, device="cuda")
+    module = cell.module(5, 8, bidirectional=True, batch_first=True, dtype=dtype, device="cuda")
     x = torch.randn(3, 6, 5, generator=generator).to("cuda", dtype)
     lengths = torch.tensor([6, 0, 4], device="cuda")
 
@@ -89,23 +94,35 @@ def test_batch_first_input_and_values_beyond_the_ends(dtype):
         for b, length in enumerate(lengths.tolist()):
             filled[b, length:] = beyond
         filled.requires_grad_()
-        lstm.zero_grad()
-        y, states = lstm(filled, lengths=lengths)
-        (y.sum() + states[0].sum() + 2 * states[1].sum()).backward()
-        return [y.detach(), *(p.grad.clone() for p in lstm.parameters()), filled.grad]
+        module.zero_grad()
+        y, states = module(filled, lengths=lengths)
+        (y.sum() + sum((k + 1) * state.sum() for k, state in enumerate(states))).backward()
+        return [y.detach(), *(p.grad.clone() for p in module.parameters()), filled.grad]
 
     for a, b in zip(gradients(0.0), gradients(float("nan")), strict=True):
         assert torch.equal(a, b)
 
 
+@every_cell
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_cells_alone_are_saved_as_with_all(dtype):
-    x, weights, bias, *rest = to_cuda(random_layer(random.Random(1), dtype))
+def test_cells_alone_are_saved_as_with_all(dtype, cell):
+    args = to_cuda(random_layer(cell, random.Random(1), dtype))
     with torch.no_grad():
-        _, _, _, gates, cells = torch.ops.birnn_ext.lstm_layer(x, weights, bias, *rest, "cells")
-        everything = torch.ops.birnn_ext.lstm_layer(x, weights, bias, *rest, "all")
+        *_, gates, cells = cell.operator("_layer")(*args, "cells")
+        *_, all_cells = cell.operator("_layer")(*args, "all")
     assert gates.numel() == 0
-    assert torch.equal(cells, everything[4])
+    assert torch.equal(cells, all_cells)
+
+
+def test_stepwise_alone_runs_a_gru(monkeypatch):
+    x, weights = torch.randn(3, 2, 4, device="cuda"), [torch.randn(24, n, device="cuda") for n in (4, 8)]
+    args = (x, weights, False, None, None, "none")
+    before = op_calls()["cuda_stepwise"]
+    GRU_CELL.operator("_layer")(*args)
+    assert op_calls()["cuda_stepwise"] == before + 1
+    monkeypatch.setenv("BIRNN_CUDA_ALGO", "persistent-cta")
+    with pytest.raises(RuntimeError, match="BIRNN_CUDA_ALGO=persistent-cta can't run this layer: gru, hidden_size 8"):
+        GRU_CELL.operator("_layer")(*args)
 
 
 class Computing(TorchDispatchMode):

@@ -8,17 +8,14 @@ import sys
 
 import pytest
 import torch
-from helpers import all_near, random_state
-from torch import Tensor, nn
+from cells import GRU_CELL, LSTM_CELL, every_cell
+from helpers import all_near, leaves, random_state
+from torch import nn
 from torch.export import Dim
 
-from birnn_ext import LSTM, BiRNN
+from birnn_ext import BiRNN
 
 SIZES = [(1, 1), (4, 9), (2, 30)]  # B, T; none is the example's
-
-
-def leaves(result) -> list[Tensor]:
-    return [t for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, Tensor)]
 
 
 def reloaded(program: torch.export.ExportedProgram) -> nn.Module:
@@ -28,9 +25,10 @@ def reloaded(program: torch.export.ExportedProgram) -> nn.Module:
     return torch.export.load(file).module()
 
 
+@every_cell
 @pytest.mark.parametrize("strict", [False, True], ids=["traced", "strict"])
-def test_export_of_the_classifier_freezes_neither_batch_nor_time(strict):
-    model = BiRNN(28, 16, 2, 10)
+def test_export_of_the_classifier_freezes_neither_batch_nor_time(strict, cell):
+    model = BiRNN(28, 16, 2, 10, cell=cell.name)
     shapes = {"x": {0: Dim("batch", min=1), 1: Dim("time", min=1)}}
     with torch.no_grad():
         program = torch.export.export(model, (torch.randn(3, 7, 28),), dynamic_shapes=shapes, strict=strict)
@@ -38,31 +36,32 @@ def test_export_of_the_classifier_freezes_neither_batch_nor_time(strict):
         for batch, steps in SIZES:
             x = torch.randn(batch, steps, 28)
             all_near([loaded(x)], [model(x)])
-    assert [node.target for node in program.graph.nodes].count(torch.ops.birnn_ext.lstm.default) == 1
+    assert [node.target for node in program.graph.nodes].count(cell.operator()) == 1
     decomposed = program.run_decompositions().graph.nodes
-    layers = [node for node in decomposed if node.target is torch.ops.birnn_ext.lstm_layer.default]
+    layers = [node for node in decomposed if node.target is cell.operator("_layer")]
     assert [node.args[-1] for node in layers] == ["none"] * 3  # no_grad saves nothing for a backward pass
 
 
 @pytest.mark.parametrize(
-    ("output", "recompute", "dtype"),
+    ("cell", "output", "recompute", "dtype"),
     [
-        ("all", True, torch.float32),
-        ("last", False, torch.bfloat16),
-        pytest.param("all", False, torch.bfloat16, marks=pytest.mark.slow),
-        pytest.param("last", True, torch.float32, marks=pytest.mark.slow),
+        (LSTM_CELL, "all", True, torch.float32),
+        (LSTM_CELL, "last", False, torch.bfloat16),
+        (GRU_CELL, "all", False, torch.float32),
+        pytest.param(GRU_CELL, "all", False, torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param(LSTM_CELL, "last", True, torch.float32, marks=pytest.mark.slow),
     ],
 )
-def test_export_with_states_and_lengths_freezes_neither_batch_nor_time(output, recompute, dtype, device):
-    lstm = LSTM(5, 8, 2, batch_first=True, bidirectional=True, recompute=recompute, device=device, dtype=dtype)
+def test_export_with_states_and_lengths_freezes_neither_batch_nor_time(cell, output, recompute, dtype, device):
+    lstm = cell.module(5, 8, 2, batch_first=True, bidirectional=True, recompute=recompute, device=device, dtype=dtype)
 
     def arguments(batch: int, steps: int):
         x = torch.randn(batch, steps, 5, device=device).to(dtype)
-        state = tuple(s.to(dtype) for s in random_state(4, batch, 8, device=device))
-        return (x, state), {"lengths": torch.randint(0, steps + 1, (batch,), device=device), "output": output}
+        state = tuple(s.to(dtype) for s in random_state(4, batch, 8, cell, device=device))
+        return (x, cell.hx(state)), {"lengths": torch.randint(0, steps + 1, (batch,), device=device), "output": output}
 
     batch, time = Dim("batch", min=1), Dim("time", min=1)
-    shapes = {"input": {0: batch, 1: time}, "hx": ({1: batch}, {1: batch}), "lengths": {0: batch}, "output": None}
+    shapes = {"input": {0: batch, 1: time}, "hx": cell.hx(({1: batch},) * 2), "lengths": {0: batch}, "output": None}
     args, kwargs = arguments(3, 7)
     with torch.no_grad():
         loaded = reloaded(torch.export.export(lstm, args, kwargs, dynamic_shapes=shapes))
@@ -71,8 +70,9 @@ def test_export_with_states_and_lengths_freezes_neither_batch_nor_time(output, r
             all_near(leaves(loaded(*args, **kwargs)), leaves(lstm(*args, **kwargs)))
 
 
-def test_exported_program_can_be_trained():
-    lstm = LSTM(5, 8, 2, bidirectional=True)
+@every_cell
+def test_exported_program_can_be_trained(cell):
+    lstm = cell.module(5, 8, 2, bidirectional=True)
     x = torch.randn(7, 3, 5)
     program = torch.export.export(lstm, (x,), dynamic_shapes={"input": {0: Dim("time"), 1: Dim("batch")}})
     exported = program.module()

@@ -18,7 +18,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import all_near, projected_by_pytorch, random_state
+from cells import GRU_CELL, LSTM_CELL, Cell, every_cell
+from helpers import all_near, leaves, projected_by_pytorch, random_state
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.flop_counter import FlopCounterMode
@@ -78,9 +79,9 @@ def test_nothing_else_is_imported():
 
 
 class Model(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, cell: Cell) -> None:
         super().__init__()
-        self.rnn = nn.LSTM(FEATURES, HIDDEN, LAYERS, batch_first=True, bidirectional=True)
+        self.rnn = cell.theirs(FEATURES, HIDDEN, LAYERS, batch_first=True, bidirectional=True)
         self.fc = nn.Linear(2 * HIDDEN, 3)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -103,11 +104,12 @@ def torchinfo(package: types.ModuleType, model: nn.Module) -> tuple[float, float
 
 
 @needs_third_party
+@every_cell
 @pytest.mark.filterwarnings("ignore:distutils")
 @pytest.mark.parametrize("count", [thop, ptflops, torchinfo])
-def test_other_counters_count_what_they_count_for_nn_lstm(count):
+def test_other_counters_count_what_they_count_for_pytorchs_module(count, cell):
     package = third_party(count.__name__)
-    model = Model()
+    model = Model(cell)
     expected = count(package, model)
     assert expected[0] > 10000
     assert expected[1] == sum(p.numel() for p in model.parameters())
@@ -115,45 +117,59 @@ def test_other_counters_count_what_they_count_for_nn_lstm(count):
     assert count(package, model) == expected
 
 
-def flops(model: nn.Module, x: Tensor, hx: tuple[Tensor, Tensor] | None) -> tuple[int, int]:
-    """Counts the operations of a forward and a backward pass, with ours and with nn.LSTM."""
+def flops(model: nn.Module, x: Tensor, hx: object) -> tuple[int, int]:
+    """Counts the operations of a forward and a backward pass."""
     with FlopCounterMode(display=False) as forward:
-        y, (h_n, c_n) = model(x, hx)
+        results = leaves(model(x, hx))
     with FlopCounterMode(display=False) as backward:
-        (y.sum() + h_n.sum() + c_n.sum()).backward()
+        sum(result.sum() for result in results).backward()
     return forward.get_total_flops(), backward.get_total_flops()
 
 
 @pytest.mark.parametrize("operator", ["layer", "recurrence"])
-@pytest.mark.parametrize("options", [{}, {"bias": False, "bidirectional": True}, {"proj_size": 3}], ids=str)
+@pytest.mark.parametrize(
+    ("cell", "options"),
+    [
+        (LSTM_CELL, {}),
+        (LSTM_CELL, {"bias": False, "bidirectional": True}),
+        (LSTM_CELL, {"proj_size": 3}),
+        (GRU_CELL, {}),
+        (GRU_CELL, {"bias": False, "bidirectional": True}),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("state", ["none", "given", "trainable"])
 @pytest.mark.parametrize("trainable_input", [False, True])
-def test_flop_counter_mode(trainable_input, state, options, operator):
-    """PyTorch runs nn.LSTM in float64 as matrix products, which it counts."""
-    theirs = nn.LSTM(FEATURES, HIDDEN, LAYERS, **options, **F64)
-    ours = LSTM(FEATURES, HIDDEN, LAYERS, **options)
+def test_flop_counter_mode(trainable_input, state, cell, options, operator):
+    """PyTorch runs its modules in float64 as matrix products, which it counts."""
+    theirs = cell.theirs(FEATURES, HIDDEN, LAYERS, **options, **F64)
+    ours = cell.module(FEATURES, HIDDEN, LAYERS, **options)
     rows = LAYERS * (2 if "bidirectional" in options else 1)
-    hx = random_state(rows, BATCH, HIDDEN)
-    hx = None if state == "none" else (hx[0][..., : options.get("proj_size")], hx[1])
+    h, *c = random_state(rows, BATCH, HIDDEN, cell)
+    hx = None if state == "none" else (h[..., : options.get("proj_size")], *c)
 
-    def count(lstm: nn.LSTM) -> tuple[int, int]:
+    def count(lstm: nn.RNNBase) -> tuple[int, int]:
         kind = lstm.weight_ih_l0.dtype
         x = torch.randn(STEPS, BATCH, FEATURES, dtype=kind, requires_grad=trainable_input)
         states = hx and tuple(t.to(kind).requires_grad_(state == "trainable") for t in hx)
-        return flops(lstm, x, states)
+        return flops(lstm, x, cell.hx(states))
 
     forward, backward = count(theirs)
     if state == "none" and (operator == "recurrence" or "proj_size" in options):
-        # for dW_hh nn.LSTM multiplies by its initial state of zeros, and we do not
-        backward -= rows * 2 * BATCH * 4 * HIDDEN * options.get("proj_size", HIDDEN)
+        # for dW_hh PyTorch multiplies by its initial state of zeros, and we do not
+        backward -= rows * 2 * BATCH * cell.gates * HIDDEN * options.get("proj_size", HIDDEN)
     with projected_by_pytorch() if operator == "recurrence" else contextlib.nullcontext():
         assert count(ours) == (forward, backward)
 
 
-def test_flop_counter_mode_counts_recomputed_products():
+@every_cell
+def test_flop_counter_mode_counts_recomputed_products(cell):
     x = torch.randn(STEPS, BATCH, FEATURES)
-    forward, backward = flops(LSTM(FEATURES, HIDDEN, bidirectional=True), x, None)
-    assert flops(LSTM(FEATURES, HIDDEN, bidirectional=True, recompute=True), x, None) == (forward, forward + backward)
+    forward, backward = flops(cell.module(FEATURES, HIDDEN, bidirectional=True), x, None)
+    assert flops(cell.module(FEATURES, HIDDEN, bidirectional=True, recompute=True), x, None) == (
+        forward,
+        forward + backward,
+    )
 
 
 # --- Opacus -----------------------------------------------------------------------------------------------------------
@@ -165,8 +181,8 @@ CALLS: dict[str, Callable[..., tuple]] = {
     "plain": lambda lstm, x, lengths, hx: lstm(x),
     "states": lambda lstm, x, lengths, hx: lstm(x, hx),
     "keywords": lambda lstm, x, lengths, hx: lstm(input=x, hx=hx, lengths=lengths),
-    "last": lambda lstm, x, lengths, hx: (lstm(x, output="last", lengths=lengths)[0], (None, None)),
-    "cells": lambda lstm, x, lengths, hx: (sum(lstm(x, return_cell_states=True)[::2]), (None, None)),
+    "last": lambda lstm, x, lengths, hx: lstm(x, output="last", lengths=lengths),
+    "cells": lambda lstm, x, lengths, hx: (sum(lstm(x, return_cell_states=True)[::2]), None),
     "reset": lambda lstm, x, lengths, hx: lstm(x, reset=x[..., 0] > 0.5),
     "twice": lambda lstm, x, lengths, hx: lstm(lstm(x)[0][..., :FEATURES]),
     "packed": lambda lstm, x, lengths, hx: lstm(
@@ -176,28 +192,30 @@ CALLS: dict[str, Callable[..., tuple]] = {
 
 
 class Private(nn.Module):
-    """An LSTM between linear layers, whose outputs all enter the loss."""
+    """An LSTM or GRU between linear layers, whose outputs all enter the loss."""
 
-    def __init__(self, call: str, batch_first: bool, **options) -> None:
+    def __init__(self, call: str, batch_first: bool, cell: Cell = LSTM_CELL, **options) -> None:
         super().__init__()
+        self.cell = cell
         self.call = CALLS[call]
         self.before = nn.Linear(3, FEATURES, **F64)
         lstm = {"num_layers": LAYERS, "batch_first": batch_first, "bidirectional": True, **options}
-        self.lstm = LSTM(FEATURES, HIDDEN, **lstm, **F64)
+        self.lstm = cell.module(FEATURES, HIDDEN, **lstm, **F64)
         self.after = nn.Linear(2 * HIDDEN, 2, **F64)
 
     def forward(self, x: Tensor, lengths: Tensor, h_0: Tensor, c_0: Tensor) -> Tensor:
         """Takes (B, T, 3), (B,) and two states (B, rows, H); returns (B, 2)."""
         x = self.before(x)
         batch = 0 if self.lstm.batch_first else 1
-        hx = (h_0.transpose(0, 1), c_0.transpose(0, 1))
+        hx = self.cell.hx((h_0.transpose(0, 1), c_0.transpose(0, 1)))
         y, states, *_ = self.call(self.lstm, x if batch == 0 else x.transpose(0, 1), lengths, hx)
         if not isinstance(y, Tensor):
             y = pad_packed_sequence(y, self.lstm.batch_first)[0]
         if y.dim() == 3:
             y = y.sum(1 - batch)
-        if states[0] is not None:
-            y = y + torch.cat([states[0][-1], states[1][0]], -1)
+        states = leaves(states)
+        if states:
+            y = y + torch.cat([states[0][-1], states[-1][0]], -1)
         return self.after(y)
 
 
@@ -214,9 +232,9 @@ def gradients_in_a_loop(model: nn.Module, inputs: tuple[Tensor, ...]) -> list[Te
     return [torch.stack(parts) for parts in zip(*of_each, strict=True)]
 
 
-def check_per_sample_gradients(call: str, reduction: str, batch_first: bool, **options) -> None:
+def check_per_sample_gradients(call: str, reduction: str, batch_first: bool, cell: Cell = LSTM_CELL, **options) -> None:
     opacus = third_party("opacus")
-    model = Private(call, batch_first, **options)
+    model = Private(call, batch_first, cell, **options)
     inputs = samples()
     expected = gradients_in_a_loop(model, inputs)
     assert importlib.import_module("opacus.validators").ModuleValidator.validate(model, strict=True) == []
@@ -229,15 +247,22 @@ def check_per_sample_gradients(call: str, reduction: str, batch_first: bool, **o
 
 
 @needs_third_party
+@every_cell
 @pytest.mark.parametrize("reduction, batch_first", [("mean", True), ("sum", False)])
 @pytest.mark.parametrize("call", [call for call in CALLS if call not in ("cells", "reset")])
-def test_opacus_per_sample_gradients_equal_a_loops(call, reduction, batch_first):
-    check_per_sample_gradients(call, reduction, batch_first)
+def test_opacus_per_sample_gradients_equal_a_loops(call, reduction, batch_first, cell):
+    check_per_sample_gradients(call, reduction, batch_first, cell)
 
 
 @needs_third_party
-def test_opacus_per_sample_gradients_of_learned_states():
-    check_per_sample_gradients("plain", "mean", True, learned_state=True)
+@every_cell
+def test_opacus_per_sample_gradients_of_learned_states(cell):
+    check_per_sample_gradients("plain", "mean", True, cell, learned_state=True)
+
+
+@needs_third_party
+def test_opacus_per_sample_gradients_of_a_gru_with_resets():
+    check_per_sample_gradients("reset", "mean", False, GRU_CELL)
 
 
 @needs_third_party
@@ -298,12 +323,22 @@ class SumOfSquares(nn.Module):
 
 
 @needs_third_party
-@pytest.mark.parametrize("options", [{"dropout": 0.5}, {"recurrent_dropout": 0.5}, {"zoneout": 0.1}], ids=str)
-def test_opacus_is_told_of_dropout(options):
+@pytest.mark.parametrize(
+    ("cell", "options"),
+    [
+        (LSTM_CELL, {"dropout": 0.5}),
+        (LSTM_CELL, {"recurrent_dropout": 0.5}),
+        (LSTM_CELL, {"zoneout": 0.1}),
+        (GRU_CELL, {"dropout": 0.5}),
+    ],
+    ids=str,
+)
+def test_opacus_is_told_of_dropout(cell, options):
     opacus = third_party("opacus")
-    model = Private("plain", True, **options)
+    model = Private("plain", True, cell, **options)
     (error,) = importlib.import_module("opacus.validators").ModuleValidator.validate(model)
-    assert "dropout, recurrent_dropout and zoneout must be 0 with Opacus" in str(error)
+    of_lstm = "birnn_ext.LSTM: dropout, recurrent_dropout and zoneout must be 0 with Opacus"
+    assert (of_lstm if cell is LSTM_CELL else "birnn_ext.GRU: dropout must be 0 with Opacus") in str(error)
     with pytest.raises(NotImplementedError, match="must be 0 with Opacus"):
         opacus.GradSampleModule(model)
 

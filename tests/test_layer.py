@@ -8,61 +8,71 @@ import random
 import subprocess
 import sys
 import threading
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from cells import GRU_CELL, LSTM_CELL, Cell, every_cell
 from helpers import all_near, assert_near, error, projected_by_pytorch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import birnn_ext
 from birnn_ext import LSTM, op_calls
-from birnn_ext.ops import lstm_layer, lstm_recurrence
-
-layer_op = torch.ops.birnn_ext.lstm_layer.default
-backward_op = torch.ops.birnn_ext.lstm_layer_backward.default
 
 
-def composite(x, weights, bias, h0=None, c0=None, lengths=None):
+def composite(cell, x, weights, bias, *states_and_lengths):
     """Computes the layer without its operator. x beyond a sequence's end must be finite."""
     stride = 4 if bias else 2
-    biases = [a + b for a, b in zip(weights[2::4], weights[3::4], strict=True)] if bias else [None] * 2
-    gates_x = [F.linear(x, w, b) for w, b in zip(weights[::stride], biases, strict=False)]
-    return lstm_recurrence(torch.stack(gates_x, 2), torch.stack(weights[1::stride]), h0, c0, lengths)
+    of_x, of_h = (weights[2::4], weights[3::4]) if bias else ([None] * 2,) * 2
+    own = "bias_hh" in cell.inputs  # the recurrence adds it, not the projection
+    if bias and not own:
+        of_x = [a + b for a, b in zip(of_x, of_h, strict=True)]
+    gates_x = torch.stack([F.linear(x, w, b) for w, b in zip(weights[::stride], of_x, strict=False)], 2)
+    bias_hh = [torch.stack(of_h) if bias else None] if own else []
+    return cell.function("recurrence")(gates_x, torch.stack(weights[1::stride]), *bias_hh, *states_and_lengths)
 
 
-def random_layer(rng: random.Random, dtype: torch.dtype, sizes: tuple[int, int, int, int] | None = None):
-    """Returns x, weights, bias, h0, c0 and lengths; all but bias and lengths require gradients."""
+def random_layer(cell: Cell, rng: random.Random, dtype: torch.dtype, sizes: tuple[int, int, int, int] | None = None):
+    """Returns x, weights, bias, the states and lengths; all but bias and lengths require gradients."""
     steps, batch, features, hidden = sizes or (
         rng.choice([1, 2, 3, 7]), rng.choice([1, 2, 6, 13, 70]), rng.choice([1, 3, 8, 17]), rng.choice([1, 4, 15, 16, 33])
     )  # fmt: skip
     directions, bias, state, ragged = rng.choice([1, 2]), *(rng.random() < 0.5 for _ in range(3))
 
     def tensor(*shape: int) -> torch.Tensor:
-        return (torch.randn(shape, dtype=torch.float64) / hidden**0.5).to(dtype).requires_grad_()
+        # If many features saturated a single unit, its gradients would be what 16 bits leave of 1 - n * n.
+        return (torch.randn(shape, dtype=torch.float64) / shape[-1] ** 0.5).to(dtype).requires_grad_()
 
     x = torch.randn(steps, batch, features, dtype=torch.float64).to(dtype).requires_grad_()
-    shapes = [(4 * hidden, features), (4 * hidden, hidden), (4 * hidden,), (4 * hidden,)][: 4 if bias else 2]
+    rows = cell.gates * hidden
+    shapes = [(rows, features), (rows, hidden), (rows,), (rows,)][: 4 if bias else 2]
     weights = [tensor(*shape) for _ in range(directions) for shape in shapes]
-    h0, c0 = (tensor(directions, batch, hidden), tensor(directions, batch, hidden)) if state else (None, None)
+    states = [tensor(directions, batch, hidden) if state else None for _ in range(cell.states)]
     lengths = torch.tensor([rng.randint(0, steps) for _ in range(batch)]) if ragged else None
-    return x, weights, bias, h0, c0, lengths
+    return x, weights, bias, *states, lengths
 
 
-def results_and_gradients(function, x, weights, bias, h0, c0, lengths, **kwargs):
-    inputs = [x, *weights, *([h0, c0] if h0 is not None else [])]
-    out = function(x, weights, bias, h0, c0, lengths, **kwargs)
+def results_and_gradients(function, x, weights, bias, *states, **kwargs):
+    *states, lengths = states
+    inputs = [x, *weights, *(state for state in states if state is not None)]
+    out = function(x, weights, bias, *states, lengths, **kwargs)
     generator = torch.Generator().manual_seed(1)
     cotangents = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o) for o in out]
     return [*out, *torch.autograd.grad(out, inputs, cotangents)]
 
 
+def compare_with_the_composite(cell: Cell, recompute: bool, *args) -> None:
+    found = results_and_gradients(cell.function("layer"), *args, recompute=recompute)
+    all_near(found, results_and_gradients(partial(composite, cell), *args))
+
+
+@every_cell
 @pytest.mark.parametrize("recompute", [False, True], ids=["saved", "recomputed"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("case", range(16))
-def test_against_the_composite(case, dtype, recompute):
-    args = random_layer(random.Random(case), dtype)
-    all_near(results_and_gradients(lstm_layer, *args, recompute=recompute), results_and_gradients(composite, *args))
+def test_against_the_composite(case, dtype, recompute, cell):
+    compare_with_the_composite(cell, recompute, *random_layer(cell, random.Random(case), dtype))
 
 
 # Among these are more units than one thread has, few rows, many steps, several rounds, and more features than an ISA's
@@ -74,53 +84,58 @@ def detached_double(args):
     return [t.detach().double().requires_grad_() if torch.is_tensor(t) and t.is_floating_point() else t for t in args]
 
 
+@every_cell
 @pytest.mark.parametrize("recompute", [False, True], ids=["saved", "recomputed"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_16_bit_training_is_one_operator(dtype, recompute):
+def test_16_bit_training_is_one_operator(dtype, recompute, cell):
     """Neither the projection nor a sum is rounded before its end, so errors are smaller than with PyTorch's products."""
     rng, squares = random.Random(0), torch.zeros(2)
+    products = partial(composite, cell)
     for case, sizes in enumerate(SIZES_OF_16_BITS):
-        x, weights, *rest = random_layer(rng, dtype, sizes)
+        x, weights, *rest = random_layer(cell, rng, dtype, sizes)
         wide = detached_double(rest)
-        truth = results_and_gradients(composite, *detached_double([x]), detached_double(weights), *wide)
+        truth = results_and_gradients(products, *detached_double([x]), detached_double(weights), *wide)
         before = op_calls()
         with OnlyOurProducts():
-            results = results_and_gradients(lstm_layer, x, weights, *rest, recompute=recompute)
+            results = results_and_gradients(cell.function("layer"), x, weights, *rest, recompute=recompute)
         counts = {name: count - before[name] for name, count in op_calls().items() if count != before[name]}
         assert counts == {"cpu_forward": 1, "cpu_backward": 1}
-        all_near(results[:3], [t.to(dtype) for t in truth[:3]], f"case {case} ")  # in gradients, terms may cancel
-        for k, found in enumerate((results, results_and_gradients(composite, x, weights, *rest))):
+        outputs = [t.to(dtype) for t in cell.outputs(truth)]
+        all_near(cell.outputs(results), outputs, f"case {case} ")  # in gradients, terms may cancel
+        for k, found in enumerate((results, results_and_gradients(products, x, weights, *rest))):
             for actual, expected in zip(found, truth, strict=True):
                 scale = expected.square().sum().clamp(min=1e-30)
                 squares[k] += (actual.double() - expected).square().sum() / scale
     assert squares[0] < squares[1]
 
 
+@every_cell
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("steps", "batch"), [(64, 512), (7, 2000)])
-def test_16_bit_gradients_of_weights_do_not_lose_accuracy_in_long_sums(steps, batch, dtype):
+def test_16_bit_gradients_of_weights_do_not_lose_accuracy_in_long_sums(steps, batch, dtype, cell):
     """Sums are float32, so what remains is the rounding of a result and what the terms' errors leave."""
-    x, weights, bias, *_ = random_layer(random.Random(3), dtype, (steps, batch, 5, 9))
-    y = lstm_layer(x, weights, bias)[0]
+    x, weights, bias, *_ = random_layer(cell, random.Random(3), dtype, (steps, batch, 5, 9))
+    y = cell.function("layer")(x, weights, bias)[0]
     cotangent = (1 + torch.randn_like(y) / 4).to(dtype)
     found = torch.autograd.grad(y, weights, cotangent)
     wide = detached_double(weights)
-    y = composite(x.detach().double(), wide, bias)[0]
+    y = composite(cell, x.detach().double(), wide, bias)[0]
     for actual, expected in zip(found, torch.autograd.grad(y, wide, cotangent.double()), strict=True):
         assert (actual.double() - expected).norm() <= torch.finfo(dtype).eps / 2 * expected.norm()
 
 
+@every_cell
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_16_bit_second_order(dtype):
-    x, weights, *rest = random_layer(random.Random(2), dtype, (4, 6, 5, 9))
+def test_16_bit_second_order(dtype, cell):
+    x, weights, *rest = random_layer(cell, random.Random(2), dtype, (4, 6, 5, 9))
 
     def penalty(function, x, weights, *rest):
         inputs = [x, *weights]
         grads = torch.autograd.grad(function(x, weights, *rest)[0].square().sum(), inputs, create_graph=True)
         return torch.autograd.grad(sum(g.square().sum() for g in grads), inputs)
 
-    wide = penalty(composite, *detached_double([x]), detached_double(weights), *detached_double(rest))
-    all_near(penalty(lstm_layer, x, weights, *rest), [t.to(dtype) for t in wide])
+    wide = penalty(partial(composite, cell), *detached_double([x]), detached_double(weights), *detached_double(rest))
+    all_near(penalty(cell.function("layer"), x, weights, *rest), [t.to(dtype) for t in wide])
 
 
 class OnlyOurProducts(TorchDispatchMode):
@@ -150,34 +165,36 @@ def test_an_input_projection_is_one_product(options, device):
         lstm(x.requires_grad_())[0].sum().backward()
 
 
+@every_cell
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(20))
-def test_against_the_composite_at_length(seed):
+def test_against_the_composite_at_length(seed, cell):
     for case in range(20):
         for recompute in (False, True):
-            test_against_the_composite(16 + 20 * seed + case, torch.float64, recompute)
+            test_against_the_composite(16 + 20 * seed + case, torch.float64, recompute, cell)
 
 
 # Some have more steps than a round, more units than a group of panels or a tile, or few rows with many steps.
+@every_cell
 @pytest.mark.parametrize("sizes", [(60, 70, 5, 17), (9, 300, 3, 8), (3, 5, 4, 290), (150, 1, 30, 20)], ids=str)
 @pytest.mark.parametrize("recompute", [False, True], ids=["saved", "recomputed"])
-def test_sizes_that_take_several_rounds(sizes, recompute):
+def test_sizes_that_take_several_rounds(sizes, recompute, cell):
     for case in range(4):
-        args = random_layer(random.Random(case), torch.float64, sizes)
-        all_near(results_and_gradients(lstm_layer, *args, recompute=recompute), results_and_gradients(composite, *args))
+        compare_with_the_composite(cell, recompute, *random_layer(cell, random.Random(case), torch.float64, sizes))
 
 
+@every_cell
 @pytest.mark.parametrize("sizes", [(1, 1, 16, 5), (1, 3, 48, 17), (2, 1, 80, 4)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_sizes_of_a_single_tile(sizes, dtype):
-    args = random_layer(random.Random(sum(sizes)), dtype, sizes)
-    found, expected = results_and_gradients(lstm_layer, *args), results_and_gradients(composite, *args)
-    all_near(found, expected)
+def test_sizes_of_a_single_tile(sizes, dtype, cell):
+    compare_with_the_composite(cell, False, *random_layer(cell, random.Random(sum(sizes)), dtype, sizes))
 
 
-def test_strides():
+@every_cell
+def test_strides(cell):
     """x is batch-first or has strided features, and gradients arrive transposed or expanded."""
-    x, weights, *rest = random_layer(random.Random(1), torch.float64, (5, 4, 6, 9))
+    x, weights, *rest = random_layer(cell, random.Random(1), torch.float64, (5, 4, 6, 9))
+    functions = (cell.function("layer"), partial(composite, cell))
     views = (
         lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
         lambda x: torch.stack([x, x], -1)[..., 0],
@@ -185,93 +202,95 @@ def test_strides():
     )
     for view in views:
         ours, theirs = (
-            results_and_gradients(lambda x, *a, f=f, view=view: f(view(x), *a), x, weights, *rest)
-            for f in (lstm_layer, composite)
+            results_and_gradients(lambda x, *a, f=f, view=view: f(view(x), *a), x, weights, *rest) for f in functions
         )
         all_near(ours, theirs)
     for function in (lambda y: y.sum(), lambda y: y.transpose(0, 1).contiguous().square().sum()):
-        ours, theirs = (
-            torch.autograd.grad(function(f(x, weights, *rest)[0]), [x, *weights]) for f in (lstm_layer, composite)
-        )
+        ours, theirs = (torch.autograd.grad(function(f(x, weights, *rest)[0]), [x, *weights]) for f in functions)
         all_near(ours, theirs)
 
 
+@every_cell
 @pytest.mark.parametrize("recompute", [False, True], ids=["saved", "recomputed"])
 @pytest.mark.parametrize("ragged", [True, False], ids=["ragged", "full"])
-def test_gradcheck_first_and_second_order(ragged, recompute):
-    x, weights, bias, h0, c0, _ = random_layer(random.Random(6), torch.float64, (3, 3, 2, 2))
-    h0, c0 = (
-        torch.randn(len(weights) // (4 if bias else 2), 3, 2, dtype=torch.float64, requires_grad=True) for _ in "hc"
-    )
+def test_gradcheck_first_and_second_order(ragged, recompute, cell):
+    x, weights, bias, *_ = random_layer(cell, random.Random(6), torch.float64, (3, 3, 2, 2))
+    shape = (len(weights) // (4 if bias else 2), 3, 2)
+    states = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for _ in range(cell.states)]
     lengths = torch.tensor([2, 3, 0]) if ragged else None
 
-    def run(x, h0, c0, *weights):
-        return lstm_layer(x, list(weights), bias, h0, c0, lengths, recompute=recompute)
+    def run(x, *others):
+        given, weights = others[: cell.states], others[cell.states :]
+        return cell.function("layer")(x, list(weights), bias, *given, lengths, recompute=recompute)
 
-    assert torch.autograd.gradcheck(run, (x, h0, c0, *weights))
-    assert torch.autograd.gradgradcheck(run, (x, h0, c0, *weights))
+    assert torch.autograd.gradcheck(run, (x, *states, *weights))
+    assert torch.autograd.gradgradcheck(run, (x, *states, *weights))
 
 
-def test_second_order_where_one_input_depends_on_another():
-    x, weights, bias, h0, c0, lengths = random_layer(random.Random(3), torch.float64, (3, 2, 4, 4))
+@every_cell
+def test_second_order_where_one_input_depends_on_another(cell):
+    x, weights, *rest = random_layer(cell, random.Random(3), torch.float64, (3, 2, 4, 4))
 
     def penalty(function):
         (grad,) = torch.autograd.grad(
-            function(x * weights[0].sum(), weights, bias, h0, c0, lengths)[0].square().sum(),
+            function(x * weights[0].sum(), weights, *rest)[0].square().sum(),
             weights[0],
             create_graph=True,
         )
         return torch.autograd.grad(grad.square().sum(), [x, *weights])
 
-    all_near(penalty(lstm_layer), penalty(composite))
+    all_near(penalty(cell.function("layer")), penalty(partial(composite, cell)))
 
 
+@every_cell
 @pytest.mark.parametrize("save", ["none", "all", "cells"])
 @pytest.mark.parametrize(("case", "dtype"), [(0, torch.float32), (3, torch.float32), (5, torch.bfloat16)], ids=str)
-def test_opcheck(case, dtype, save):
-    x, weights, bias, h0, c0, lengths = random_layer(random.Random(case), dtype, (3, 4, 5, 6))
-    detached = [None if t is None else t.detach() for t in (x, h0, c0)]
-    plain = [w.detach() for w in weights]
+def test_opcheck(case, dtype, save, cell):
+    args = random_layer(cell, random.Random(case), dtype, (3, 4, 5, 6))
+    x, weights, bias, *rest = args
+    detached = (x.detach(), [w.detach() for w in weights], bias, *(None if t is None else t.detach() for t in rest))
+    layer_op, backward_op = cell.operator("_layer"), cell.operator("_layer_backward")
     if save == "none":
-        torch.library.opcheck(layer_op, (detached[0], plain, bias, *detached[1:], lengths, "none"))
+        torch.library.opcheck(layer_op, (*detached, "none"))
         return
-    torch.library.opcheck(layer_op, (x, weights, bias, h0, c0, lengths, save))
-    y, h_n, _, gates, cells = layer_op(detached[0], plain, bias, *detached[1:], lengths, save)
-    grads = (torch.randn_like(y), torch.randn_like(h_n), None)
+    torch.library.opcheck(layer_op, (*args, save))
+    y, h_n, *_, gates, cells = layer_op(*detached, save)
+    grads = (torch.randn_like(y), torch.randn_like(h_n), None)[: 1 + cell.states]
     for wanted in ((True, True, True), (False, True, False)):
-        torch.library.opcheck(
-            backward_op, (detached[0], plain, bias, *detached[1:], lengths, y, gates, cells, *grads, *wanted)
-        )
+        torch.library.opcheck(backward_op, (*detached, y, gates, cells, *grads, *wanted))
 
 
+@every_cell
 @pytest.mark.parametrize("recompute", [False, True], ids=["saved", "recomputed"])
 @pytest.mark.parametrize("sizes", [(40, 61, 5, 40), (30, 2, 7, 90)], ids=str)
 @pytest.mark.parametrize("ragged", [True, False], ids=["ragged", "full"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_bitwise_the_same_for_any_number_of_threads(dtype, ragged, sizes, recompute):
+def test_bitwise_the_same_for_any_number_of_threads(dtype, ragged, sizes, recompute, cell):
     """Threads split many sequences among them, and share few, of which each has some hidden units."""
-    x, weights, bias, h0, c0, _ = random_layer(random.Random(2), dtype, sizes)
+    *args, _ = random_layer(cell, random.Random(2), dtype, sizes)
     lengths = torch.arange(sizes[1]).remainder(sizes[0] + 1) if ragged else None
     results, before = [], torch.get_num_threads()
     try:
         for threads in (1, 2, 3, 5, 8, 2):
             torch.set_num_threads(threads)
-            results.append(results_and_gradients(lstm_layer, x, weights, bias, h0, c0, lengths, recompute=recompute))
+            results.append(results_and_gradients(cell.function("layer"), *args, lengths, recompute=recompute))
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-def test_concurrent_calls():
+@every_cell
+def test_concurrent_calls(cell):
     """Several Python threads at once, each with its own work, get the same results as alone."""
-    cases = [random_layer(random.Random(k), torch.float32, (20, 30, 9, 24)) for k in range(4)]
-    alone = [results_and_gradients(lstm_layer, *case) for case in cases]
+    function = cell.function("layer")
+    cases = [random_layer(cell, random.Random(k), torch.float32, (20, 30, 9, 24)) for k in range(4)]
+    alone = [results_and_gradients(function, *case) for case in cases]
     together: list = [None] * len(cases)
 
     def work(k: int) -> None:
         for _ in range(5):
-            together[k] = results_and_gradients(lstm_layer, *cases[k])
+            together[k] = results_and_gradients(function, *cases[k])
 
     threads = [threading.Thread(target=work, args=(k,)) for k in range(len(cases))]
     for thread in threads:
@@ -282,13 +301,16 @@ def test_concurrent_calls():
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-def test_infinite_weights_reach_the_same_sequences_for_any_number_of_threads():
+@every_cell
+def test_infinite_weights_reach_the_same_sequences_for_any_number_of_threads(cell):
     """0 times infinity is NaN, so the kernels must not skip products with gradients of 0 then."""
     generator = torch.Generator().manual_seed(3)
-    weights = [torch.randn(shape, generator=generator) / 4 for shape in [(32, 3), (32, 8)] * 2]
+    rows = cell.gates * 8
+    weights = [torch.randn(shape, generator=generator) / 4 for shape in [(rows, 3), (rows, 8)] * 2]
     weights[1][0, 0] = float("inf")
     x, h0 = torch.rand(6, 24, 3, generator=generator), torch.rand(2, 24, 8, generator=generator) + 0.5
-    y, _, _, gates, cells = layer_op(x, weights, False, h0, None, None, "all")
+    args = (x, weights, False, h0, *[None] * cell.states)
+    y, *_, gates, cells = cell.operator("_layer")(*args, "all")
     assert not y.isnan().any()
     dy = torch.zeros_like(y)
     dy[:, ::7] = 1
@@ -296,7 +318,8 @@ def test_infinite_weights_reach_the_same_sequences_for_any_number_of_threads():
     try:
         for threads in (1, 2, 3, 5):
             torch.set_num_threads(threads)
-            dx = backward_op(x, weights, False, h0, None, None, y, gates, cells, dy, None, None, True, True, False)[0]
+            states = [None] * cell.states  # their gradients
+            dx = cell.operator("_layer_backward")(*args, y, gates, cells, dy, *states, True, True, False)[0]
             seen.append(dx.isnan())
     finally:
         torch.set_num_threads(before)
@@ -315,9 +338,10 @@ def test_errors_of_sums_do_not_grow_with_their_length():
         assert error(a, e) < 2e-6
 
 
-def test_batch_of_gradients():
-    x, weights, *rest = random_layer(random.Random(1), torch.float64, (4, 3, 5, 6))
-    y = lstm_layer(x, weights, *rest)[0]
+@every_cell
+def test_batch_of_gradients(cell):
+    x, weights, *rest = random_layer(cell, random.Random(1), torch.float64, (4, 3, 5, 6))
+    y = cell.function("layer")(x, weights, *rest)[0]
     v = torch.randn(5, *y.shape, dtype=torch.float64)
     batch = torch.autograd.grad(y, [x, *weights], v, is_grads_batched=True, retain_graph=True)
     for k in range(5):
@@ -432,18 +456,19 @@ def test_only_the_kernels_flush_denormals():
 @pytest.mark.skipif(
     birnn_ext.build_info()["cpu_isa"] != "amx", reason="this CPU has no AMX, or BIRNN_CPU_ISA forbids it"
 )
+@every_cell
 @pytest.mark.parametrize("recompute", [False, True], ids=["saved", "recomputed"])
-def test_matmul_precision_high(recompute):
+def test_matmul_precision_high(recompute, cell):
     """Products keep 16 bits, so errors are smaller than with bfloat16's 8, and larger than with float32's 24."""
-    case = random_layer(random.Random(1), torch.float64, (9, 21, 30, 70))
-    wide = results_and_gradients(lstm_layer, *case)
-    x, weights, bias, h0, c0, lengths = case
-    h0, c0 = (None if s is None else s.detach().float().requires_grad_() for s in (h0, c0))
-    narrow = (x.detach().float().requires_grad_(), [w.detach().float().requires_grad_() for w in weights], bias, h0, c0)
+    case = random_layer(cell, random.Random(1), torch.float64, (9, 21, 30, 70))
+    wide = results_and_gradients(cell.function("layer"), *case)
+    x, weights, bias, *states, lengths = case
+    states = [None if s is None else s.detach().float().requires_grad_() for s in states]
+    narrow = (x.detach().float().requires_grad_(), [w.detach().float().requires_grad_() for w in weights], bias)
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("high")
-        results = results_and_gradients(lstm_layer, *narrow, lengths, recompute=recompute)
+        results = results_and_gradients(cell.function("layer"), *narrow, *states, lengths, recompute=recompute)
     finally:
         torch.set_float32_matmul_precision(before)
     errors = [error(a, e) for a, e in zip(results, wide, strict=True)]
@@ -461,7 +486,9 @@ def w(*shape: int, **kwargs) -> torch.Tensor:
     return torch.zeros(shape, **kwargs)
 
 
-OK = [w(8, 3), w(8, 2)]
+OK, OK_GRU = [w(8, 3), w(8, 2)], [w(6, 3), w(6, 2)]
+layer_op, backward_op = LSTM_CELL.operator("_layer"), LSTM_CELL.operator("_layer_backward")
+gru_op, gru_backward_op = GRU_CELL.operator("_layer"), GRU_CELL.operator("_layer_backward")
 ERRORS = [
     (lambda: layer_op(w(4, 3), OK, False, None, None, None, "none"), ValueError, r"x must have shape \(T, B, I\), got \[4, 3\]"),
     (lambda: layer_op(w(0, 2, 3), OK, False, None, None, None, "none"), ValueError, "at least one time step"),
@@ -478,6 +505,11 @@ ERRORS = [
     (lambda: layer_op(w(4, 2, 3), [w(8, 3), w(8, 2, device="meta")], False, None, None, None, "none"), ValueError, "all tensors must be on one device, got .'cpu', 'meta'."),
     (lambda: backward_op(w(4, 2, 3), OK, False, None, None, None, w(4, 2, 1, 2), w(0), w(0), None, None, None, True, True, False), ValueError, "cells must have shape"),
     (lambda: backward_op(w(4, 2, 3), OK, False, None, None, None, w(4, 2, 1, 3), w(0), w(4, 2, 1, 2), None, None, None, True, True, False), ValueError, "y must have shape"),
+    (lambda: gru_op(w(4, 3), OK_GRU, False, None, None, "none"), ValueError, r"gru_layer: x must have shape \(T, B, I\), got \[4, 3\]"),
+    (lambda: gru_op(w(4, 2, 3), OK_GRU, True, None, None, "none"), ValueError, "gru_layer: weights must be 4 or 8 tensors, got 2"),
+    (lambda: gru_op(w(4, 2, 3), [w(6, 3), w(6)], False, None, None, "none"), ValueError, r"w_hh must have shape \(3H, H\), got \[6\]"),
+    (lambda: gru_op(w(4, 2, 3), OK, False, None, None, "none"), ValueError, r"w_ih must have shape \[6, 3\], got \[8, 3\]"),
+    (lambda: gru_backward_op(w(4, 2, 3), OK_GRU, False, None, None, w(4, 2, 1, 3), w(0), w(0), None, None, True, True, False), ValueError, "y must have shape"),
 ]  # fmt: skip
 
 

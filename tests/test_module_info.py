@@ -1,4 +1,4 @@
-"""birnn_ext.LSTM passes PyTorch's own cases for nn.LSTM (its ModuleInfo), with the checks of PyTorch's
+"""Our modules pass PyTorch's own cases for nn.LSTM and nn.GRU (their ModuleInfo), with the checks of PyTorch's
 test_modules.py."""
 
 from __future__ import annotations
@@ -9,20 +9,20 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from cells import GRU_CELL, LSTM_CELL, Cell, every_cell
 from helpers import all_near
 from torch import Tensor, nn
 from torch.testing._internal.common_modules import ModuleErrorEnum, ModuleInput, module_db
 
-from birnn_ext import LSTM
-
 # That import forbids the whole process to set flags such as torch.backends.fp32_precision, as other tests do.
 torch.backends.disable_global_flags.__globals__["__allow_nonbracketed_mutation_flag"] = True
 
-INFO = next(info for info in module_db if info.module_cls is nn.LSTM)
+INFO = {cell: next(info for info in module_db if info.module_cls is cell.theirs) for cell in (LSTM_CELL, GRU_CELL)}
 
 
-def cases(device: str, dtype: torch.dtype, training: bool) -> list[ModuleInput]:
-    return INFO.module_inputs_func(INFO, device=device, dtype=dtype, requires_grad=True, training=training)
+def cases(cell: Cell, device: str, dtype: torch.dtype, training: bool) -> list[ModuleInput]:
+    info = INFO[cell]
+    return info.module_inputs_func(info, device=device, dtype=dtype, requires_grad=True, training=training)
 
 
 def name_of(case: ModuleInput) -> str:
@@ -30,13 +30,16 @@ def name_of(case: ModuleInput) -> str:
     return arguments + ("-hx" if len(case.forward_input.args) == 2 else "")
 
 
-NAMES = [name_of(case) for case in cases("cpu", torch.float32, True)]
-each_case = pytest.mark.parametrize("number", range(len(NAMES)), ids=NAMES)
-each_dtype = pytest.mark.parametrize("dtype", INFO.dtypes, ids=str)
+NAMES = {cell: [name_of(case) for case in cases(cell, "cpu", torch.float32, True)] for cell in INFO}
+EVERY_CASE = [
+    pytest.param(cell, number, id=f"{cell.name}-{name}") for cell in INFO for number, name in enumerate(NAMES[cell])
+]
+each_case = pytest.mark.parametrize(("cell", "number"), EVERY_CASE)
+each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 each_mode = pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 
 
-def build(case: ModuleInput, cls: type[nn.LSTM], training: bool = True, **kwargs) -> nn.LSTM:
+def build(case: ModuleInput, cls: type[nn.RNNBase], training: bool = True, **kwargs) -> nn.RNNBase:
     return cls(*case.constructor_input.args, **case.constructor_input.kwargs, **kwargs).train(training)
 
 
@@ -48,23 +51,25 @@ def tensors(nested) -> Iterator[Tensor]:
             yield from tensors(one)
 
 
-def outputs_and_gradients(module: nn.LSTM, args) -> list[Tensor]:
+def outputs_and_gradients(module: nn.RNNBase, args) -> list[Tensor]:
     outputs = list(tensors(module(*args)))
     loss = sum((o.double() * (k + o.double()).cos()).sum().cpu() for k, o in enumerate(outputs))
     return [*outputs, *torch.autograd.grad(loss, [*tensors(args), *module.parameters()])]
 
 
-def test_there_are_cases():
-    assert INFO.dtypes == (torch.float32, torch.float64)
-    assert len(NAMES) == len(set(NAMES)) >= 32
+@every_cell
+def test_there_are_cases(cell):
+    assert INFO[cell].dtypes == (torch.float32, torch.float64)
+    names = NAMES[cell]
+    assert len(names) == len(set(names)) >= 16
 
 
 @each_mode
 @each_dtype
 @each_case
-def test_forward_and_gradients(number, dtype, training, device):
-    case = cases(device, dtype, training)[number]
-    ours, theirs = (build(case, cls, training, device=device, dtype=dtype) for cls in (LSTM, nn.LSTM))
+def test_forward_and_gradients(number, dtype, training, cell, device):
+    case = cases(cell, device, dtype, training)[number]
+    ours, theirs = (build(case, cls, training, device=device, dtype=dtype) for cls in (cell.module, cell.theirs))
     theirs.load_state_dict(ours.state_dict())
     args = case.forward_input.args
     versions = [t._version for t in tensors(args)]
@@ -74,9 +79,9 @@ def test_forward_and_gradients(number, dtype, training, device):
 
 
 @each_case
-def test_non_contiguous_tensors(number, device):
-    case = cases(device, torch.float64, True)[number]
-    ours = build(case, LSTM, device=device, dtype=torch.float64)
+def test_non_contiguous_tensors(number, cell, device):
+    case = cases(cell, device, torch.float64, True)[number]
+    ours = build(case, cell.module, device=device, dtype=torch.float64)
     args = case.forward_input.args
 
     def strided(nested):
@@ -89,10 +94,13 @@ def test_non_contiguous_tensors(number, device):
 
 
 @each_case
-def test_double_backward(number, device):
+def test_double_backward(number, cell, device):
     """The oracle is nn.LSTM on the CPU, as cuDNN has no double backward."""
-    case, on_cpu = (cases(where, torch.float64, True)[number] for where in (device, "cpu"))
-    ours, theirs = build(case, LSTM, device=device, dtype=torch.float64), build(case, nn.LSTM, dtype=torch.float64)
+    case, on_cpu = (cases(cell, where, torch.float64, True)[number] for where in (device, "cpu"))
+    ours, theirs = (
+        build(case, cell.module, device=device, dtype=torch.float64),
+        build(case, cell.theirs, dtype=torch.float64),
+    )
     theirs.load_state_dict(ours.state_dict())
     results = []
     for module, args in ((ours, case.forward_input.args), (theirs, on_cpu.forward_input.args)):
@@ -106,9 +114,10 @@ def test_double_backward(number, device):
     all_near(*results)
 
 
-def check_gradients(case: ModuleInput, training: bool, check, **kwargs) -> None:
+def check_gradients(cell: Cell, number: int, training: bool, check, **kwargs) -> None:
     """Checks gradients of all outputs for inputs and parameters."""
-    ours = build(case, LSTM, training, dtype=torch.float64)
+    case = cases(cell, "cpu", torch.float64, training)[number]
+    ours = build(case, cell.module, training, dtype=torch.float64)
     names, parameters = zip(*ours.named_parameters(), strict=True)
     args = case.forward_input.args
     count = len(list(tensors(args)))
@@ -116,49 +125,48 @@ def check_gradients(case: ModuleInput, training: bool, check, **kwargs) -> None:
     def run(*flat):
         x, *hx = flat[:count]
         weights = dict(zip(names, flat[count:], strict=True))
-        return tuple(tensors(torch.func.functional_call(ours, weights, (x, tuple(hx) or None))))
+        return tuple(tensors(torch.func.functional_call(ours, weights, (x, cell.hx(hx or None)))))
 
     assert check(run, (*tensors(args), *parameters), **kwargs)
 
 
 @each_mode
 @each_case
-def test_grad(number, training):
-    case = cases("cpu", torch.float64, training)[number]
-    check_gradients(case, training, torch.autograd.gradcheck, fast_mode=True)
+def test_grad(number, training, cell):
+    check_gradients(cell, number, training, torch.autograd.gradcheck, fast_mode=True)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("check", [torch.autograd.gradcheck, torch.autograd.gradgradcheck])
-@pytest.mark.parametrize("number", range(0, len(NAMES), 5), ids=NAMES[::5])
-def test_grad_and_gradgrad_of_every_element(number, check):
+@pytest.mark.parametrize(("cell", "number"), EVERY_CASE[::5])
+def test_grad_and_gradgrad_of_every_element(number, check, cell):
     """This takes some cases; test_grad takes all, with a random direction for each."""
-    check_gradients(cases("cpu", torch.float64, True)[number], True, check)
+    check_gradients(cell, number, True, check)
 
 
 @each_case
-def test_factory_kwargs(number, device):
-    case = cases(device, torch.float64, True)[number]
-    ours = build(case, LSTM, device=device, dtype=torch.float64)
+def test_factory_kwargs(number, cell, device):
+    case = cases(cell, device, torch.float64, True)[number]
+    ours = build(case, cell.module, device=device, dtype=torch.float64)
     assert all(p.device.type == device and p.dtype == torch.float64 for p in ours.parameters())
     with torch.device(device):
-        assert all(p.device.type == device for p in build(case, LSTM).parameters())
+        assert all(p.device.type == device for p in build(case, cell.module).parameters())
     with torch.device("meta"):
-        assert all(p.is_meta for p in build(case, LSTM).parameters())
+        assert all(p.is_meta for p in build(case, cell.module).parameters())
 
 
 @each_case
-def test_repr(number):
-    case = cases("cpu", torch.float32, True)[number]
-    ours, theirs = build(case, LSTM), build(case, nn.LSTM)
+def test_repr(number, cell):
+    case = cases(cell, "cpu", torch.float32, True)[number]
+    ours, theirs = build(case, cell.module), build(case, cell.theirs)
     assert repr(ours) == str(ours) == repr(theirs)
 
 
 @each_mode
 @each_case
-def test_pickle_and_deepcopy(number, training, device):
-    case = cases(device, torch.float32, training)[number]
-    ours = build(case, LSTM, training, device=device)
+def test_pickle_and_deepcopy(number, training, cell, device):
+    case = cases(cell, device, torch.float32, training)[number]
+    ours = build(case, cell.module, training, device=device)
     expected = outputs_and_gradients(ours, case.forward_input.args)
     for copied in (pickle.loads(pickle.dumps(ours)), copy.deepcopy(ours)):
         assert copied.training is training
@@ -166,9 +174,9 @@ def test_pickle_and_deepcopy(number, training, device):
 
 
 @each_case
-def test_memory_format_changes_nothing(number, device):
-    case = cases(device, torch.float32, True)[number]
-    ours = build(case, LSTM, device=device)
+def test_memory_format_changes_nothing(number, cell, device):
+    case = cases(cell, device, torch.float32, True)[number]
+    ours = build(case, cell.module, device=device)
     expected = outputs_and_gradients(ours, case.forward_input.args)
     for memory_format in (torch.channels_last, torch.contiguous_format, torch.preserve_format):
         ours.to(memory_format=memory_format)
@@ -176,10 +184,10 @@ def test_memory_format_changes_nothing(number, device):
 
 
 @each_case
-def test_to_empty(number, device):
-    case = cases(device, torch.float32, True)[number]
-    source = build(case, LSTM, device=device)
-    ours = build(case, LSTM, device="meta").to_empty(device=device)
+def test_to_empty(number, cell, device):
+    case = cases(cell, device, torch.float32, True)[number]
+    source = build(case, cell.module, device=device)
+    ours = build(case, cell.module, device="meta").to_empty(device=device)
     assert all(p.device.type == device for p in ours.parameters())
     ours.load_state_dict(source.state_dict())
     assert torch.equal(ours(*case.forward_input.args)[0], source(*case.forward_input.args)[0])
@@ -187,9 +195,9 @@ def test_to_empty(number, device):
 
 @pytest.mark.cuda
 @each_case
-def test_device_moves_and_parity_of_devices(number):
-    case = cases("cpu", torch.float64, True)[number]
-    ours = build(case, LSTM, dtype=torch.float64)
+def test_device_moves_and_parity_of_devices(number, cell):
+    case = cases(cell, "cpu", torch.float64, True)[number]
+    ours = build(case, cell.module, dtype=torch.float64)
     results, parameters = [], list(ours.parameters())
     for device in ("cpu", "cuda", "cpu", "cuda"):
         ours.to(device)
@@ -204,15 +212,17 @@ def test_device_moves_and_parity_of_devices(number):
         all_near(results[k], results[0])
 
 
+@every_cell
 @each_mode
 @each_dtype
-def test_errors(dtype, training, device):
-    for case in INFO.module_error_inputs_func(INFO, device=device, dtype=dtype, requires_grad=False, training=training):
+def test_errors(dtype, training, cell, device):
+    info = INFO[cell]
+    for case in info.module_error_inputs_func(info, device=device, dtype=dtype, requires_grad=False, training=training):
         wrong = case.module_error_input
         if case.error_on is ModuleErrorEnum.CONSTRUCTION_ERROR:
             with pytest.raises(case.error_type, match=case.error_regex):
-                build(wrong, LSTM, training)
+                build(wrong, cell.module, training)
         else:
-            ours = build(wrong, LSTM, training)
+            ours = build(wrong, cell.module, training)
             with pytest.raises(case.error_type, match=case.error_regex):
                 ours(*wrong.forward_input.args)

@@ -1,4 +1,4 @@
-"""birnn_ext.onnx.export writes ONNX's LSTM with dynamic batch and time, and ONNX Runtime agrees with PyTorch."""
+"""birnn_ext.onnx.export writes ONNX's operators with dynamic batch and time, and ONNX Runtime agrees with PyTorch."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from collections import Counter
 
 import pytest
 import torch
-from helpers import assert_near, random_state
+from cells import every_cell
+from helpers import assert_near, leaves, random_state
 from torch import nn
 
 import birnn_ext
 import birnn_ext.onnx
-from birnn_ext import LSTM, BiRNN
+from birnn_ext import GRU, LSTM, BiRNN
 
 pytest.importorskip("onnxscript", reason="exporting to ONNX needs onnxscript: pip install 'birnn_ext[onnx]'")
 onnxruntime = pytest.importorskip("onnxruntime", reason="running ONNX files needs onnxruntime")
@@ -35,15 +36,12 @@ def operators(program) -> Counter:
     return Counter(node.op_type for node in program.model.graph)
 
 
-def leaves(result) -> list[torch.Tensor]:
-    return [t for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, torch.Tensor)]
-
-
-def test_export_of_the_classifier_freezes_neither_batch_nor_time(tmp_path):
-    model = BiRNN(28, 16, 2, 10)
+@every_cell
+def test_export_of_the_classifier_freezes_neither_batch_nor_time(cell, tmp_path):
+    model = BiRNN(28, 16, 2, 10, cell=cell.name)
     program = birnn_ext.onnx.export(model, tmp_path / "birnn.onnx")
     count = operators(program)
-    assert count["LSTM"] == 3  # the last layer has two, as one step of its reverse direction is enough
+    assert count[cell.name.upper()] == 3  # the last layer has two, as one step of its reverse direction is enough
     assert not count["Loop"] and not count["Scan"]
     assert [type(size) is int for size in program.model.graph.inputs[0].shape] == [False, False, True]
     for batch, steps in SIZES:
@@ -64,31 +62,32 @@ MORE = [
 ][::4]  # a quarter, as each takes seconds
 
 
+@every_cell
 @pytest.mark.parametrize(
     ("bidirectional", "batch_first", "bias", "output", "with_state", "lengths"),
     [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE)],
 )
-def test_export_of_an_lstm_freezes_neither_batch_nor_time(
-    bidirectional, batch_first, bias, output, with_state, lengths, tmp_path
+def test_export_of_a_module_freezes_neither_batch_nor_time(
+    bidirectional, batch_first, bias, output, with_state, lengths, cell, tmp_path
 ):
     layers, directions = 2, 1 + bidirectional
-    lstm = LSTM(5, 8, layers, bias=bias, batch_first=batch_first, bidirectional=bidirectional)
+    module = cell.module(5, 8, layers, bias=bias, batch_first=batch_first, bidirectional=bidirectional)
 
     def arguments(batch: int, steps: int):
         x = torch.randn((batch, steps, 5) if batch_first else (steps, batch, 5))
-        state = random_state(layers * directions, batch, 8) if with_state else None
+        state = random_state(layers * directions, batch, 8, cell) if with_state else None
         # the first sequence is empty
         n = torch.arange(batch) * steps // max(batch - 1, 1) if lengths else None
         return x, state, n
 
     x, state, n = arguments(3, 7)
     path = tmp_path / "lstm.onnx"
-    program = birnn_ext.onnx.export(lstm, path, (x, state), {"lengths": n, "output": output})
-    assert operators(program)["LSTM"] == layers + (bidirectional and output == "last")
+    program = birnn_ext.onnx.export(module, path, (x, cell.hx(state)), {"lengths": n, "output": output})
+    assert operators(program)[cell.name.upper()] == layers + (bidirectional and output == "last")
     for batch, steps in SIZES:
         x, state, n = arguments(batch, steps)
         results = run(path, *(t for t in (x, *(state or ()), n) if t is not None))
-        expected = leaves(lstm(x, state, lengths=n, output=output))
+        expected = leaves(module(x, cell.hx(state), lengths=n, output=output))
         for actual, e in zip(results, expected, strict=True):
             assert_near(actual, e)
 
@@ -125,11 +124,12 @@ def test_plain_torch_onnx_export_finds_the_operator_too(tmp_path):
     assert operators(program)["LSTM"] == 1
 
 
-def test_float16(tmp_path):
-    lstm = LSTM(5, 8, 2, bidirectional=True, dtype=torch.float16)
-    birnn_ext.onnx.export(lstm, tmp_path / "lstm.onnx")
+@every_cell
+def test_float16(cell, tmp_path):
+    module = cell.module(5, 8, 2, bidirectional=True, dtype=torch.float16)
+    birnn_ext.onnx.export(module, tmp_path / "m.onnx")
     x = torch.randn(9, 4, 5).half()
-    for actual, expected in zip(run(tmp_path / "lstm.onnx", x), leaves(lstm(x)), strict=True):
+    for actual, expected in zip(run(tmp_path / "m.onnx", x), leaves(module(x)), strict=True):
         assert actual.dtype == torch.float16
         assert_near(actual, expected)
 
@@ -153,9 +153,10 @@ def test_bfloat16_computes_in_float32(tmp_path):
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 
-def test_float64_is_refused(tmp_path):
-    with pytest.raises(TypeError, match=r"no LSTM in float64; export model\.float"):
-        birnn_ext.onnx.export(LSTM(3, 5, dtype=torch.float64), tmp_path / "lstm.onnx")
+@every_cell
+def test_float64_is_refused(cell, tmp_path):
+    with pytest.raises(TypeError, match=rf"no {cell.name.upper()} in float64; export model\.float"):
+        birnn_ext.onnx.export(cell.module(3, 5, dtype=torch.float64), tmp_path / "m.onnx")
 
 
 @pytest.mark.parametrize(
@@ -171,6 +172,12 @@ def test_float64_is_refused(tmp_path):
 def test_variants_are_refused(tmp_path, options, kwargs, name):
     with pytest.raises(NotImplementedError, match=f"ONNX's LSTM operator has no {name}"):
         birnn_ext.onnx.export(LSTM(5, 8, **options), tmp_path / "m.onnx", (torch.randn(7, 3, 5),), kwargs)
+
+
+def test_resets_of_a_gru_are_refused(tmp_path):
+    reset = torch.zeros(7, 3, dtype=torch.bool)
+    with pytest.raises(NotImplementedError, match="ONNX's GRU operator has no reset"):
+        birnn_ext.onnx.export(GRU(5, 8), tmp_path / "m.onnx", (torch.randn(7, 3, 5),), {"reset": reset})
 
 
 def test_other_modules_need_example_arguments(tmp_path):

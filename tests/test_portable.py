@@ -1,4 +1,4 @@
-"""Traces, scripts and other exports before torch.export hold nn.LSTM's own operator, which runs anywhere."""
+"""Traces, scripts and other exports before torch.export hold PyTorch's own operator, which runs anywhere."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from collections import Counter
 
 import pytest
 import torch
-from helpers import TutorialBiRNN, all_near, random_state
+from cells import GRU_CELL, LSTM_CELL, every_cell
+from helpers import TutorialBiRNN, all_near, leaves, random_state
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import birnn_ext
-from birnn_ext import LSTM, BiRNN, accelerate, as_nn_lstm, restore
+from birnn_ext import GRU, LSTM, BiRNN, accelerate, as_nn_gru, as_nn_lstm, restore
 
 pytestmark = [
     # torch.jit and torch.ao are deprecated, and torch.onnx warns of batch sizes with any LSTM
@@ -44,9 +45,9 @@ class Initialised(nn.LSTM):
 
 
 class Tagger(nn.Module):
-    """A model with an LSTM (or one for each of several calls) and a linear layer."""
+    """A model with an LSTM or GRU (or one for each of several calls) and a linear layer."""
 
-    def __init__(self, cls: type[nn.LSTM] = LSTM, call=lambda lstm, x, lengths: lstm(x)[0], **options) -> None:
+    def __init__(self, cls: type[nn.RNNBase] = LSTM, call=lambda lstm, x, lengths: lstm(x)[0], **options) -> None:
         super().__init__()
         self.rnn = cls(6, 8, 2, batch_first=True, bidirectional=True, **options)
         self.fc = nn.Linear(2 * (options.get("proj_size") or 8), 3)
@@ -56,8 +57,8 @@ class Tagger(nn.Module):
 
     def forward(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, ...]:
         result = self.call(self.rnn, x, lengths)
-        y, *states = result if isinstance(result, tuple) else (result,)
-        return self.fc(y), *(s for pair in states if pair is not None for s in pair)
+        y, *states = leaves(result)
+        return self.fc(y), *states
 
 
 def packed(x: Tensor, lengths: Tensor):
@@ -68,19 +69,20 @@ def unpacked(result, x: Tensor):
     return pad_packed_sequence(result[0], batch_first=True, total_length=x.shape[1])[0], result[1]
 
 
-def ones(x: Tensor) -> tuple[Tensor, Tensor]:
-    return x.new_ones(4, x.shape[0], 8), x.new_ones(4, x.shape[0], 8)
+def ones(module: nn.RNNBase, x: Tensor) -> tuple[Tensor, Tensor] | Tensor:
+    h = x.new_ones(4, x.shape[0], 8)
+    return h if isinstance(module, nn.GRU) else (h, h.clone())
 
 
 CALLS = {
     "plain": (lambda lstm, x, lengths: lstm(x), {}),
-    "state": (lambda lstm, x, lengths: lstm(x, ones(x)), {}),
+    "state": (lambda lstm, x, lengths: lstm(x, ones(lstm, x)), {}),
     "unbatched": (lambda lstm, x, lengths: lstm(x[0]), {}),
     "packed": (lambda lstm, x, lengths: unpacked(lstm(packed(x, lengths)), x), {}),
     "packed, last": (lambda lstm, x, lengths: lstm(packed(x, lengths), output="last"), {}),
     "last": (lambda lstm, x, lengths: lstm(x, output="last"), {}),
     "lengths": (lambda lstm, x, lengths: lstm(x, lengths=lengths), {}),
-    "lengths, state": (lambda lstm, x, lengths: lstm(x, ones(x), lengths=lengths), {}),
+    "lengths, state": (lambda lstm, x, lengths: lstm(x, ones(lstm, x), lengths=lengths), {}),
     "lengths, last": (lambda lstm, x, lengths: lstm(x, lengths=lengths, output="last"), {}),
     "learned state": (lambda lstm, x, lengths: lstm(x), {"learned_state": True}),
     "learned state, lengths": (lambda lstm, x, lengths: lstm(x, lengths=lengths), {"learned_state": True}),
@@ -91,6 +93,11 @@ CALLS = {
 
 def arguments(batch: int, steps: int) -> tuple[Tensor, Tensor]:
     return torch.randn(batch, steps, 6), torch.randint(0, steps + 1, (batch,))
+
+
+EVERY_CALL = [(LSTM_CELL, name) for name in CALLS] + [
+    (GRU_CELL, name) for name in CALLS if name != "projected, lengths"
+]
 
 
 def operators(graph: torch._C.Graph) -> Counter:
@@ -104,21 +111,26 @@ TRACED_BY_DEFAULT = ("plain", "packed", "lengths, last", "learned state, lengths
 
 
 @pytest.mark.parametrize(
-    "name", [name if name in TRACED_BY_DEFAULT else pytest.param(name, marks=pytest.mark.slow) for name in CALLS]
+    ("cell", "name"),
+    [
+        pytest.param(cell, name, marks=[] if name in TRACED_BY_DEFAULT else pytest.mark.slow, id=f"{cell.name}: {name}")
+        for cell, name in EVERY_CALL
+    ],
 )
-def test_a_traced_model_is_right_at_other_sizes(name):
+def test_a_traced_model_is_right_at_other_sizes(cell, name):
     call, options = CALLS[name]
-    model = Tagger(call=call, **options).eval()
+    model = Tagger(cell.module, call, **options).eval()
     traced = torch.jit.trace(model, arguments(4, 5))
     found = operators(traced.inlined_graph)
-    assert found["aten::lstm"] and not any(kind.startswith("birnn_ext") for kind in found)
+    assert found[f"aten::{cell.name}"] and not any(kind.startswith("birnn_ext") for kind in found)
     for size in SIZES:
         args = arguments(*size)
         all_near(traced(*args), model(*args), f"{name} {size}")
 
 
-def test_tracing_a_plain_call_records_what_nn_lstm_does():
-    theirs = Tagger(nn.LSTM)
+@every_cell
+def test_tracing_a_plain_call_records_what_pytorchs_module_does(cell):
+    theirs = Tagger(cell.theirs)
     ours = copy.deepcopy(theirs)
     accelerate(ours)
     graphs = [operators(torch.jit.trace(m.eval(), arguments(4, 5)).inlined_graph) for m in (ours, theirs)]
@@ -193,6 +205,18 @@ def test_files_run_in_a_process_without_birnn_ext(tmp_path):
     run_without_birnn_ext([tmp_path / "scripted.pt"], cases, tmp_path)
 
 
+@pytest.mark.parametrize("name", ["a trace", "as_nn_gru"])
+def test_a_gru_cannot_record_resets(name):
+    gru, reset = GRU(6, 8), torch.zeros(5, 4, dtype=torch.bool)
+    message = "GRU: reset can't be recorded: .* and as_nn_gru record nn.GRU's own operator"
+    with pytest.raises(NotImplementedError, match=message):
+        if name == "a trace":
+            torch.jit.trace(lambda x: gru(x, reset=reset)[0], torch.randn(5, 4, 6))
+        else:
+            with as_nn_gru():
+                gru(torch.randn(5, 4, 6), reset=reset)
+
+
 REFUSED = {
     "zoneout": ({"zoneout": 0.1}, {}),
     "layer_norm": ({"layer_norm": True}, {}),
@@ -238,6 +262,7 @@ torch.jit.trace(lambda x, lengths: lstm(x, lengths=lengths)[0], (torch.randn(5, 
 # --- torch.onnx.export(dynamo=False) ----------------------------------------------------------------------------------
 
 
+@every_cell
 @pytest.mark.parametrize(
     "name",
     [
@@ -246,16 +271,16 @@ torch.jit.trace(lambda x, lengths: lstm(x, lengths=lengths)[0], (torch.randn(5, 
         *(pytest.param(n, marks=pytest.mark.slow) for n in ("state", "packed", "last", "lengths", "learned state")),
     ],
 )
-def test_the_older_onnx_exporter_writes_the_standard_operator(name):
+def test_the_older_onnx_exporter_writes_the_standard_operator(name, cell):
     onnx = pytest.importorskip("onnx", reason="writing ONNX files needs onnx")
     onnxruntime = pytest.importorskip("onnxruntime", reason="running ONNX files needs onnxruntime")
     call, options = CALLS[name]
-    model, file = Tagger(call=call, **options).eval(), io.BytesIO()
+    model, file = Tagger(cell.module, call, **options).eval(), io.BytesIO()
     names = ["x", "lengths"]
     axes = {"x": {0: "batch", 1: "time"}, "lengths": {0: "batch"}}
     torch.onnx.export(model, arguments(4, 5), file, dynamo=False, input_names=names, dynamic_axes=axes)
     nodes = onnx.load_from_string(file.getvalue()).graph.node
-    assert {node.domain for node in nodes} == {""} and "LSTM" in {node.op_type for node in nodes}
+    assert {node.domain for node in nodes} == {""} and cell.name.upper() in {node.op_type for node in nodes}
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # the exporter records wrong sizes of results, for nn.LSTM too
     session = onnxruntime.InferenceSession(file.getvalue(), options)
@@ -269,12 +294,13 @@ def test_the_older_onnx_exporter_writes_the_standard_operator(name):
 # --- torch.fx ---------------------------------------------------------------------------------------------------------
 
 
+@every_cell
 @pytest.mark.parametrize("name", ["plain", "state", "lengths", "lengths, last"])
-def test_torch_fx_sees_a_leaf(name):
+def test_torch_fx_sees_a_leaf(name, cell):
     class Reads(nn.Module):
         def __init__(self):
             super().__init__()
-            self.rnn = LSTM(6, 8, 2, batch_first=True, bidirectional=True)
+            self.rnn = cell.module(6, 8, 2, batch_first=True, bidirectional=True)
 
         def forward(self, x, lengths):
             return CALLS[name][0](self.rnn, x, lengths)
@@ -309,6 +335,8 @@ def test_torch_fx_sees_a_leaf_where_only_the_state_is_symbolic():
 def test_torch_fx_says_that_it_cannot_trace_into_one():
     with pytest.raises(NotImplementedError, match="can't trace into an LSTM, only a module that contains it"):
         torch.fx.symbolic_trace(LSTM(6, 8))
+    with pytest.raises(NotImplementedError, match=r"GRU: torch.fx can't trace into a GRU, only .* as nn.GRU is"):
+        torch.fx.symbolic_trace(GRU(6, 8))
 
 
 def test_torch_fx_sees_a_leaf_in_an_accelerated_subclass_but_for_a_forward_of_its_own():
@@ -335,7 +363,7 @@ def test_torch_fx_sees_a_leaf_in_an_accelerated_subclass_but_for_a_forward_of_it
 
 
 class Plain(nn.Module):
-    def __init__(self, cls: type[nn.LSTM]) -> None:
+    def __init__(self, cls: type[nn.RNNBase]) -> None:
         super().__init__()
         self.rnn = cls(6, 8, 2, batch_first=True, bidirectional=True)
         self.fc = nn.Linear(16, 3)
@@ -344,13 +372,13 @@ class Plain(nn.Module):
         return self.fc(self.rnn(x)[0])
 
 
-@pytest.mark.parametrize("cls", [nn.LSTM, LSTM, Initialised])
+@pytest.mark.parametrize("cls", [nn.LSTM, LSTM, Initialised, nn.GRU, GRU])
 def test_script(cls):
     model = Plain(cls)
     accelerate(model)
     x = torch.randn(7, 9, 6)
     expected, parameters = model(x), dict(model.named_parameters())
-    with pytest.warns(UserWarning, match=r"in place of a birnn_ext.LSTM, .*accelerate\(model\) brings ours back"):
+    with pytest.warns(UserWarning, match=r"in place of a birnn_ext.(LSTM|GRU), .*accelerate\(model\) brings ours back"):
         scripted = torch.jit.script(model)
     all_near([scripted(x)], [expected])
     assert all(p.data_ptr() == parameters[name].data_ptr() for name, p in scripted.named_parameters())
@@ -360,10 +388,11 @@ def test_script(cls):
     all_near([model(x)], [expected])
 
 
-def test_script_of_the_classifier_leaves_the_classifier_as_it_is():
-    model, x = BiRNN(6, 8, 2, 3), torch.randn(7, 9, 6)
+@every_cell
+def test_script_of_the_classifier_leaves_the_classifier_as_it_is(cell):
+    model, x = BiRNN(6, 8, 2, 3, cell=cell.name), torch.randn(7, 9, 6)
     scripted = torch.jit.script(model)
-    assert type(model.lstm) is LSTM
+    assert type(getattr(model, cell.name)) is cell.module
     all_near([scripted(x)], [model(x)])
     scripted(x).square().sum().backward()
     assert model.fc.weight.grad is not None  # the script shares the parameters
@@ -401,10 +430,10 @@ def test_a_program_exported_as_nn_lstm_ends_in_aten_operators_alone(name, strict
     all_near(program.module()(*args), model(*args))
 
 
-@pytest.mark.parametrize("name", CALLS)
-def test_as_nn_lstm_computes_the_same(name):
+@pytest.mark.parametrize(("cell", "name"), [pytest.param(c, n, id=f"{c.name}: {n}") for c, n in EVERY_CALL])
+def test_as_nn_lstm_computes_the_same(cell, name):
     call, options = CALLS[name]
-    model = Tagger(call=call, **options)
+    model = Tagger(cell.module, call, **options)
     x, lengths = arguments(7, 9)
     x.requires_grad_()
     results = []
@@ -427,16 +456,20 @@ def test_as_nn_lstm_computes_the_same(name):
 
 
 def test_restore_turns_models_written_with_ours_where_they_use_nothing_beyond_nn_lstm():
-    model = nn.ModuleDict({"plain": LSTM(6, 8, recompute=True), "own": LSTM(6, 8, layer_norm=True)})
+    model = nn.ModuleDict({"plain": LSTM(6, 8, recompute=True), "own": LSTM(6, 8, layer_norm=True), "gru": GRU(6, 8)})
     x = torch.randn(5, 4, 6)
     expected, parameters = model["plain"](x)[0], list(model["plain"].parameters())
     with pytest.warns(UserWarning, match="restore: own is left, as nn.LSTM has no layer_norm"):
-        assert restore(model) == ["plain"]
+        assert restore(model) == ["plain", "gru"]
+    assert type(model["gru"]) is nn.GRU
     assert type(model["plain"]) is nn.LSTM and type(model["own"]) is LSTM
     assert all(p is q for p, q in zip(model["plain"].parameters(), parameters, strict=True))
     all_near([model["plain"](x)[0]], [expected])
-    assert accelerate(model).replaced == ["plain"]
+    assert accelerate(model).replaced == ["plain", "gru"]
     assert model["plain"].recompute
+    model = GRU(6, 8, learned_state=True)
+    with pytest.warns(UserWarning, match="restore: the model itself is left, as nn.GRU has no learned_state"):
+        assert restore(model) == []
 
 
 def test_restore_keeps_parametrizations_of_models_written_with_ours():
@@ -455,11 +488,12 @@ def test_restore_leaves_a_class_derived_from_ours():
         assert restore(lstm) == []
 
 
-def test_the_classifier_still_runs_restored():
-    model = BiRNN(6, 8, 2, 3)
+@every_cell
+def test_the_classifier_still_runs_restored(cell):
+    model = BiRNN(6, 8, 2, 3, cell=cell.name)
     x = torch.randn(7, 9, 6)
     expected = model(x)
-    assert restore(model) == ["lstm"]
+    assert restore(model) == [cell.name]
     all_near([model(x)], [expected])
 
 

@@ -13,17 +13,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from cells import GRU_CELL, LSTM_CELL, Cell, every_cell
 from helpers import all_near, as_double, assert_near
 
 import birnn_ext
-from birnn_ext import reference
 from birnn_ext.ops import lstm_recurrence
 
-forward_op = torch.ops.birnn_ext.lstm_recurrence.default
-backward_op = torch.ops.birnn_ext.lstm_recurrence_backward.default
+
+def shape_of(name: str, batch: int, directions: int, rows: int, hidden: int) -> tuple[int, ...]:
+    """Returns the shape of one of a cell's `inputs`."""
+    return (directions, rows) if name == "bias_hh" else (directions, batch, hidden)
 
 
-def random_case(rng: random.Random, dtype: torch.dtype, device: str):
+def random_case(cell: Cell, rng: random.Random, dtype: torch.dtype, device: str):
     """Returns arguments of a forward call with random sizes, state and lengths; unusual ones are likely."""
     steps, batch, directions = rng.choice([1, 2, 3, 5, 9]), rng.choice([1, 2, 5, 6, 7, 13, 19]), rng.choice([1, 2])
     hidden = rng.choice([1, 3, 4, 7, 8, 15, 16, 17, 24, 31, 33, 40, 48, 65])
@@ -31,166 +33,187 @@ def random_case(rng: random.Random, dtype: torch.dtype, device: str):
     def tensor(*shape: int) -> torch.Tensor:
         return torch.randn(shape, dtype=torch.float64).to(device, dtype)
 
+    rows = cell.gates * hidden
     state = rng.random() < 0.5
-    h0, c0 = (tensor(directions, batch, hidden), tensor(directions, batch, hidden)) if state else (None, None)
+    given = [tensor(*shape_of(name, batch, directions, rows, hidden)) if state else None for name in cell.inputs]
     lengths = torch.tensor([rng.randint(0, steps) for _ in range(batch)], device=device) if rng.random() < 0.5 else None
-    w_hh = tensor(directions, 4 * hidden, hidden) / hidden**0.5
-    return tensor(steps, batch, directions, 4 * hidden), w_hh, h0, c0, lengths
+    w_hh = tensor(directions, rows, hidden) / hidden**0.5
+    return tensor(steps, batch, directions, rows), w_hh, *given, lengths
 
 
+@every_cell
 @pytest.mark.parametrize("case", range(24))
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_operators_against_the_reference(dtype, case, device):
+def test_operators_against_the_reference(dtype, case, cell, device):
     """The truth, forward and backward, is the reference in float64. Odd cases leave out incoming gradients."""
-    args = random_case(random.Random(case), dtype, device)
-    results = forward_op(*args, "all")
-    expected = reference.lstm_recurrence(*as_double(args), "all")
-    for name, a, e in zip(("y", "h_n", "c_n", "gates", "cells"), results, expected, strict=True):
+    args = random_case(cell, random.Random(case), dtype, device)
+    results = cell.forward(*args, "all")
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    y_is_exact = cell is GRU_CELL and wide == dtype  # then it is all that the backward pass needs of the states
+    for name, a, e in zip(cell.results, results, cell.reference(as_double(args)), strict=True):
+        assert a.dtype == (wide if name == "cells" else dtype)
+        if name == "cells" and cell is GRU_CELL:  # the reference in float64 needs none
+            assert a.shape == ((0,) if y_is_exact else results[0].shape)
+            e = a if y_is_exact else cell.reference(as_double(args))[0]
         assert_near(a, e, name, dtype)
-    assert [r.dtype for r in results] == [dtype] * 4 + [torch.float64 if dtype == torch.float64 else torch.float32]
-    without_saving = forward_op(*args, "none")
-    assert all(torch.equal(a, b) for a, b in zip(without_saving[:3], results[:3], strict=True))
-    assert without_saving[3].numel() == without_saving[4].numel() == 0
-    *_, no_gates, cells = forward_op(*args, "cells")
-    assert no_gates.numel() == 0 and torch.equal(cells, results[4])
+    *without_saving, no_gates, no_cells = cell.forward(*args, "none")
+    assert all(torch.equal(a, b) for a, b in zip(without_saving, cell.outputs(results), strict=True))
+    assert no_gates.numel() == no_cells.numel() == 0
+    *_, no_gates, cells = cell.forward(*args, "cells")
+    assert no_gates.numel() == 0 and torch.equal(cells, results[-1])
 
-    _, w_hh, _, c0, lengths = args
-    y, h_n, c_n, gates, cells = results
-    dy, dh_n, dc_n = (torch.randn_like(t) for t in (y, h_n, c_n))
+    dy, *d_states = (torch.randn_like(t) for t in cell.outputs(results))
     if case % 4 == 1:
         dy = None
     if case % 4 == 3:
-        dh_n = dc_n = None
-    backward_args = (w_hh, c0, lengths, gates, cells, dy, dh_n, dc_n, True)
-    results = backward_op(*backward_args)
-    for name, a, e in zip(
-        ("d_gates_x", "dh0", "dc0"), results, reference.lstm_recurrence_backward(*as_double(backward_args)), strict=True
-    ):
+        d_states = [None] * len(d_states)
+    backward_args = cell.backward_args(args, results, (dy, *d_states))
+    results = cell.backward(*backward_args)
+    expected = cell.reference_backward(as_double(backward_args))
+    for name, a, e in zip(cell.gradients, results, expected, strict=True):
         assert_near(a, e, name, dtype)
         assert a.dtype == dtype
-    d_gates_x, *empty = backward_op(*backward_args[:-1], False)
-    assert torch.equal(d_gates_x, results[0])
-    assert all(t.numel() == 0 for t in empty)
+    without_states = cell.backward(*backward_args[:-1], False)
+    for name, a, b in zip(cell.gradients, without_states, results, strict=True):
+        assert a.numel() == 0 if name in ("dh0", "dc0") else torch.equal(a, b)
 
 
+@every_cell
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(40))
-def test_operators_against_the_reference_at_length(seed, device):
+def test_operators_against_the_reference_at_length(seed, cell, device):
     for case, dtype in itertools.product(range(10), [torch.float64, torch.float32]):
-        test_operators_against_the_reference(dtype, 24 + 10 * seed + case, device)
+        test_operators_against_the_reference(dtype, 24 + 10 * seed + case, cell, device)
 
 
-def test_reference_agrees_with_itself():
-    """The reference's backward is autograd's derivative of the reference's forward."""
-    for case in range(12):
-        args = random_case(random.Random(case), torch.float64, "cpu")
-        wanted = [a.requires_grad_() for a in args[:4] if a is not None]
-        y, h_n, c_n, gates, cells = reference.lstm_recurrence(*args, "all")
-        cotangents = [torch.randn_like(t) for t in (y, h_n, c_n)]
-        expected = torch.autograd.grad([y, h_n, c_n], wanted, cotangents)
-        ours = reference.lstm_recurrence_backward(args[1], args[3], args[4], gates, cells, *cotangents, True)
-        assert_near(ours[0], expected[0])
-        if args[2] is not None:
-            all_near(ours[1:], expected[2:])
-
-
-def small_case(directions: int, ragged: bool, state: bool, device: str):
-    steps, batch, hidden = 3, 3, 2
+def small_case(cell: Cell, directions: int, ragged: bool, state: bool, device: str):
+    steps, batch, hidden, rows = 3, 3, 2, cell.gates * 2
 
     def tensor(*shape: int) -> torch.Tensor:
         return torch.randn(shape, dtype=torch.float64, device=device, requires_grad=True)
 
-    floating = [tensor(steps, batch, directions, 4 * hidden), tensor(directions, 4 * hidden, hidden)]
+    floating = [tensor(steps, batch, directions, rows), tensor(directions, rows, hidden)]
     if state:
-        floating += [tensor(directions, batch, hidden), tensor(directions, batch, hidden)]
+        floating += [tensor(*shape_of(name, batch, directions, rows, hidden)) for name in cell.inputs]
     return floating, torch.tensor([2, 3, 0], device=device) if ragged else None
 
 
+@every_cell
 @pytest.mark.parametrize("state", [True, False], ids=["state", "no_state"])
 @pytest.mark.parametrize("ragged", [True, False], ids=["ragged", "full"])
 @pytest.mark.parametrize("directions", [1, 2])
-def test_gradcheck_first_and_second_order(directions, ragged, state, device):
-    floating, lengths = small_case(directions, ragged, state, device)
+def test_gradcheck_first_and_second_order(directions, ragged, state, cell, device):
+    floating, lengths = small_case(cell, directions, ragged, state, device)
 
-    def run(gates_x, w_hh, h0=None, c0=None):
-        return lstm_recurrence(gates_x, w_hh, h0, c0, lengths)
+    def run(gates_x, w_hh, *given):
+        return cell.function("recurrence")(gates_x, w_hh, *given, lengths=lengths)
 
     # An emulated device is too slow to check every entry, so fast_mode checks random projections.
     assert torch.autograd.gradcheck(run, floating, fast_mode=device == "cuda")
     assert torch.autograd.gradgradcheck(run, floating, fast_mode=device == "cuda")
 
 
+@every_cell
+def test_samples_may_differ_in_any_one_input(cell, device):
+    """torch.func.vmap over gradients, with samples of gates_x, weights, a bias or a state alone."""
+    floating, lengths = small_case(cell, 2, True, True, device)
+    floating = [t.detach() for t in floating]
+
+    def loss(*args):
+        return sum(t.square().sum() for t in cell.function("recurrence")(*args, lengths=lengths))
+
+    gradients = torch.func.grad(loss, argnums=tuple(range(len(floating))))
+    for place, given in enumerate(floating):
+        samples = torch.randn(3, *given.shape, dtype=given.dtype, device=device)
+        before, after = floating[:place], floating[place + 1 :]
+        in_dims = tuple(0 if k == place else None for k in range(len(floating)))
+        together = torch.func.vmap(gradients, in_dims)(*before, samples, *after)
+        for k, sample in enumerate(samples):
+            all_near([t[k] for t in together], gradients(*before, sample, *after), f"input {place}")
+
+
+@every_cell
 @pytest.mark.parametrize("save", ["all", "cells", "none"])
 @pytest.mark.parametrize("state", [True, False], ids=["state", "no_state"])
 @pytest.mark.parametrize("ragged", [True, False], ids=["ragged", "full"])
-def test_opcheck(ragged, state, save, device):
-    floating, lengths = small_case(2, ragged, state, device)
+def test_opcheck(ragged, state, save, cell, device):
+    floating, lengths = small_case(cell, 2, ragged, state, device)
     args = (*floating, *[None] * (4 - len(floating)), lengths)
     detached = [a.detach() if a is not None else None for a in args]
-    torch.library.opcheck(forward_op, (*(args if save == "all" else detached), save))
+    torch.library.opcheck(cell.forward, (*(args if save == "all" else detached), save))
     if save == "all":
-        y, h_n, _, gates, cells = forward_op(*detached, "all")
-        backward_args = (
-            args[1], args[3], lengths, gates.requires_grad_(), cells.requires_grad_(), torch.randn_like(y), None,
-            torch.randn_like(h_n), state,
-        )  # fmt: skip
-        torch.library.opcheck(backward_op, backward_args)
+        results = [r.requires_grad_() for r in cell.forward(*detached, "all")]
+        dy, *_, d_last_state = (torch.randn_like(t) for t in cell.outputs(results))
+        gradients = (dy, None, d_last_state) if cell is LSTM_CELL else (dy, d_last_state)
+        torch.library.opcheck(cell.backward, cell.backward_args(args, results, gradients, state))
 
 
-def test_differentiating_what_was_not_saved_is_an_error():
-    floating, _ = small_case(2, False, False, "cpu")
-    y = forward_op(*floating, None, None, None, "none")[0]
-    with pytest.raises(RuntimeError, match='called with save="none", so it can'):
+@every_cell
+def test_differentiating_what_was_not_saved_is_an_error(cell):
+    floating, _ = small_case(cell, 2, False, False, "cpu")
+    y = cell.forward(*floating, None, None, None, "none")[0]
+    with pytest.raises(RuntimeError, match=f'{cell.name}_recurrence was called with save="none", so it can'):
         y.sum().backward()
 
 
-def test_strided_arguments(device):
-    args = random_case(random.Random(4), torch.float32, device)
+@every_cell
+def test_strided_arguments(cell, device):
+    args = random_case(cell, random.Random(4), torch.float32, device)
     strided = [None if a is None else torch.stack([a, a], -1)[..., 0] if a.is_floating_point() else a for a in args]
     assert not strided[0].is_contiguous()
-    all_near(forward_op(*strided, "all"), forward_op(*args, "all"))
+    all_near(cell.forward(*strided, "all"), cell.forward(*args, "all"))
 
 
-def test_misaligned_arguments(device):
+@every_cell
+def test_misaligned_arguments(cell, device):
     """The kernels must not use 16-byte accesses for a view that begins 4 bytes into its storage."""
-    gates_x, w_hh = torch.randn(3, 2, 2, 32, device=device), torch.randn(2, 32, 8, device=device)
+    rows = cell.gates * 8
+    gates_x, w_hh = torch.randn(3, 2, 2, rows, device=device), torch.randn(2, rows, 8, device=device)
     shifted = torch.empty(gates_x.numel() + 1, device=device)[1:].view(gates_x.shape).copy_(gates_x)
     assert shifted.data_ptr() % 16 == 4
-    all_near(forward_op(shifted, w_hh, None, None, None, "all"), forward_op(gates_x, w_hh, None, None, None, "all"))
+    rest = (w_hh, None, None, None, "all")
+    all_near(cell.forward(shifted, *rest), cell.forward(gates_x, *rest))
 
 
-def test_saturated_and_special_values(device):
+@every_cell
+def test_saturated_and_special_values(cell, device):
     gates_x = torch.tensor([0.0, 1e4, -1e4, float("inf"), -float("inf"), float("nan"), 88.8, -88.8], device=device)
     hidden = gates_x.numel()
-    gates_x = gates_x.repeat(4).view(1, 1, 1, 4 * hidden).expand(3, 2, 1, -1)
-    w_hh = torch.zeros(1, 4 * hidden, hidden, device=device)
-    y, _, _, gates, cells = forward_op(gates_x, w_hh, None, None, None, "all")
-    expected = reference.lstm_recurrence(gates_x[..., :].double(), w_hh.double(), None, None, None, "all")
+    gates_x = gates_x.repeat(cell.gates).view(1, 1, 1, -1).expand(3, 2, 1, -1)
+    w_hh = torch.zeros(1, cell.gates * hidden, hidden, device=device)
+    args = (gates_x, w_hh, None, None, None)
+    results = cell.forward(*args, "all")
+    y = results[0]
+    expected = cell.reference(as_double(args))
     is_nan = torch.arange(hidden, device=device) == 5
     # In the first step the NaN stays in its own unit. After that it is everywhere, as 0 * NaN is NaN.
     assert y[0].isnan().equal(is_nan.expand_as(y[0]))
-    torch.testing.assert_close(y[0].double(), expected[0][0], equal_nan=True, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(gates[0].double(), expected[3][0], equal_nan=True, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(cells[0].double(), expected[4][0], equal_nan=True, rtol=1e-5, atol=1e-6)
+    for name, a, e in zip(cell.results, results, expected, strict=True):
+        if name in ("y", "gates", "cells") and a.numel():
+            torch.testing.assert_close(a[0].double(), e[0], equal_nan=True, rtol=1e-5, atol=1e-6)
 
 
-def test_repeatable_bitwise(device):
-    args = random_case(random.Random(8), torch.float32, device)
-    first = forward_op(*args, "all")
-    assert all(torch.equal(a, b) for a, b in zip(first, forward_op(*args, "all"), strict=True))
+@every_cell
+def test_repeatable_bitwise(cell, device):
+    args = random_case(cell, random.Random(8), torch.float32, device)
+    first = cell.forward(*args, "all")
+    assert all(torch.equal(a, b) for a, b in zip(first, cell.forward(*args, "all"), strict=True))
 
 
+@every_cell
 @pytest.mark.parametrize("ragged", [True, False], ids=["ragged", "full"])
-def test_bitwise_the_same_for_any_number_of_threads(ragged):
-    gates_x, w_hh = torch.randn(9, 13, 2, 4 * 21), torch.randn(2, 4 * 21, 21) / 5
+def test_bitwise_the_same_for_any_number_of_threads(ragged, cell):
+    gates_x, w_hh = torch.randn(9, 13, 2, cell.gates * 21), torch.randn(2, cell.gates * 21, 21) / 5
     lengths = torch.arange(13).remainder(10) if ragged else None
     results = []
     before = torch.get_num_threads()
     try:
         for threads in (1, 2, 3, 5, 8):
             torch.set_num_threads(threads)
-            y, h_n, c_n, gates, cells = forward_op(gates_x, w_hh, None, None, lengths, "all")
-            results.append([y, *backward_op(w_hh, None, lengths, gates, cells, y, h_n, c_n, True)])
+            args = (gates_x, w_hh, None, None, lengths)
+            found = cell.forward(*args, "all")
+            gradients = cell.backward(*cell.backward_args(args, found, cell.outputs(found)))
+            results.append([found[0], *gradients])
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
@@ -248,31 +271,34 @@ def test_unknown_instruction_set_fails_at_import():
     assert "ImportError: BIRNN_CPU_ISA=mmx is not available: this build and CPU run generic" in done.stderr
 
 
-def test_reference_serves_other_devices_and_says_so_once(reference_operators):
+@every_cell
+def test_reference_serves_other_devices_and_says_so_once(cell, reference_operators, monkeypatch):
     """A dispatch key without a kernel (XLA's) reaches the reference. CPU tensors stand in for the device's."""
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.XLA)
-    args = random_case(random.Random(2), torch.float32, "cpu")
+    monkeypatch.setattr("birnn_ext.without_kernels._said", set())
+    args = random_case(cell, random.Random(2), torch.float32, "cpu")
     before = birnn_ext.op_calls()["reference_forward"]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        results = forward_op.redispatch(keys, *args, "all")
-        forward_op.redispatch(keys, *args, "all")
+        results = cell.forward.redispatch(keys, *args, "all")
+        cell.forward.redispatch(keys, *args, "all")
     assert len(caught) == 1
-    assert "birnn_ext::lstm_recurrence has no compiled kernel for device 'cpu'" in str(caught[0].message)
+    assert f"birnn_ext::{cell.name}_recurrence has no compiled kernel for device 'cpu'" in str(caught[0].message)
     assert birnn_ext.op_calls()["reference_forward"] == before + 2
-    all_near(results, forward_op(*args, "all"))
-    y, h_n, c_n, gates, cells = results
-    backward_args = (args[1], args[3], args[4], gates, cells, y, h_n, c_n, True)
+    all_near(results, cell.forward(*args, "all"))
+    backward_args = cell.backward_args(args, results, cell.outputs(results))
     before = birnn_ext.op_calls()["reference_backward"]
-    d = backward_op.redispatch(keys, *backward_args)
+    d = cell.backward.redispatch(keys, *backward_args)
     assert birnn_ext.op_calls()["reference_backward"] == before + 1
-    all_near(d, backward_op(*backward_args))
+    all_near(d, cell.backward(*backward_args))
 
 
 def ok(*shape: int, **kwargs) -> torch.Tensor:
     return torch.zeros(shape, **kwargs)
 
 
+forward_op, backward_op = LSTM_CELL.forward, LSTM_CELL.backward
+gru_op, gru_backward_op = GRU_CELL.forward, GRU_CELL.backward
 ERRORS = [
     (lambda: lstm_recurrence(ok(4, 2, 8), ok(1, 8, 2)), ValueError, r"gates_x must have shape \(T, B, D, 4H\), got \[4, 2, 8\]"),
     (lambda: lstm_recurrence(ok(4, 2, 1, 9), ok(1, 8, 2)), ValueError, r"gates_x must have shape \(T, B, D, 4H\)"),
@@ -291,6 +317,13 @@ ERRORS = [
     (lambda: forward_op(ok(4, 2, 1, 8), ok(1, 8, 2, device="meta"), None, None, None, "none"), ValueError, "all tensors must be on one device"),
     (lambda: backward_op(ok(1, 8, 2), None, None, ok(4, 2, 1, 8), ok(4, 2, 1, 3), None, None, None, False), ValueError, "cells must have shape"),
     (lambda: backward_op(ok(1, 8, 2), None, None, ok(4, 2, 1, 8), ok(4, 2, 1, 2), ok(4, 2, 1, 1), None, None, False), ValueError, "dy must have shape"),
+    (lambda: gru_op(ok(4, 2, 1, 8), ok(1, 6, 2), None, None, None, "none"), ValueError, r"gates_x must have shape \(T, B, D, 3H\), got \[4, 2, 1, 8\]"),
+    (lambda: gru_op(ok(4, 2, 1, 6), ok(1, 8, 2), None, None, None, "none"), ValueError, r"w_hh must have shape \[1, 6, 2\], got \[1, 8, 2\]"),
+    (lambda: gru_op(ok(4, 2, 1, 6), ok(1, 6, 2), ok(1, 8), None, None, "none"), ValueError, r"bias_hh must have shape \[1, 6\], got \[1, 8\]"),
+    (lambda: gru_op(ok(4, 2, 1, 6), ok(1, 6, 2), None, ok(1, 3, 2), None, "none"), ValueError, r"h0 must have shape \[1, 2, 2\]"),
+    (lambda: gru_backward_op(ok(1, 6, 2), None, None, ok(4, 2, 1, 2), ok(0), ok(0), None, None, False), ValueError, 'gru_recurrence_backward: gates must be those of a forward call with save="all"'),
+    (lambda: gru_backward_op(ok(1, 6, 2), None, None, ok(4, 2, 1, 3), ok(4, 2, 1, 8), ok(0), None, None, False), ValueError, r"y must have shape \[4, 2, 1, 2\]"),
+    (lambda: gru_backward_op(ok(1, 6, 2).half(), None, None, ok(4, 2, 1, 2).half(), ok(4, 2, 1, 8).half(), ok(0), None, None, False), ValueError, "cells must have shape"),
 ]  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 
-from birnn_ext import LSTM, as_nn_lstm, layer, modules
+from birnn_ext import LSTM, as_nn_lstm, layer, recurrent
 from birnn_ext.route import Route, Way, choose_route
 
 
@@ -49,7 +49,7 @@ ROUTES: list[tuple[Callable[[], Route], Way, str, str]] = [
     (lambda: choose_route(*given(), extended=True), Way.OPERATOR, "none", "has kernels"),
     (lambda: choose_route(*given(), extended=True, cells=True), Way.OPERATOR, "cells", "has kernels"),
     (lambda: choose_route(*given(requires_grad=True), extended=True), Way.OPERATOR, "all", "has kernels"),
-    (lambda: choose_route(*given(), as_nn_lstm=True), Way.NN_LSTM, "none", "without birnn_ext"),
+    (lambda: choose_route(*given(), recorded=True), Way.TORCH, "none", "without birnn_ext"),
     (with_tangent, Way.REFERENCE, "none", "has no forward-mode derivative"),
     (in_vmap, Way.FUNCTION, "all", "know no autograd formulas"),
     (lambda: in_vmap(extended=True), Way.REFERENCE, "none", "has no rule for torch.func's transforms"),
@@ -76,7 +76,7 @@ def test_the_route_is_chosen_once(options, output, calls):
     lstm = LSTM(4, 5, 3, bidirectional=True, **options)
     x = torch.randn(3, 2, 4, dtype=options.get("dtype"))
     chooses = mock.Mock(wraps=choose_route)
-    with mock.patch.object(layer, "choose_route", chooses), mock.patch.object(modules, "choose_route", chooses):
+    with mock.patch.object(layer, "choose_route", chooses), mock.patch.object(recurrent, "choose_route", chooses):
         lstm(x, lengths=[3, 1], output=output)
         assert chooses.call_count == calls
         with as_nn_lstm():

@@ -1,4 +1,4 @@
-"""The operator of a whole stack of layers: against nn.LSTM in float64, what it keeps, casts and refuses."""
+"""The operator of a whole stack of layers: against PyTorch's modules in float64, what it keeps, casts and refuses."""
 
 from __future__ import annotations
 
@@ -7,20 +7,17 @@ from unittest import mock
 
 import pytest
 import torch
+from cells import LSTM_CELL, Cell, every_cell
 from helpers import all_near, twins
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.testing import assert_close
 
-from birnn_ext import LSTM
-
-op = torch.ops.birnn_ext.lstm
-
 
 class Case:
-    """A stack of random sizes and options, beside an nn.LSTM."""
+    """A stack of random sizes and options, beside PyTorch's module."""
 
-    def __init__(self, seed: int, device: str):
+    def __init__(self, cell: Cell, seed: int, device: str):
         draw = random.Random(seed)
         self.batch, self.steps = draw.choice([1, 2, 5]), draw.choice([1, 2, 7])
         directions, layers = draw.choice([1, 2]), draw.choice([1, 2, 3])
@@ -28,7 +25,7 @@ class Case:
         self.recompute = device == "cpu" and draw.random() < 0.3
         self.ours, self.theirs = twins(
             features, hidden, layers, bias=draw.random() < 0.7, bidirectional=directions == 2,
-            dtype=torch.float64, device=device,
+            dtype=torch.float64, device=device, cell=cell,
         )  # fmt: skip
         self.ours.recompute = self.recompute
         self.last = draw.random() < 0.5
@@ -39,11 +36,12 @@ class Case:
                 ours.requires_grad_(trained)
                 theirs.requires_grad_(trained)
         self.x = torch.randn(self.steps, self.batch, features, **options, requires_grad=draw.random() < 0.6)
-        self.hx = None
+        self.initial: tuple[Tensor, ...] = ()
         if draw.random() < 0.5:
             shape = (layers * directions, self.batch, hidden)
             trained = draw.random() < 0.6
-            self.hx = tuple(torch.randn(shape, **options, requires_grad=trained) for _ in range(2))
+            self.initial = tuple(torch.randn(shape, **options, requires_grad=trained) for _ in range(cell.states))
+        self.hx = (self.initial if cell.states > 1 else self.initial[0]) if self.initial else None
         self.lengths = None
         if draw.random() < 0.5:
             self.lengths = torch.tensor([draw.randint(1, self.steps) for _ in range(self.batch)], device=device)
@@ -52,7 +50,7 @@ class Case:
     def run(self, of_ours: bool) -> list[Tensor]:
         if of_ours:
             y, states = self.ours(self.x, self.hx, lengths=self.lengths, output="last" if self.last else "all")
-            return [y, *(states or ())]
+            return [y, *self.listed(states)]
         x = self.x
         if self.lengths is not None:
             x = torch.nn.utils.rnn.pack_padded_sequence(x, self.lengths.cpu(), enforce_sorted=False)
@@ -62,11 +60,14 @@ class Case:
         if self.last:
             ends = torch.full((self.batch,), self.steps, device=y.device) if self.lengths is None else self.lengths
             y = y[ends - 1, torch.arange(self.batch, device=y.device)]
-        return [y] if self.last and self.ours.bidirectional else [y, *states]
+        return [y] if self.last and self.ours.bidirectional else [y, *self.listed(states)]
+
+    def listed(self, states: Tensor | tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
+        return (states,) if isinstance(states, Tensor) else states or ()
 
     def gradients(self, of_ours: bool, results: list[Tensor], create_graph: bool) -> list[Tensor]:
         module = self.ours if of_ours else self.theirs
-        inputs = [t for t in (self.x, *(self.hx or ()), *module.parameters()) if t.requires_grad]
+        inputs = [t for t in (self.x, *self.initial, *module.parameters()) if t.requires_grad]
         # Some results may not be used, and a sum of squares makes each gradient depend on everything.
         used = [r for r, wanted in zip(results, self.weighted, strict=False) if wanted] or results[:1]
         loss = sum((r**2).sum() for r in used)
@@ -84,10 +85,11 @@ class Case:
     [(range(60), False), (range(60, 70), True), pytest.param(range(70, 120), True, marks=pytest.mark.slow)],
     ids=str,
 )
-def test_against_nn_lstm(seeds, twice, device):
+@every_cell
+def test_against_pytorchs_module(seeds, twice, cell, device):
     """Results and gradients, or with `twice` gradients of gradients."""
     for seed in seeds:
-        case = Case(seed, device)
+        case = Case(cell, seed, device)
         ours, theirs = case.run(True), case.run(False)
         all_near(ours, theirs, f"seed {seed}")
         for a, b in zip(case.gradients(True, ours, twice), case.gradients(False, theirs, twice), strict=True):
@@ -100,74 +102,80 @@ def operators(call) -> list[str]:
     return [event.name for event in profiled.events()]
 
 
+@every_cell
 @pytest.mark.parametrize("output", ["all", "last"])
-def test_python_calls_one_operator(output, device):
-    lstm = LSTM(3, 5, 3, batch_first=True, bidirectional=True, device=device)
+def test_python_calls_one_operator(output, cell, device):
+    module = cell.module(3, 5, 3, batch_first=True, bidirectional=True, device=device)
     x = torch.randn(2, 4, 3, device=device)
     for mode in (torch.no_grad(), torch.enable_grad()):
-        with mode, mock.patch("birnn_ext.modules.run_layer", side_effect=AssertionError("a layer by itself")):
-            assert operators(lambda: lstm(x, output=output)).count("birnn_ext::lstm") == 1
+        with mode, mock.patch("birnn_ext.recurrent.run_layer", side_effect=AssertionError("a layer by itself")):
+            assert operators(lambda: module(x, output=output)).count(f"birnn_ext::{cell.name}") == 1
 
 
+@every_cell
 @pytest.mark.parametrize("cast", [False, True], ids=["float32", "autocast"])
-def test_layers_below_the_trained_ones_keep_nothing(cast):
-    lstm = LSTM(3, 5, 3, bidirectional=True)
-    for name, p in lstm.named_parameters():
+def test_layers_below_the_trained_ones_keep_nothing(cast, cell):
+    module = cell.module(3, 5, 3, bidirectional=True)
+    for name, p in module.named_parameters():
         p.requires_grad_("_l2" in name)
     kept = []
     with (
         torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t),
         torch.autocast("cpu", torch.bfloat16, enabled=cast),
     ):
-        y, _ = lstm(torch.randn(7, 2, 3))
+        y, _ = module(torch.randn(7, 2, 3))
     assert y.dtype == (torch.bfloat16 if cast else torch.float32)
     sizes = sorted(t.numel() // (7 * 2) for t in kept if t.shape[:2] == (7, 2))
-    assert sizes == [3, 10, 10, 10, 40]  # the stack's x; of layer 2 its x, its y, its cells and its gates
+    cells = [10] if cell is LSTM_CELL or cast else []  # a GRU's are y, unless that is rounded
+    assert sizes == [3, 10, 10, *cells, 40]  # the stack's x; of layer 2 its x, its y, its cells and its gates
     y.sum().backward()
-    assert all((p.grad is not None) == ("_l2" in name) for name, p in lstm.named_parameters())
+    assert all((p.grad is not None) == ("_l2" in name) for name, p in module.named_parameters())
 
 
+@every_cell
 @pytest.mark.parametrize("last", [False, True], ids=["all", "last"])
 @pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
-def test_opcheck(grad, last):
-    lstm = LSTM(3, 5, 2, bidirectional=True)
-    h0, c0 = (torch.randn(4, 2, 5, requires_grad=grad) for _ in range(2))
-    weights = [w.requires_grad_(grad) for w in lstm._flat_weights]
+def test_opcheck(grad, last, cell):
+    module = cell.theirs(3, 5, 2, bidirectional=True)
+    states = [torch.randn(4, 2, 5, requires_grad=grad) for _ in range(cell.states)]
+    weights = [w.requires_grad_(grad) for w in module._flat_weights]
     lengths = torch.tensor([4, 2])
-    args = (torch.randn(4, 2, 3, requires_grad=grad), weights, True, h0, c0, lengths, 2, last, False)
-    torch.library.opcheck(op.default, args)
+    args = (torch.randn(4, 2, 3, requires_grad=grad), weights, True, *states, lengths, 2, last, False)
+    torch.library.opcheck(cell.operator(), args)
 
 
+@every_cell
 @pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
-def test_autocast_casts_all_weights_at_once(grad, device):
-    lstm = LSTM(3, 8, 2, bidirectional=True, device=device)
+def test_autocast_casts_all_weights_at_once(grad, cell, device):
+    module = cell.module(3, 8, 2, bidirectional=True, device=device)
     x = torch.randn(4, 2, 3, device=device)
 
     def step():
         with torch.autocast(device, torch.bfloat16), torch.set_grad_enabled(grad):
-            y, _ = lstm(x)
+            y, _ = module(x)
             assert y.dtype == torch.bfloat16
         if grad:
             y.sum().backward()
 
-    with mock.patch.object(LSTM, "_layer_weights", side_effect=AssertionError("each weight by itself")):
+    with mock.patch.object(cell.module, "_layer_weights", side_effect=AssertionError("each weight by itself")):
         names = operators(step)
     assert names.count("aten::_foreach_copy_") == 1 + grad
-    assert not grad or all(w.grad is not None and w.grad.dtype == torch.float32 for w in lstm.parameters())
+    assert not grad or all(w.grad is not None and w.grad.dtype == torch.float32 for w in module.parameters())
 
 
-def test_second_derivatives_through_autocast(device):
-    """The casts of weights are differentiated, too; nn.LSTM in float32 is the measure."""
+@every_cell
+def test_second_derivatives_through_autocast(cell, device):
+    """The casts of weights are differentiated, too; PyTorch's module in float32 is the measure."""
     torch.manual_seed(5)
-    ours, theirs = twins(3, 4, 1, device=device)
+    ours, theirs = twins(3, 4, 1, device=device, cell=cell)
     x = torch.randn(4, 2, 3, device=device)
 
-    def penalty(lstm, cast: bool) -> list[Tensor]:
+    def penalty(module, cast: bool) -> list[Tensor]:
         with torch.autocast(device, torch.bfloat16, enabled=cast):
-            y, _ = lstm(x)
+            y, _ = module(x)
             assert (y.dtype == torch.bfloat16) == cast
-        found = torch.autograd.grad((y.float() ** 2).sum(), list(lstm.parameters()), create_graph=True)
-        return list(torch.autograd.grad(sum((g**2).sum() for g in found), list(lstm.parameters())))
+        found = torch.autograd.grad((y.float() ** 2).sum(), list(module.parameters()), create_graph=True)
+        return list(torch.autograd.grad(sum((g**2).sum() for g in found), list(module.parameters())))
 
     for a, b in zip(penalty(ours, True), penalty(theirs, False), strict=True):
         assert a.dtype == torch.float32
@@ -195,4 +203,14 @@ WRONG = [
 def test_wrong_arguments(args, message, grad):
     args = (args[0].clone().requires_grad_(grad), *args[1:])
     with pytest.raises(ValueError, match=message):
-        op(*args)
+        torch.ops.birnn_ext.lstm(*args)
+
+
+def test_wrong_arguments_of_a_gru():
+    weights = [ok(6, 3), ok(6, 2), ok(6, 2), ok(6, 2)]
+    with pytest.raises(ValueError, match="gru: weights must be those of 2 layers, got 3 tensors"):
+        torch.ops.birnn_ext.gru(ok(4, 2, 3), weights[:3], False, None, None, 2, False, False)
+    with pytest.raises(ValueError, match=r"gru: h0 must have shape \(2, B, H\)"):
+        torch.ops.birnn_ext.gru(ok(4, 2, 3), weights, False, ok(1, 2, 2), None, 2, False, False)
+    with pytest.raises(ValueError, match=r"w_ih must have shape \[6, 5\], got \[6, 3\]"):
+        torch.ops.birnn_ext.gru(ok(4, 2, 5), weights, False, None, None, 2, False, False)

@@ -12,7 +12,8 @@ from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
-from helpers import TutorialBiRNN, all_near, assert_near, projected_by_pytorch, twins
+from cells import LSTM_CELL, Cell, every_cell
+from helpers import TutorialBiRNN, all_near, assert_near, leaves, projected_by_pytorch, twins
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
@@ -42,37 +43,47 @@ LAYOUTS = {
     "one_direction": {"bidirectional": False},
 }
 layouts = pytest.mark.parametrize("layout", LAYOUTS)
-forward_mode = pytest.mark.filterwarnings("ignore:birnn_ext..lstm_.* has no forward-mode derivative:UserWarning")
+forward_mode = pytest.mark.filterwarnings("ignore:birnn_ext..(lstm|gru)_.* has no forward-mode derivative:UserWarning")
 
 
 class Case:
     """A module (of two layers by default) and some `samples`. `run(parameters, *sample)` calls it for one sample."""
 
-    def __init__(self, device: str, layout: str = "plain", dtype: torch.dtype = torch.float64, layers: int = 2) -> None:
+    def __init__(
+        self,
+        device: str,
+        layout: str = "plain",
+        dtype: torch.dtype = torch.float64,
+        layers: int = 2,
+        cell: Cell = LSTM_CELL,
+    ) -> None:
         options = dict(LAYOUTS[layout])
         self.last = options.pop("output", "all") == "last"
         unbatched = options.pop("unbatched", False)
         kinds = {name: options.pop(name, None) for name in ("hx", "lengths")}
         options = {"bidirectional": True, **options}
-        self.lstm = LSTM(FEATURES, HIDDEN, layers, device=device, dtype=dtype, **options)
-        self.parameters = {name: p.detach() for name, p in self.lstm.named_parameters()}
-        self.directions = 1 + self.lstm.bidirectional
+        self.cell = cell
+        self.module = cell.module(FEATURES, HIDDEN, layers, device=device, dtype=dtype, **options)
+        self.parameters = {name: p.detach() for name, p in self.module.named_parameters()}
+        self.directions = 1 + self.module.bidirectional
         shape = (
             (STEPS, FEATURES)
             if unbatched
             else (BATCH, STEPS, FEATURES)
-            if self.lstm.batch_first
+            if self.module.batch_first
             else (STEPS, BATCH, FEATURES)
         )
         state = (layers * self.directions, BATCH, HIDDEN)
         every = {
             "input": torch.randn(SAMPLES, *shape, dtype=dtype),
-            "h0": torch.randn(SAMPLES, *state, dtype=dtype) if kinds["hx"] else None,
-            "c0": torch.randn(SAMPLES, *state, dtype=dtype) if kinds["hx"] else None,
+            **{
+                name: torch.randn(SAMPLES, *state, dtype=dtype) if kinds["hx"] else None
+                for name in ("h0", "c0")[: cell.states]
+            },
             "lengths": torch.tensor(LENGTHS) if kinds["lengths"] else None,
         }
-        for name, kind in (("h0", kinds["hx"]), ("c0", kinds["hx"]), ("lengths", kinds["lengths"])):
-            if kind == "shared":
+        for name in list(every)[1:]:
+            if kinds["lengths" if name == "lengths" else "hx"] == "shared":
                 every[name] = every[name][0]
         self.samples = {name: value.to(device) for name, value in every.items() if value is not None}
         self.dims = tuple(
@@ -82,10 +93,9 @@ class Case:
 
     def run(self, parameters: dict[str, Tensor], *sample: Tensor) -> tuple[Tensor, ...]:
         named = dict(zip(self.samples, sample, strict=True))
-        hx = (named["h0"], named["c0"]) if "h0" in named else None
+        hx = self.cell.hx([named[name] for name in ("h0", "c0") if name in named] or None)
         options = {"lengths": named.get("lengths"), "output": "last" if self.last else "all"}
-        y, states = functional_call(self.lstm, parameters, (named["input"], hx), options)
-        return (y,) if states is None else (y, *states)
+        return tuple(leaves(functional_call(self.module, parameters, (named["input"], hx), options)))
 
     def loss(self, parameters: dict[str, Tensor], *sample: Tensor) -> Tensor:
         return sum(out.square().sum() + out.sum() for out in self.run(parameters, *sample))
@@ -121,11 +131,12 @@ def eager_gradients(loss: Callable[..., Tensor], parameters: dict[str, Tensor], 
 # --- eval mode and second order ---------------------------------------------------------------------------------------
 
 
+@every_cell
 @pytest.mark.parametrize("lengths", [None, [5, 2, 1]], ids=["full", "ragged"])
 @pytest.mark.parametrize("recompute", [False, True], ids=["saved", "recomputed"])
-def test_backward_in_eval_mode_saliency(recompute, lengths, device):
+def test_backward_in_eval_mode_saliency(recompute, lengths, cell, device):
     """A saliency map needs it, and cuDNN refuses it for nn.LSTM."""
-    ours, theirs = twins(FEATURES, HIDDEN, 2, dropout=0.5, bidirectional=True, **F64)
+    ours, theirs = twins(FEATURES, HIDDEN, 2, dropout=0.5, bidirectional=True, **F64, cell=cell)
     ours.recompute = recompute
     ours = ours.to(device).eval()
     theirs.eval()
@@ -145,7 +156,7 @@ def test_backward_in_eval_mode_saliency(recompute, lengths, device):
 
 
 class Critic(nn.Module):
-    def __init__(self, lstm: nn.LSTM) -> None:
+    def __init__(self, lstm: nn.RNNBase) -> None:
         super().__init__()
         self.lstm, self.score = lstm, nn.Linear(2 * HIDDEN, 1, **F64)
 
@@ -153,10 +164,11 @@ class Critic(nn.Module):
         return self.score(self.lstm(x)[0][:, -1])
 
 
+@every_cell
 @pytest.mark.parametrize("recompute", [False, True], ids=["saved", "recomputed"])
-def test_double_backward_gradient_penalty(recompute, device):
+def test_double_backward_gradient_penalty(recompute, cell, device):
     """A WGAN-GP critic trains for two steps, which nn.LSTM on cuDNN refuses."""
-    ours, theirs = twins(FEATURES, HIDDEN, 2, bidirectional=True, batch_first=True, **F64)
+    ours, theirs = twins(FEATURES, HIDDEN, 2, bidirectional=True, batch_first=True, **F64, cell=cell)
     ours.recompute = recompute
     theirs = Critic(theirs)
     ours = Critic(ours)
@@ -183,9 +195,10 @@ def test_double_backward_gradient_penalty(recompute, device):
     all_near(*seen)
 
 
+@every_cell
 @pytest.mark.parametrize("layout", ["last_lengths", "recompute"])
-def test_double_backward_gradgradcheck(layout, device):
-    case = Case(device, layout, layers=1)
+def test_double_backward_gradgradcheck(layout, cell, device):
+    case = Case(device, layout, layers=1, cell=cell)
     lengths = case.samples.get("lengths")
     tensors = [t.requires_grad_() for t in case.sample(0) if t.is_floating_point()]
     names = list(case.parameters)
@@ -202,55 +215,62 @@ def test_double_backward_gradgradcheck(layout, device):
 # --- vmap -------------------------------------------------------------------------------------------------------------
 
 
+@every_cell
 @layouts
-def test_vmap_over_inputs(layout, device):
+def test_vmap_over_inputs(layout, cell, device):
     """The kernels run all samples at once."""
-    case = Case(device, layout)
+    case = Case(device, layout, cell=cell)
     with kernel_calls(device, forward=case.layer_calls()):
         mapped = vmap(lambda *sample: case.run(case.parameters, *sample), in_dims=case.dims)(*case.samples.values())
     all_near(mapped, stacked([case.run(case.parameters, *case.sample(k)) for k in range(SAMPLES)]))
 
 
-def test_vmap_over_any_dimension(device):
-    case = Case(device)
+@every_cell
+def test_vmap_over_any_dimension(cell, device):
+    case = Case(device, cell=cell)
     x = case.samples["input"].movedim(0, 2)
-    y = vmap(lambda x: case.lstm(x)[0], in_dims=2, out_dims=1)(x)
-    all_near(y.unbind(1), [case.lstm(case.sample(k)[0])[0] for k in range(SAMPLES)])
+    y = vmap(lambda x: case.module(x)[0], in_dims=2, out_dims=1)(x)
+    all_near(y.unbind(1), [case.module(case.sample(k)[0])[0] for k in range(SAMPLES)])
 
 
+@every_cell
 @pytest.mark.parametrize("mapped", ["hx", "lengths"])
-def test_vmap_over_all_but_the_input(mapped, device):
-    case = Case(device, "shared_lengths")
-    x, h0, c0, _ = case.samples.values()
+def test_vmap_over_all_but_the_input(mapped, cell, device):
+    case = Case(device, "shared_lengths", cell=cell)
+    x, *states, _ = case.samples.values()
     lengths = torch.tensor(LENGTHS, device=device)
     if mapped == "hx":
-        y = vmap(lambda h, c: case.lstm(x[0], (h, c), lengths=lengths[0])[0])(h0, c0)
-        expected = [case.lstm(x[0], (h0[k], c0[k]), lengths=lengths[0])[0] for k in range(SAMPLES)]
+        y = vmap(lambda *s: case.module(x[0], cell.hx(s), lengths=lengths[0])[0])(*states)
+        expected = [case.module(x[0], cell.hx([s[k] for s in states]), lengths=lengths[0])[0] for k in range(SAMPLES)]
     else:
-        y = vmap(lambda n: case.lstm(x[0], (h0[0], c0[0]), lengths=n)[0])(lengths)
-        expected = [case.lstm(x[0], (h0[0], c0[0]), lengths=lengths[k])[0] for k in range(SAMPLES)]
+        hx = cell.hx([s[0] for s in states])
+        y = vmap(lambda n: case.module(x[0], hx, lengths=n)[0])(lengths)
+        expected = [case.module(x[0], hx, lengths=lengths[k])[0] for k in range(SAMPLES)]
     all_near(y, expected)
 
 
-def test_vmap_within_vmap(device):
-    case = Case(device, "unbatched")
+@every_cell
+def test_vmap_within_vmap(cell, device):
+    case = Case(device, "unbatched", cell=cell)
     x = torch.randn(2, 3, STEPS, FEATURES, device=device, **F64)
     with kernel_calls(device, forward=2):
-        y = vmap(vmap(lambda x: case.lstm(x)[0]), in_dims=2)(x.permute(1, 2, 0, 3))
-    all_near(y.flatten(0, 1), [case.lstm(sample)[0] for sample in x.flatten(0, 1)])
+        y = vmap(vmap(lambda x: case.module(x)[0]), in_dims=2)(x.permute(1, 2, 0, 3))
+    all_near(y.flatten(0, 1), [case.module(sample)[0] for sample in x.flatten(0, 1)])
 
 
+@every_cell
 @pytest.mark.parametrize("samples, batch", [(0, BATCH), (SAMPLES, 0)], ids=["no_samples", "no_sequences"])
-def test_vmap_over_nothing(samples, batch, device):
-    lstm = LSTM(FEATURES, HIDDEN, 2, bidirectional=True, device=device)
-    y, (h_n, c_n) = vmap(lstm)(torch.randn(samples, STEPS, batch, FEATURES, device=device))
+def test_vmap_over_nothing(samples, batch, cell, device):
+    lstm = cell.module(FEATURES, HIDDEN, 2, bidirectional=True, device=device)
+    y, *states = leaves(vmap(lstm)(torch.randn(samples, STEPS, batch, FEATURES, device=device)))
     assert y.shape == (samples, STEPS, batch, 2 * HIDDEN)
-    assert h_n.shape == c_n.shape == (samples, 4, batch, HIDDEN)
+    assert [s.shape for s in states] == [(samples, 4, batch, HIDDEN)] * cell.states
 
 
-def test_vmap_over_a_model_ensemble(device):
+@every_cell
+def test_vmap_over_a_model_ensemble(cell, device):
     """Each sample has its own weights, by stack_module_state, forward and in gradients."""
-    models = [LSTM(FEATURES, HIDDEN, 2, bidirectional=True, device=device, **F64) for _ in range(3)]
+    models = [cell.module(FEATURES, HIDDEN, 2, bidirectional=True, device=device, **F64) for _ in range(3)]
     x = torch.randn(STEPS, BATCH, FEATURES, device=device, **F64)
     lengths = torch.tensor(LENGTHS[0], device=device)
     parameters, buffers = stack_module_state(models)
@@ -274,9 +294,10 @@ def test_vmap_over_a_model_ensemble(device):
     all_near([per_model[name] for name in parameters], found)
 
 
-def test_vmap_and_dropout(device):
+@every_cell
+def test_vmap_and_dropout(cell, device):
     """The randomness is the one that vmap is given. Without it, vmap raises its own error."""
-    lstm = LSTM(FEATURES, HIDDEN, 2, dropout=0.5, device=device)
+    lstm = cell.module(FEATURES, HIDDEN, 2, dropout=0.5, device=device)
     x = torch.randn(1, STEPS, BATCH, FEATURES, device=device).expand(SAMPLES, STEPS, BATCH, FEATURES)
     with pytest.raises(RuntimeError, match="randomness"):
         vmap(lambda x: lstm(x)[0])(x)
@@ -319,10 +340,11 @@ def test_vmap_over_bad_input():
 # --- gradients under torch.func ---------------------------------------------------------------------------------------
 
 
+@every_cell
 @layouts
-def test_per_sample_gradients(layout, device):
+def test_per_sample_gradients(layout, cell, device):
     """vmap(grad(loss)) for weights, input and states runs in the kernels."""
-    case = Case(device, layout)
+    case = Case(device, layout, cell=cell)
     floating = tuple(k for k, t in enumerate(case.samples.values()) if t.is_floating_point())
     function = grad(case.loss, argnums=(0, *(k + 1 for k in floating)))
     with kernel_calls(device, forward=case.layer_calls(), backward=case.layer_calls()):
@@ -356,9 +378,10 @@ def test_per_sample_gradients_of_the_tutorials_model(device):
         all_near([found[name][k].cpu() for name in parameters], expected)
 
 
+@every_cell
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_per_sample_gradients_in_other_types(dtype, device):
-    case = Case(device, "lengths", dtype)
+def test_per_sample_gradients_in_other_types(dtype, cell, device):
+    case = Case(device, "lengths", dtype, cell=cell)
     found = vmap(grad(case.loss), in_dims=(None, *case.dims))(case.parameters, *case.samples.values())
     for k in range(SAMPLES):
         expected = eager_gradients(case.loss, case.parameters, *case.sample(k))
@@ -367,8 +390,9 @@ def test_per_sample_gradients_in_other_types(dtype, device):
             assert_near(found[name][k], e, name)
 
 
-def test_per_sample_gradients_under_autocast(device):
-    case = Case(device, dtype=torch.float32)
+@every_cell
+def test_per_sample_gradients_under_autocast(cell, device):
+    case = Case(device, dtype=torch.float32, cell=cell)
     with torch.autocast(device, torch.bfloat16):
         found = vmap(grad(case.loss), in_dims=(None, 0))(case.parameters, case.samples["input"])
     with torch.autocast(device, torch.bfloat16):
@@ -378,10 +402,11 @@ def test_per_sample_gradients_under_autocast(device):
         assert_near(found[name], torch.stack([e[name] for e in expected]), name, torch.bfloat16)
 
 
+@every_cell
 @pytest.mark.parametrize("layout", ["plain", "last_lengths"])
-def test_gradient_of_a_vmapped_function(layout, device):
+def test_gradient_of_a_vmapped_function(layout, cell, device):
     """This is grad(vmap), and vmap within a graph of ordinary autograd."""
-    case = Case(device, layout)
+    case = Case(device, layout, cell=cell)
     parameters, samples = case.parameters, tuple(case.samples.values())
 
     def total(parameters: dict[str, Tensor]) -> Tensor:
@@ -398,29 +423,32 @@ def test_gradient_of_a_vmapped_function(layout, device):
         assert_near(eager[name], expected, name)
 
 
+@every_cell
 @layouts
-def test_gradient_under_torch_func(layout, device):
-    case = Case(device, layout)
+def test_gradient_under_torch_func(layout, cell, device):
+    case = Case(device, layout, cell=cell)
     with kernel_calls(device, forward=case.layer_calls(), backward=case.layer_calls()):
         found = grad(case.loss)(case.parameters, *case.sample(0))
     all_near(found.values(), eager_gradients(case.loss, case.parameters, *case.sample(0)).values())
 
 
-def test_results_may_be_changed_in_place_under_torch_func(device):
-    case = Case(device)
+@every_cell
+def test_results_may_be_changed_in_place_under_torch_func(cell, device):
+    case = Case(device, cell=cell)
     x = case.samples["input"]
 
     def doubled(x: Tensor) -> Tensor:
-        return case.lstm(x)[0].mul_(2)
+        return case.module(x)[0].mul_(2)
 
-    expected = grad(lambda x: (2 * vmap(lambda x: case.lstm(x)[0])(x)).square().sum())(x)
+    expected = grad(lambda x: (2 * vmap(lambda x: case.module(x)[0])(x)).square().sum())(x)
     all_near([grad(lambda x: vmap(doubled)(x).square().sum())(x)], [expected])
     all_near([vmap(grad(lambda x: doubled(x).square().sum()))(x)], [expected])
 
 
-def test_gradient_within_no_grad(device):
+@every_cell
+def test_gradient_within_no_grad(cell, device):
     """torch.func.grad differentiates under a no_grad around it, and respects a no_grad within it."""
-    case = Case(device)
+    case = Case(device, cell=cell)
     sample = case.sample(0)
     expected = grad(case.loss)(case.parameters, *sample)
     with torch.no_grad():
@@ -428,26 +456,27 @@ def test_gradient_within_no_grad(device):
 
     def detached(x: Tensor) -> Tensor:
         with torch.no_grad():
-            factor = case.lstm(x)[0].sum()
+            factor = case.module(x)[0].sum()
         return factor * x.sum()
 
     found = grad(detached)(sample[0])
-    all_near([found], [case.lstm(sample[0])[0].sum().detach().expand_as(found)])
+    all_near([found], [case.module(sample[0])[0].sum().detach().expand_as(found)])
 
 
 # --- derivatives of vectors, and second order under torch.func ---------------------------------------------------------
 
 
-def small_function(device: str, layout: str = "full") -> tuple[Callable[[Tensor], Tensor], Tensor]:
-    lstm = LSTM(2, 2, bidirectional=True, device=device, **F64)
+def small_function(device: str, layout: str = "full", cell: Cell = LSTM_CELL) -> tuple[Callable, Tensor]:
+    lstm = cell.module(2, 2, bidirectional=True, device=device, **F64)
     options = {} if layout == "full" else {"lengths": torch.tensor([3, 1], device=device), "output": "last"}
     return lambda x: lstm(x, **options)[0].square().sum(0), torch.randn(3, 2, 2, device=device, **F64)
 
 
+@every_cell
 @forward_mode
 @pytest.mark.parametrize("layout", ["full", "last_lengths"])
-def test_jacobians(layout, device, reference_operators):
-    f, x = small_function(device, layout)
+def test_jacobians(layout, cell, device, reference_operators):
+    f, x = small_function(device, layout, cell=cell)
     expected = torch.autograd.functional.jacobian(f, x)
     found = {
         "jacrev": jacrev(f)(x),
@@ -462,16 +491,18 @@ def test_jacobians(layout, device, reference_operators):
         assert_near(jacobian, expected, how)
 
 
-def test_reverse_mode_jacobians_run_in_the_kernels(device):
-    f, x = small_function(device)
+@every_cell
+def test_reverse_mode_jacobians_run_in_the_kernels(cell, device):
+    f, x = small_function(device, cell=cell)
     with kernel_calls(device, forward=1, backward=1):
         jacrev(f)(x)
 
 
+@every_cell
 @forward_mode
-def test_second_order_under_torch_func(device, reference_operators):
+def test_second_order_under_torch_func(cell, device, reference_operators):
     """This covers forward over reverse, reverse over reverse and so on, per sample, and Hessian-vector products."""
-    vector, x = small_function(device, "last_lengths")
+    vector, x = small_function(device, "last_lengths", cell=cell)
 
     def f(x: Tensor) -> Tensor:
         return vector(x).sum()
@@ -494,11 +525,12 @@ def test_second_order_under_torch_func(device, reference_operators):
     assert_near(vjp(grad(f), x)[1](v)[0], product, "vjp(grad)")
 
 
+@every_cell
 @forward_mode
 @pytest.mark.parametrize("recompute", [False, True], ids=["saved", "recomputed"])
 @pytest.mark.parametrize("ragged", [True, False], ids=["ragged", "full"])
-def test_forward_mode(ragged, recompute, device, reference_operators):
-    ours, theirs = twins(3, 5, bidirectional=True, **F64)
+def test_forward_mode(ragged, recompute, cell, device, reference_operators):
+    ours, theirs = twins(3, 5, bidirectional=True, **F64, cell=cell)
     ours = ours.to(device)
     ours.recompute = recompute
     x, v = torch.randn(2, 4, 2, 3, **F64)
@@ -519,11 +551,12 @@ def test_forward_mode(ragged, recompute, device, reference_operators):
     all_near([y, tangent, dual.primal, dual.tangent], [expected, pushed, expected, pushed])
 
 
+@every_cell
 @forward_mode
 @pytest.mark.parametrize("operator", ["layer", "recurrence"])
-def test_tangent_of_the_output_gradient_alone(operator, device, reference_operators):
+def test_tangent_of_the_output_gradient_alone(operator, cell, device, reference_operators):
     """The graph was made without tangents, and a kernel would silently drop the tangent of the linear backward pass."""
-    lstm = LSTM(FEATURES, HIDDEN, 2, bidirectional=True, device=device, **F64)
+    lstm = cell.module(FEATURES, HIDDEN, 2, bidirectional=True, device=device, **F64)
     x = torch.randn(STEPS, BATCH, FEATURES, device=device, **F64).requires_grad_()
     with projected_by_pytorch() if operator == "recurrence" else nullcontext():
         y = lstm(x)[0]
@@ -545,17 +578,18 @@ def test_tangent_of_the_output_gradient_alone(operator, device, reference_operat
         all_near(jvp(pull, (u,), (v,))[1], expected)
 
 
+@every_cell
 @pytest.mark.parametrize("create_graph", [False, True])
 @pytest.mark.parametrize("how", ["is_grads_batched", "vmap"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
-def test_batch_of_output_gradients(dtype, how, create_graph, device):
+def test_batch_of_output_gradients(dtype, how, create_graph, cell, device):
     """A graph of ordinary autograd takes a batch of output gradients."""
-    lstm = LSTM(FEATURES, HIDDEN, 2, bidirectional=True, device=device, dtype=dtype)
+    lstm = cell.module(FEATURES, HIDDEN, 2, bidirectional=True, device=device, dtype=dtype)
     x = torch.randn(STEPS, BATCH, FEATURES, device=device).to(dtype).requires_grad_()
-    h0, c0 = (torch.randn(4, BATCH, HIDDEN, device=device).to(dtype).requires_grad_() for _ in "hc")
-    y = lstm(x, (h0, c0), lengths=torch.tensor(LENGTHS[0], device=device))[0]
+    first = [torch.randn(4, BATCH, HIDDEN, device=device).to(dtype).requires_grad_() for _ in range(cell.states)]
+    y = lstm(x, cell.hx(first), lengths=torch.tensor(LENGTHS[0], device=device))[0]
     v = torch.randn(3, *y.shape, device=device).to(dtype)
-    wanted = [x, h0, c0, *lstm.parameters()]
+    wanted = [x, *first, *lstm.parameters()]
 
     def pull(v: Tensor, **kwargs) -> tuple[Tensor, ...]:
         return torch.autograd.grad(y, wanted, v, retain_graph=True, create_graph=create_graph, **kwargs)
@@ -564,25 +598,29 @@ def test_batch_of_output_gradients(dtype, how, create_graph, device):
     all_near(found, stacked([pull(v[k]) for k in range(3)]))
 
 
-@pytest.mark.filterwarnings("ignore:birnn_ext..lstm_recurrence has no rule for torch.func.functionalize:UserWarning")
-def test_functionalize(device, reference_operators):
-    f, x = small_function(device)
+@every_cell
+@pytest.mark.filterwarnings(
+    "ignore:birnn_ext..(lstm|gru)_recurrence has no rule for torch.func.functionalize:UserWarning"
+)
+def test_functionalize(cell, device, reference_operators):
+    f, x = small_function(device, cell=cell)
     all_near([torch.func.functionalize(f)(x)], [f(x)])
 
 
 # --- calls in other ways ----------------------------------------------------------------------------------------------
 
 
+@every_cell
 @pytest.mark.parametrize("recompute", [False, True], ids=["saved", "recomputed"])
 @pytest.mark.parametrize("layout", ["plain", "last_lengths"])
 @pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "non_reentrant"])
-def test_checkpoint(use_reentrant, layout, recompute, device):
+def test_checkpoint(use_reentrant, layout, recompute, cell, device):
     """torch.utils.checkpoint wraps the module, which has dropout between its layers."""
-    case = Case(device, layout)
-    case.lstm.recompute, case.lstm.dropout = recompute, 0.3
+    case = Case(device, layout, cell=cell)
+    case.module.recompute, case.module.dropout = recompute, 0.3
     sample = [t.requires_grad_() if t.is_floating_point() else t for t in case.sample(0)]
-    leaves = [t for t in sample if t.is_floating_point()]
-    live = dict(case.lstm.named_parameters())
+    inputs = [t for t in sample if t.is_floating_point()]
+    live = dict(case.module.named_parameters())
 
     def run(*sample: Tensor) -> tuple[Tensor, ...]:
         return case.run(live, *sample)
@@ -591,16 +629,17 @@ def test_checkpoint(use_reentrant, layout, recompute, device):
     for outputs in (lambda: run(*sample), lambda: checkpoint(run, *sample, use_reentrant=use_reentrant)):
         torch.manual_seed(3)
         sum((k + 1) * out.square().sum() for k, out in enumerate(outputs())).backward()
-        results.append([t.grad for t in (*leaves, *live.values())])
-        for t in (*leaves, *live.values()):
+        results.append([t.grad for t in (*inputs, *live.values())])
+        for t in (*inputs, *live.values()):
             t.grad = None
     all_near(*results)
 
 
+@every_cell
 @pytest.mark.parametrize("tie_weights", [True, False])
 @pytest.mark.parametrize("call", [functional_call, stateless.functional_call], ids=["torch.func", "stateless"])
-def test_functional_call(call, tie_weights, device):
-    ours, theirs = twins(FEATURES, HIDDEN, 2, bidirectional=True, **F64)
+def test_functional_call(call, tie_weights, cell, device):
+    ours, theirs = twins(FEATURES, HIDDEN, 2, bidirectional=True, **F64, cell=cell)
     ours = ours.to(device)
     x = torch.randn(STEPS, BATCH, FEATURES, **F64)
     own = {name: p.clone() for name, p in ours.named_parameters()}

@@ -3,13 +3,15 @@
 Each integration adds entries for our own operators and modules. It imports no package that the program does not import.
 
 - ``torch.utils.flop_counter.FlopCounterMode`` counts our operators (`birnn_ext.integrations.flops`).
-- thop, ptflops, calflops and DeepSpeed's profiler look up a module's rule by its type; `birnn_ext.LSTM` gets nn.LSTM's.
-- Opacus gets per-sample gradients of `birnn_ext.LSTM` (`birnn_ext.integrations.opacus`).
+- thop, ptflops, calflops and DeepSpeed's profiler look up a module's rule by its type; `birnn_ext.LSTM` gets nn.LSTM's,
+  `birnn_ext.GRU` nn.GRU's.
+- Opacus gets per-sample gradients of our modules (`birnn_ext.integrations.opacus`).
 
-For another tool that looks up modules by their type in a table, add two lines:
+For another tool that looks up modules by their type in a table, add these lines:
 
     import birnn_ext, torch
     table[birnn_ext.LSTM] = table[torch.nn.LSTM]
+    table[birnn_ext.GRU] = table[torch.nn.GRU]
 """
 
 from __future__ import annotations
@@ -19,10 +21,8 @@ from collections.abc import Callable
 from importlib import import_module
 from types import ModuleType
 
-from torch import nn
-
 from birnn_ext._after_import import after_import
-from birnn_ext.modules import LSTM
+from birnn_ext.acceleration import OURS
 
 RULES_BY_TYPE = {
     "thop.profile": "register_hooks",
@@ -34,7 +34,8 @@ RULES_BY_TYPE = {
 
 def _share_rule(module: ModuleType) -> None:
     rules = getattr(module, RULES_BY_TYPE[module.__name__])
-    rules.setdefault(LSTM, rules[nn.LSTM])
+    for theirs, ours in OURS.items():
+        rules.setdefault(ours, rules[theirs])
 
 
 def _call(name: str, function: str) -> Callable[[ModuleType], None]:
@@ -51,7 +52,7 @@ def _when_imported(name: str, register: Callable[[ModuleType], None]) -> None:
         except Exception as error:
             warnings.warn(
                 f"birnn_ext.integrations: {name} of this version does not know birnn_ext's LSTM ({error!r}); "
-                "birnn_ext.restore gives it nn.LSTM's",
+                "birnn_ext.restore gives it PyTorch's",
                 stacklevel=2,
             )
 

@@ -1,7 +1,7 @@
 """Counts floating-point operations of birnn_ext's operators, for ``torch.utils.flop_counter.FlopCounterMode``.
 
 As in that counter, a product of (m, k) and (k, n) counts 2 m n k, and nothing else counts. The products are those of
-nn.LSTM's equations and of their derivatives, over all T steps. Lengths are values, not shapes, so padding counts, too.
+the cells' equations and of their derivatives, over all T steps. Lengths are values, not shapes, so padding counts, too.
 """
 
 from __future__ import annotations
@@ -16,42 +16,48 @@ Shape = tuple[int, ...]
 
 
 def recurrence(gates_x: Shape, w_hh: Shape, *_: Any, **__: Any) -> int:
-    """Counts ``lstm_recurrence``: W_hh h in each step."""
+    """Counts ``lstm_recurrence`` and ``gru_recurrence``: W_hh h in each step."""
     steps, batch = gates_x[:2]
     return 2 * steps * batch * prod(w_hh)
 
 
-def recurrence_backward(w_hh: Shape, c0: Any, lengths: Any, gates: Shape, *rest: Any, out_shape: Any = None) -> int:
-    """Counts ``lstm_recurrence_backward``: W_hh^T dz in each step, for the first one only if h0 gets a gradient.
+def recurrence_backward(w_hh: Shape, *rest: Any, out_shape: Any = None) -> int:
+    """Counts their backward operators: W_hh^T dz in each step, for the first one only if h0 gets a gradient.
 
     PyTorch itself multiplies for the weights' gradients, and counts that.
     """
-    steps, batch = gates[:2]
+    steps, batch, *_ = map(int, out_shape[0])
     state_grads: bool = rest[-1]
     return 2 * (steps - 1 + state_grads) * batch * prod(w_hh)
 
 
 def layer(x: Shape, weights: list[Shape], *_: Any, **__: Any) -> int:
-    """Counts ``lstm_layer``: W_ih x and W_hh h."""
+    """Counts ``lstm_layer`` and ``gru_layer``: W_ih x and W_hh h."""
     steps, batch = x[:2]
     return 2 * steps * batch * sum(prod(w) for w in weights if len(w) == 2)
 
 
-def layer_backward(
-    x: Shape,
-    weights: list[Shape],
-    bias: bool,
-    h0: Any,
-    c0: Any,
-    lengths: Any,
-    y: Shape,
-    gates: Shape,
-    *rest: Any,
+def lstm_layer_backward(
+    x: Shape, weights: list[Shape], bias: bool, h0: Any, c0: Any, lengths: Any, y: Shape, gates: Shape, *rest: Any,
     out_shape: Any = None,
+) -> int:  # fmt: skip
+    """Counts ``lstm_layer_backward``."""
+    return _layer_backward(x, weights, bias, gates, *rest[-3:])
+
+
+def gru_layer_backward(
+    x: Shape, weights: list[Shape], bias: bool, h0: Any, lengths: Any, y: Shape, gates: Shape, *rest: Any,
+    out_shape: Any = None,
+) -> int:  # fmt: skip
+    """Counts ``gru_layer_backward``."""
+    return _layer_backward(x, weights, bias, gates, *rest[-3:])
+
+
+def _layer_backward(
+    x: Shape, weights: list[Shape], bias: bool, gates: Shape, x_grad: bool, weight_grads: bool, state_grads: bool
 ) -> int:
-    """Counts ``lstm_layer_backward``: the gradients that are wanted, and forward products if gates are recomputed."""
+    """Counts the gradients that are wanted, and forward products if gates are recomputed."""
     steps, batch = x[:2]
-    x_grad, weight_grads, state_grads = map(int, rest[-3:])
     stride = 4 if bias else 2
     w_ih, w_hh = (sum(map(prod, weights[k::stride])) for k in (0, 1))
     recomputed = len(gates) == 1
@@ -75,5 +81,16 @@ def variant_backward(w_hh: Shape, w_hr: Shape | None, *rest: Any, out_shape: Any
 
 def register(flop_counter: ModuleType) -> None:
     """Adds these formulas to PyTorch's module ``torch.utils.flop_counter``."""
-    for of in (recurrence, layer, variant, recurrence_backward, layer_backward, variant_backward):
-        flop_counter.register_flop_formula(getattr(torch.ops.birnn_ext, f"lstm_{of.__name__}"))(of)
+    for name, formula in {
+        "lstm_recurrence": recurrence,
+        "lstm_recurrence_backward": recurrence_backward,
+        "lstm_layer": layer,
+        "lstm_layer_backward": lstm_layer_backward,
+        "gru_recurrence": recurrence,
+        "gru_recurrence_backward": recurrence_backward,
+        "gru_layer": layer,
+        "gru_layer_backward": gru_layer_backward,
+        "lstm_variant": variant,
+        "lstm_variant_backward": variant_backward,
+    }.items():
+        flop_counter.register_flop_formula(getattr(torch.ops.birnn_ext, name))(formula)

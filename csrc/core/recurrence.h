@@ -4,6 +4,9 @@
 // Direction 0 runs t = 0 .. T-1, direction 1 runs t = T-1 .. 0. With lengths, sequence b consists of its first
 // lengths[b] steps only: direction 1 starts at lengths[b]-1, and steps beyond are skipped.
 //
+// Shapes are the LSTM's. A GRU has 3H rows of weights, and its state is its output: c0 is h0, c_n is h_n, dc_n and dc0
+// are null, and the backward pass may read y as cells, if A is S.
+//
 // All tensors are contiguous and distinct, unless strides are given. Element types: S is the tensors' type (double,
 // float, half, bfloat16); A is the type in which the kernels accumulate and keep the cell state (double for double,
 // else float).
@@ -20,6 +23,18 @@ enum class DType : int { f64, f32, f16, bf16, f32_high };
 // Bytes of an element.
 constexpr int size_of(DType type) { return type == DType::f64 ? 8 : type == DType::f16 || type == DType::bf16 ? 2 : 4; }
 
+enum class CellKind : int { lstm, gru };
+
+// Of a unit, core/cells/: gates, which count the rows of W_ih and W_hh, and values, which a step saves.
+constexpr int gates_of(CellKind cell) { return cell == CellKind::lstm ? 4 : 3; }
+constexpr int values_of(CellKind) { return 4; }
+
+// The value that a gate's recurrent part goes to, see core/cells/lstm.h.
+constexpr int recurrent_value_of(CellKind cell, int gate) {
+  const int apart = values_of(cell) - gates_of(cell);
+  return gate < gates_of(cell) - apart ? gate : gate + apart;
+}
+
 template <class S>
 using Accumulate = std::conditional_t<std::is_same_v<S, double>, double, float>;
 
@@ -27,7 +42,7 @@ struct RecurrenceSizes {
   int64_t T, B, D, H;
 };
 
-// Parameters of the input projection, where the kernels do it themselves (CPU). On CUDA only its biases are used.
+// Parameters of the input projection, where the kernels do it themselves (CPU). Otherwise only its biases are used.
 // Weights have an entry per direction.
 struct InputProjection {
   const void* x;  // S (T, B, I), element (t, b, k) at t * stride_t + b * stride_b + k; null: no projection
@@ -39,12 +54,12 @@ struct InputProjection {
 };
 
 struct ForwardParams : RecurrenceSizes {
-  InputProjection input;   // used if gates_x is null
-  const void* gates_x;     // S (T, B, D, 4H): input projection, gate order i, f, g, o, with both biases added; on CUDA
-                           // without those that `input` has
-  const void* w_hh[2];     // S (4H, H), one per direction
-  const void* h0;          // S (D, B, H), or null: zeros
-  const void* c0;          // S (D, B, H), or null: zeros
+  InputProjection input;  // used if gates_x is null
+  const void* gates_x;  // S (T, B, D, 4H): input projection, gate order i, f, g, o, with both biases added; for a GRU,
+                        // and on CUDA, without those that `input` has
+  const void* w_hh[2];  // S (4H, H), one per direction
+  const void* h0;       // S (D, B, H), or null: zeros
+  const void* c0;       // S (D, B, H), or null: zeros
   const int64_t* lengths;  // (B), each in 0..T, or null: all T
   void* y;                 // S (T, B, D, H): h of every step; 0 beyond a sequence's end
   void* h_n;               // S (D, B, H): h after each sequence's own last step (h0 if it has none)
@@ -65,17 +80,19 @@ struct BackwardParams : RecurrenceSizes {
   const void* dh_n;  // S (D, B, H), or null: zeros
   const void* dc_n;  // S (D, B, H), or null: zeros
   void* d_gates_x;   // S (T, B, D, 4H): 0 beyond a sequence's end; null where the gradients below are wanted
+  void* d_q;         // S (T, B, D, H), with d_gates_x: gradient of a GRU's q = W_hn h + b_hn; null for the LSTM
   void* dh0;         // S (D, B, H), or null: not wanted
   void* dc0;         // S (D, B, H), or null with dh0
 
   // A layer with its input projection (CPU) has these gradients in place of d_gates_x.
   InputProjection input;
-  const void* h0;   // S (D, B, H), or null: zeros
-  const void* y;    // S (T, B, D, H), output of the forward pass
-  void* dx;         // S (T, B, I), filled with zeros; or null: not wanted
-  void* dw_ih[2];   // S (4H, I), one per direction; or null: not wanted
-  void* dw_hh[2];   // S (4H, H), null with dw_ih
-  void* d_bias[2];  // S (4H), gradient of either bias, null with dw_ih
+  const void* h0;      // S (D, B, H), or null: zeros
+  const void* y;       // S (T, B, D, H), output of the forward pass
+  void* dx;            // S (T, B, I), filled with zeros; or null: not wanted
+  void* dw_ih[2];      // S (4H, I), one per direction; or null: not wanted
+  void* dw_hh[2];      // S (4H, H), null with dw_ih
+  void* d_bias_ih[2];  // S (4H), or null: not wanted
+  void* d_bias_hh[2];  // S (4H), or null: not wanted
 };
 
 }  // namespace birnn

@@ -160,7 +160,7 @@ BIRNN_INLINE void variant_forward_row(const VariantForward& p, const X& x, int64
       for (int g = 0; g < Lstm::kGates; ++g) recurrent[g] = recurrent[g] * factor[g];
     }
     BIRNN_UNROLL
-    for (int g = 0; g < Lstm::kGates; ++g) Lstm::combine(gates, g, input[g], recurrent[g]);
+    for (int g = 0; g < Lstm::kGates; ++g) gates[g] = input[g] + recurrent[g];
     Lstm::activate<M>(gates);
     const V c_prev = at.cleared ? V{} : x.template load<A>(p.c, state * H + u, count);
     V c = Lstm::state(gates, c_prev);

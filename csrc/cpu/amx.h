@@ -28,7 +28,7 @@ class TileSums {
     if constexpr (N > 1) _tile_zero(1);
     if constexpr (N > 2) {
       _tile_zero(2);
-      _tile_zero(3);
+      if constexpr (N > 3) _tile_zero(3);
     }
   }
 
@@ -47,6 +47,8 @@ class TileSums {
       if constexpr (N > 2) {
         _tile_loadd(7, w + 64, N * 64);
         _tile_dpbf16ps(2, 4, 7);
+      }
+      if constexpr (N > 3) {
         _tile_loadd(5, w + 96, N * 64);
         _tile_dpbf16ps(3, 4, 5);
       }
@@ -59,7 +61,7 @@ class TileSums {
     if constexpr (N > 1) _tile_stored(1, &sums[0][1], N * 64);
     if constexpr (N > 2) {
       _tile_stored(2, &sums[0][2], N * 64);
-      _tile_stored(3, &sums[0][3], N * 64);
+      if constexpr (N > 3) _tile_stored(3, &sums[0][3], N * 64);
     }
     asm volatile("" ::: "memory");
     for (int m = 0; m < 16; ++m)

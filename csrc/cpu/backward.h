@@ -13,13 +13,13 @@ struct Backward {
   const Member& member;
   const StepOrder<int64_t> order{chain.direction, p.T};
   const int64_t d = chain.direction, H = p.H, B = p.B, D = p.D, blocks = divide_up(H, L), padded = blocks * L;
-  const int64_t plane = kGates * padded, row_size = plane * kPlanes<S>;
+  const int64_t plane = transposed_rows<S>(kGates, H), row_size = plane * kPlanes<S>;
   int64_t begin, end;         // this member's blocks: whole tiles
   A* dc;                      // [row][padded]
   A* zeros;                   // (H)
   A* gates;                   // [step][block][value][lane]: recomputed
   Factor<S>*x_rows, *h_rows;  // x and h of recomputed steps as factors, for a converted type
-  Factor<S>* dz[2];           // [row][plane][gate][padded] of the previous and of this step, alternating
+  Factor<S>* dz[2];  // of recurrent parts, [row][plane][gate][padded] of the previous and of this step, alternating
 
   Backward(const BackwardParams& params, const Chain& ch, const Panels& packed, const Slots& out, int64_t steps_at_once,
            const Member& who)
@@ -39,7 +39,7 @@ struct Backward {
   static int64_t scratch(const BackwardParams& p, int64_t rows, int64_t steps) {
     const int64_t padded = round_up(p.H, L);
     return (rows + 1 + (p.gates ? 0 : kValues * rows * steps)) * padded * sizeof(A) +
-           (2 * round_up(rows, kTileRows<S>) * kGates * padded * kPlanes<S> +
+           (2 * round_up(rows, kTileRows<S>) * transposed_rows<S>(kGates, p.H) * kPlanes<S> +
             (kConverted<S> && !p.gates ? row_values(p.input.I, rows * steps) + row_values(p.H, rows * steps) : 0)) *
                sizeof(Factor<S>);
   }
@@ -51,30 +51,29 @@ struct Backward {
 
   int64_t length(int64_t b) const { return length_of(p.lengths, b, p.T); }
 
-  // acc[m] = W_hh^T dz of M rows, for N vectors of units from vector v on.
-  template <int M, int N>
-  INLINE void product(V (&acc)[M][N], const Factor<S>* rows, int64_t v) {
-    const Factor<S>* a[M];
-    for (int m = 0; m < M; ++m) a[m] = rows + m * row_size;
-    if (*panels.not_finite || !all_zero(rows, M * row_size))
-      multiply<S, kRecurrenceApart>(acc, a, static_cast<const Factor<S>*>(panels.hh_t) + v * row_size * L, plane);
+  // Adds W_hh^T dz of some rows to sums [row][vector], for `count` vectors of units from vector v on.
+  INLINE void product(V* sums, int64_t rows, const Factor<S>* from, int64_t v, int64_t count) {
+    if (!*panels.not_finite && all_zero(from, rows * row_size)) return;
+    const Factor<S>* a[kTileRows<S>];
+    for (int m = 0; m < (kAmx<S> ? kTileRows<S> : rows); ++m) a[m] = from + m * row_size;
+    const Factor<S>* panel = static_cast<const Factor<S>*>(panels.hh_t) + v * row_size * L;
+    with_vectors(count,
+                 [&]<int N>() INLINE_LAMBDA { multiply_rows<Multiplied<S>, N>(sums, rows, a, panel, plane, plane); });
   }
 
-  template <int M, int N>
-  INLINE void tile(int wanted, int64_t t, int64_t s, int64_t first, int64_t v, const A* gate_rows) {
-    V acc[M][N] = {};
-    if (s > 0) product(acc, dz[(s + 1) & 1] + first * row_size, v);
+  INLINE void tile(int64_t rows, int64_t t, int64_t s, int64_t first, int64_t v, int64_t count, const A* gate_rows) {
+    V sums[kTileRows<S> * kTileVectors] = {};
+    if (s > 0) product(sums, rows, dz[(s + 1) & 1] + first * row_size, v, count);
     const S* dy = static_cast<const S*>(p.dy);
     const S* dh_n = static_cast<const S*>(p.dh_n);
-    const int rows = kAmx<S> ? wanted : M;
     for (int m = 0; m < rows; ++m) {
       const int64_t b = chain.rows[first + m], row = (t * B + b) * D + d;
       const bool first_step = t == order.first(length(b)), last_step = t == order.last(length(b));
       const int64_t row_before = row + (order.before(t) - t) * B * D;
       const int64_t slot = slots.dz ? slots.offsets[t] + chain.rank + (first + m) * chain.rank_step - slots.first : 0;
-      for (int n = 0; n < N; ++n) {
+      for (int64_t n = 0; n < count; ++n) {
         const int64_t unit = (v + n) * L, left = H - unit;
-        V dh = acc[m][n];
+        V dh = sums[m * count + n];
         if (dy) dh += load<A>(dy + t * p.dy_stride_t + b * p.dy_stride_b + d * H + unit, left);
         if (dh_n && last_step) dh += load<A>(dh_n + (d * B + b) * H + unit, left);
         V c_prev = {};
@@ -82,7 +81,7 @@ struct Backward {
           c_prev = load<A>(static_cast<const A*>(p.cells) + row_before * H + unit, left);
         else if (p.c0)
           c_prev = load<A>(static_cast<const S*>(p.c0) + (d * B + b) * H + unit, left);
-        V values[kValues], dz_values[kGates];
+        V values[kValues], dz_values[kValues];
         if (gate_rows) {
           const A* from = gate_rows + ((first + m) * padded + (v + n) * L) * kValues;
           BIRNN_UNROLL
@@ -98,39 +97,43 @@ struct Backward {
         Cell::template backward<Math<A>>(values, c, c_prev, dh, dc_value, dz_values);
         store_vector(dc_row, dc_value);
         Factor<S>* dz_row = dz[s & 1] + (first + m) * row_size + unit;
-        for (int g = 0; g < kGates; ++g) {
-          store_row<S>(dz_row + g * padded, plane, Cell::recurrent(values, dz_values, g));
+        BIRNN_UNROLL
+        for (int g = 0; g < kGates; ++g) store_row<S>(dz_row + g * padded, plane, dz_values[Cell::recurrent_value(g)]);
+        BIRNN_UNROLL
+        for (int k = 0; k < kValues; ++k)
           if (slots.dz) {
-            const int64_t at = dz_offset<S>(kGates * blocks, slots.capacity, g * blocks + v + n, slot);
-            store_row<S>(static_cast<Factor<S>*>(slots.dz) + at, plane, dz_values[g]);
+            const int64_t at = dz_offset<S>(kValues * blocks, slots.capacity, k * blocks + v + n, slot);
+            store_row<S>(static_cast<Factor<S>*>(slots.dz) + at, kValues * padded, dz_values[k]);
           } else {
-            store<A>(static_cast<S*>(p.d_gates_x) + (row * kGates + g) * H + unit, dz_values[g], left);
+            S* to =
+                k < kGates ? static_cast<S*>(p.d_gates_x) + (row * kGates + k) * H : static_cast<S*>(p.d_q) + row * H;
+            store<A>(to + unit, dz_values[k], left);
           }
-        }
       }
     }
   }
 
-  // dh0 = W_hh^T dz of each row's first step. finish() has moved that dz to dz[0].
-  template <int M, int N>
-  INLINE void initial_tile(int wanted, int64_t first, int64_t v) {
-    V acc[M][N] = {};
-    product(acc, dz[0] + first * row_size, v);
-    for (int m = 0; m < (kAmx<S> ? wanted : M); ++m)
-      for (int n = 0; n < N; ++n)
-        store<A>(static_cast<S*>(p.dh0) + (d * B + chain.rows[first + m]) * H + (v + n) * L, acc[m][n],
-                 H - (v + n) * L);
+  // dh0 = W_hh^T dz of each row's first step, and the state's gradient, if the state is the output. finish() has moved
+  // that dz to dz[0].
+  INLINE void initial_tile(int64_t rows, int64_t first, int64_t v, int64_t count) {
+    V sums[kTileRows<S> * kTileVectors] = {};
+    product(sums, rows, dz[0] + first * row_size, v, count);
+    for (int m = 0; m < rows; ++m)
+      for (int64_t n = 0; n < count; ++n) {
+        const int64_t unit = (v + n) * L;
+        V dh = sums[m * count + n];
+        if (Cell::kStateIsOutput) dh += load_vector(dc + (first + m) * padded + unit);
+        store<A>(static_cast<S*>(p.dh0) + (d * B + chain.rows[first + m]) * H + unit, dh, H - unit);
+      }
   }
 
-  // Calls f.template operator()<M, N>(first, v) for all tiles of the first `rows` rows.
+  // Calls f(count of rows, first, v, count of vectors) for all tiles of the first `rows` rows.
   template <class F>
   INLINE void for_each_tile(int64_t rows, const F& f) {
     for (int64_t v = begin, count; v < end; v += count) {
       count = tile_vectors(v, blocks);
       for (int64_t first = 0; first < rows; first += kTileRows<S>)
-        with_rows<S>(rows - first, [&]<int M>(int wanted) INLINE_LAMBDA {
-          with_vectors(count, [&]<int N>() INLINE_LAMBDA { f.template operator()<M, N>(wanted, first, v); });
-        });
+        f(minimum(rows - first, kTileRows<S>), first, v, count);
     }
   }
 
@@ -139,36 +142,43 @@ struct Backward {
     for (int64_t r = chain.count; r < round_up(chain.count, kTileRows<S>); ++r)  // AMX multiplies these, too
       if (member.index == 0 && kAmx<S>)
         for (Factor<S>* buffer : dz) __builtin_memset(buffer + r * row_size, 0, row_size * sizeof(Factor<S>));
-    for (int64_t r = 0; r < chain.count; ++r)
+    for (int64_t r = 0; r < chain.count; ++r) {
+      for (int64_t k = kGates * padded; k < plane && member.index == 0; k += L)
+        for (Factor<S>* buffer : dz) store_row<S>(buffer + r * row_size + k, plane, V{});
       for (int64_t unit = begin * L; unit < end * L; unit += L) {
         for (int64_t g = 0; g < kGates; ++g)
           for (Factor<S>* buffer : dz)  // a row that begins later has no dz yet
             store_row<S>(buffer + r * row_size + g * padded + unit, plane, V{});
         store_vector(dc + r * padded + unit, dc_n ? load<A>(dc_n + (d * B + chain.rows[r]) * H + unit, H - unit) : V{});
       }
+    }
     for (int64_t unit = begin * L; unit < end * L; unit += L) store_vector(zeros + unit, V{});
   }
 
   void finish() {
     const int64_t unit0 = begin * L, units = maximum(0, minimum(H, end * L) - unit0);
-    if (p.d_gates_x)
-      for (int64_t r = 0; r < chain.count; ++r)
-        for (int64_t t = length(chain.rows[r]); t < p.T; ++t)
-          for (int64_t g = 0; g < kGates; ++g)
-            __builtin_memset(
-                static_cast<S*>(p.d_gates_x) + (((t * B + chain.rows[r]) * D + d) * kGates + g) * H + unit0, 0,
-                units * sizeof(S));
+    const auto clear = [&](void* gradients, int64_t r, int64_t t, int64_t gates) {  // S (T, B, D, gates * H)
+      for (int64_t g = 0; g < gates; ++g)
+        __builtin_memset(static_cast<S*>(gradients) + (((t * B + chain.rows[r]) * D + d) * gates + g) * H + unit0, 0,
+                         units * sizeof(S));
+    };
+    for (int64_t r = 0; r < chain.count && p.d_gates_x; ++r)
+      for (int64_t t = length(chain.rows[r]); t < p.T; ++t) {
+        clear(p.d_gates_x, r, t, kGates);
+        clear(p.d_q, r, t, kValues - kGates);
+      }
     if (!p.dh0) return;
     const int64_t begun = active_rows(chain, p.lengths, 0, 0);
     for (int64_t r = 0; r < begun; ++r) {  // a row's last iteration left its dz in one of the two buffers
       const int64_t s = order.backward(order.first(length(chain.rows[r])));
-      for (int64_t g = 0; (s & 1) && g < kGates * kPlanes<S>; ++g)
-        __builtin_memcpy(dz[0] + r * row_size + g * padded + unit0, dz[1] + r * row_size + g * padded + unit0,
-                         (end - begin) * L * sizeof(Factor<S>));
+      for (int64_t g = 0; (s & 1) && g < kGates * kPlanes<S>; ++g) {
+        const int64_t at = r * row_size + g / kGates * plane + g % kGates * padded + unit0;
+        __builtin_memcpy(dz[0] + at, dz[1] + at, (end - begin) * L * sizeof(Factor<S>));
+      }
     }
     member.barrier->wait(member.count);
-    for_each_tile(begun, [&]<int M, int N>(int wanted, int64_t first, int64_t v)
-                             INLINE_LAMBDA { initial_tile<M, N>(wanted, first, v); });
+    for_each_tile(begun, [&](int64_t rows, int64_t first, int64_t v, int64_t count)
+                             INLINE_LAMBDA { initial_tile(rows, first, v, count); });
     for (int64_t r = begun; r < chain.count; ++r) {  // a sequence without steps hands its gradient through
       const int64_t state = (d * B + chain.rows[r]) * H + unit0;
       if (p.dh_n)
@@ -176,7 +186,7 @@ struct Backward {
       else
         __builtin_memset(static_cast<S*>(p.dh0) + state, 0, units * sizeof(S));
     }
-    for (int64_t r = 0; r < chain.count; ++r)
+    for (int64_t r = 0; r < chain.count && !Cell::kStateIsOutput; ++r)
       for (int64_t unit = unit0; unit < end * L; unit += L)
         store<A>(static_cast<S*>(p.dc0) + (d * B + chain.rows[r]) * H + unit, load_vector(dc + r * padded + unit),
                  H - unit);
@@ -225,10 +235,10 @@ struct Backward {
       const Steps steps(p, chain, s0, minimum(s_end, s0 + steps_at_once), false);
       if (!p.gates) recompute(steps);
       for (int64_t s = s0; s < steps.end; ++s) {
-        const int64_t t = order.backward(s), rows = steps.rows[s - s0];
+        const int64_t t = order.backward(s);
         const A* gate_rows = p.gates ? nullptr : gates + steps.first[s - s0] * kValues * padded;
-        for_each_tile(rows, [&]<int M, int N>(int wanted, int64_t first, int64_t v)
-                                INLINE_LAMBDA { tile<M, N>(wanted, t, s, first, v, gate_rows); });
+        for_each_tile(steps.rows[s - s0], [&](int64_t rows, int64_t first, int64_t v, int64_t count)
+                                              INLINE_LAMBDA { tile(rows, t, s, first, v, count, gate_rows); });
         member.barrier->wait(member.count);
       }
     }

@@ -39,45 +39,87 @@ struct Cursor {
   }
 };
 
-// Computes the part of the pre-activations that does not wait for the recurrence, z = bias + W_ih x. The backward pass,
-// which knows h, has W_hh h added and gets the activated gates. z is [step][block][gate][lane], for the blocks from
-// `begin` to `end`. x_of(cursor, k) and h_of(cursor, k) return the rows of the k-th of `steps`. Taking several steps at
-// once fills the rows of the tiles even with few sequences, and reads the panel only once.
+// Tells whether a gate's parts go to different values of the cell.
+template <class Cell>
+constexpr bool is_apart(int gate) {
+  return Cell::recurrent_value(gate) != Cell::input_value(gate);
+}
+
+// Loads some of the biases of a direction.
+template <class S>
+INLINE Vec<Accumulate<S>> load_bias(const void* bias, int64_t at, int64_t n) {
+  return bias ? load<Accumulate<S>>(static_cast<const S*>(bias) + at, n) : Vec<Accumulate<S>>{};
+}
+
+// Puts the parts of a unit's gates to the values that its cell starts from. The recurrent parts have the input parts
+// added, if these are the same values.
+template <class Cell, class V, class Input>
+INLINE void place_parts(V (&values)[Cell::kValues], const Input& input, const V* recurrent) {
+  BIRNN_UNROLL
+  for (int g = 0; g < Cell::kGates; ++g) {
+    values[Cell::recurrent_value(g)] = recurrent[g];
+    if (is_apart<Cell>(g)) values[Cell::input_value(g)] = input(g);
+  }
+}
+
+// Computes the part of the pre-activations that does not wait for the recurrence, z = bias + W_ih x, where the bias is
+// that of both parts if they are one value. The backward pass, which knows h, has W_hh h added and gets the values that
+// the forward pass saves. z is [step][block][gate or value][lane], for the blocks from `begin` to `end`. x_of(cursor,
+// k) and h_of(cursor, k) return the rows of the k-th of `steps`. Taking several steps at once fills the rows of the
+// tiles even with few sequences, and reads the panel only once.
 template <class Cell, class S, class X, class H_>
 INLINE void project(const InputProjection& input, int64_t d, int64_t H, int64_t begin, int64_t end,
                     const Panels& panels, const Steps& steps, const X& x_of, const H_* h_of, Accumulate<S>* z) {
   using A = Accumulate<S>;
+  using P = Multiplied<S>;
   using V = Vec<A>;
-  constexpr int L = kLanes<A>, kGates = Cell::kGates;
+  constexpr int L = kLanes<A>, kGates = Cell::kGates, kValues = Cell::kValues;
   const int64_t I = input.I, padded = divide_up(H, L) * L, K_ih = packed_rows<S>(I), K_hh = packed_rows<S>(H);
+  const int64_t k_ih = kStep<S> == 1 ? I : K_ih, k_hh = kStep<S> == 1 ? H : K_hh, width = h_of ? kValues : kGates;
   for (int64_t block = begin; block < end; ++block) {
-    V bias[kGates] = {};
-    for (int g = 0; g < kGates; ++g)
-      for (const void* b : {input.bias_ih[d], input.bias_hh[d]})
-        if (b) bias[g] += load<A>(static_cast<const S*>(b) + g * H + block * L, H - block * L);
+    V bias[kGates], bias_hh[kGates];  // of the input parts, of the recurrent parts
+    for (int g = 0; g < kGates; ++g) {
+      bias[g] = V{} + load_bias<S>(input.bias_ih[d], g * H + block * L, H - block * L);
+      bias_hh[g] = load_bias<S>(input.bias_hh[d], g * H + block * L, H - block * L);
+      if (!is_apart<Cell>(g)) bias[g] += bias_hh[g];
+    }
     const Factor<S>* panel_ih = static_cast<const Factor<S>*>(panels.ih) + block * K_ih * kGates * L * kPlanes<S>;
     const Factor<S>* panel_hh = static_cast<const Factor<S>*>(panels.hh) + block * K_hh * kGates * L * kPlanes<S>;
     Cursor cursor(steps);
-    for (int64_t k = 0; k < steps.total; k += kTileRows<S>)
-      with_rows<S>(steps.total - k, [&]<int M>(int wanted) INLINE_LAMBDA {
-        const Factor<S>*x[M], *h[M];
-        V acc[M][kGates];
-        for (int m = 0; m < M; ++m) {
-          x[m] = x_of(cursor, k + m);
-          if (h_of) h[m] = (*h_of)(cursor, k + m);
-          cursor.next();
-          for (int g = 0; g < kGates; ++g) acc[m][g] = bias[g];
-        }
-        multiply<S, true>(acc, x, panel_ih, kStep<S> == 1 ? I : K_ih);
-        if (h_of) multiply<S, true>(acc, h, panel_hh, kStep<S> == 1 ? H : K_hh);
-        for (int m = 0; m < (kAmx<S> ? wanted : M); ++m) {
-          static_assert(Cell::kAddsParts);  // otherwise some gate needs an accumulator of its own for h
-          if (h_of) Cell::template activate<Math<S>>(acc[m]);
-          A* to = z + ((k + m) * padded + block * L) * kGates;
+    for (int64_t k = 0; k < steps.total; k += kTileRows<S>) {
+      const int64_t rows = minimum(steps.total - k, kTileRows<S>);
+      const Factor<S>*x[kTileRows<S>], *h[kTileRows<S>];
+      V sums[kTileRows<S>][kGates], parts[kTileRows<S>][kGates];
+      for (int m = 0; m < (kAmx<S> ? kTileRows<S> : rows); ++m) {
+        x[m] = x_of(cursor, k + m);
+        if (h_of) h[m] = (*h_of)(cursor, k + m);
+        cursor.next();
+        for (int g = 0; g < kGates; ++g) sums[m][g] = bias[g];
+      }
+      multiply_rows<P, kGates>(sums[0], rows, x, panel_ih, k_ih, k_ih);
+      if (h_of) {
+        for (int m = 0; m < rows; ++m)
+          for (int g = 0; g < kGates; ++g) {
+            if (!is_apart<Cell>(g)) continue;
+            parts[m][g] = sums[m][g];
+            sums[m][g] = bias_hh[g];
+          }
+        multiply_rows<P, kGates>(sums[0], rows, h, panel_hh, k_hh, k_hh);
+      }
+      for (int m = 0; m < rows; ++m) {
+        A* to = z + ((k + m) * padded + block * L) * width;
+        if (h_of) {
+          V values[kValues];
+          place_parts<Cell>(values, [&](int g) INLINE_LAMBDA { return parts[m][g]; }, sums[m]);
+          Cell::template activate<Math<S>>(values);
           BIRNN_UNROLL
-          for (int g = 0; g < kGates; ++g) store_vector(to + g * L, acc[m][g]);
+          for (int v = 0; v < kValues; ++v) store_vector(to + v * L, values[v]);
+        } else {
+          BIRNN_UNROLL
+          for (int g = 0; g < kGates; ++g) store_vector(to + g * L, sums[m][g]);
         }
-      });
+      }
+    }
   }
 }
 
@@ -127,21 +169,22 @@ INLINE void transpose_x(int64_t I, const Steps& steps, const X& x_of, S* xt) {
   }
 }
 
-template <class Cell, class S>
-INLINE void project_unpacked(const InputProjection& input, int64_t d, int64_t H, int64_t begin, int64_t end,
-                             int64_t rows, const S* xt, S* z) {
+template <class S>
+void project_unpacked(CellKind cell, const InputProjection& input, int64_t d, int64_t H, int64_t begin, int64_t end,
+                      int64_t rows, const S* xt, S* z) {
   using V = Vec<S>;
   constexpr int L = kLanes<S>, kUnits = kRows < L ? kRows : L;
-  const int64_t I = input.I, padded = round_up(H, L), vectors = divide_up(rows, L);
+  const int64_t I = input.I, padded = round_up(H, L), vectors = divide_up(rows, L), gates = gates_of(cell);
   const S* w_ih = static_cast<const S*>(input.w_ih[d]);
   const S* bias_ih = static_cast<const S*>(input.bias_ih[d]);
   const S* bias_hh = static_cast<const S*>(input.bias_hh[d]);
   for (int64_t block = begin; block < end; ++block)
-    for (int64_t g = 0; g < Cell::kGates; ++g)
+    for (int g = 0; g < gates; ++g)
       for (int64_t v = 0, count; v < vectors; v += count) {
         count = tile_vectors(v, vectors);
         with_vectors(count, [&]<int N>() INLINE_LAMBDA {
           V sums[N][L] = {};
+          const bool adds_hh = bias_hh && recurrent_value_of(cell, g) == g;
           const int64_t first = g * H + block * L, units = minimum(L, H - block * L);
           for (int64_t l = 0; l < units; l += kUnits)
             with_at_most<kUnits>(units - l, [&]<int M>(int) INLINE_LAMBDA {
@@ -150,17 +193,17 @@ INLINE void project_unpacked(const InputProjection& input, int64_t d, int64_t H,
               for (int m = 0; m < M; ++m) {
                 const int64_t unit = first + l + m;
                 w[m] = w_ih + unit * I;
-                const S bias = (bias_ih ? bias_ih[unit] : S(0)) + (bias_hh ? bias_hh[unit] : S(0));
+                const S bias = (bias_ih ? bias_ih[unit] : S(0)) + (adds_hh ? bias_hh[unit] : S(0));
                 for (int n = 0; n < N; ++n) acc[m][n] = V{} + bias;
               }
-              multiply<S>(acc, w, xt + v * I * L, I);
+              multiply<S>(acc, w, xt + v * I * L, I, I);
               for (int m = 0; m < M; ++m)
                 for (int n = 0; n < N; ++n) sums[n][l + m] = acc[m][n];
             });
           for (int n = 0; n < N; ++n) {
             transpose<S>(sums[n]);
             for (int64_t row = (v + n) * L, l = 0; l < minimum(L, rows - row); ++l)
-              store_vector(z + ((row + l) * padded + block * L) * Cell::kGates + g * L, sums[n][l]);
+              store_vector(z + ((row + l) * padded + block * L) * gates + g * L, sums[n][l]);
           }
         });
       }
@@ -229,46 +272,50 @@ struct Forward {
     }
   }
 
-  // Computes one step of M rows from `first` on, for the units of one block. z_rows has the step's projections, or is
-  // null.
-  template <int M>
-  INLINE void tile(int wanted, int64_t t, int64_t s, int64_t first, int64_t block, const A* z_rows, bool product) {
+  // Computes one step of some rows from `first` on, for the units of one block. z_rows has the step's projections, or
+  // is null.
+  INLINE void tile(int64_t rows, int64_t t, int64_t s, int64_t first, int64_t block, const A* z_rows, bool product) {
     const int64_t unit = block * L, n = H - unit;
     const Factor<S>* h_prev = h[s & 1] + first * row_size;
     Factor<S>* h_next = h[(s + 1) & 1] + first * row_size + unit;
     A* c_rows = c + first * padded + unit;
-    const int rows = kAmx<S> ? wanted : M;
 
-    V acc[M][kGates];
-    int64_t row[M];  // index of (t, b, d), in units of a row of y
-    for (int m = rows; m < M; ++m)
-      for (int g = 0; g < kGates; ++g) acc[m][g] = V{};
+    V sums[kTileRows<S>][kGates];
+    int64_t row[kTileRows<S>];  // index of (t, b, d), in units of a row of y
+    const auto input = [&](int m, int g) INLINE_LAMBDA {
+      return z_rows ? load_vector(z_rows + ((first + m) * padded + unit) * kGates + g * L)
+                    : load<A>(static_cast<const S*>(p.gates_x) + (row[m] * kGates + g) * H + unit, n);
+    };
+    const auto bias = [&](int g) INLINE_LAMBDA { return load_bias<S>(p.input.bias_hh[d], g * H + unit, n); };
     for (int m = 0; m < rows; ++m) {
       row[m] = (t * B + chain.rows[first + m]) * D + d;
-      const A* z_row = z_rows + ((first + m) * padded + block * L) * kGates;
-      const S* gates_x = static_cast<const S*>(p.gates_x) + row[m] * kGates * H + unit;
-      for (int g = 0; g < kGates; ++g) acc[m][g] = z_rows ? load_vector(z_row + g * L) : load<A>(gates_x + g * H, n);
+      for (int g = 0; g < kGates; ++g)
+        if (is_apart<Cell>(g))
+          sums[m][g] = bias(g);
+        else if (kValues == kGates || z_rows)  // has both biases
+          sums[m][g] = input(m, g);
+        else
+          sums[m][g] = input(m, g) + bias(g);
     }
-    if (!z_rows) prefetch_gates_x(t, first + M, block);
+    if (!z_rows) prefetch_gates_x(t, first + rows, block);
     if (product) {
-      const Factor<S>* a[M];
-      for (int m = 0; m < M; ++m) a[m] = h_prev + m * row_size;
-      const int64_t K = packed_rows<S>(H);
-      multiply<S, kRecurrenceApart>(acc, a,
-                                    static_cast<const Factor<S>*>(panels.hh) + block * K * kGates * L * kPlanes<S>,
-                                    kStep<S> == 1 ? H : K);
+      const Factor<S>* a[kTileRows<S>];
+      for (int m = 0; m < (kAmx<S> ? kTileRows<S> : rows); ++m) a[m] = h_prev + m * row_size;
+      const int64_t K = packed_rows<S>(H), k = kStep<S> == 1 ? H : K;
+      multiply_rows<Multiplied<S>, kGates>(
+          sums[0], rows, a, static_cast<const Factor<S>*>(panels.hh) + block * K * kGates * L * kPlanes<S>, k, k);
     }
     for (int m = 0; m < rows; ++m) {
-      static_assert(Cell::kAddsParts);  // otherwise some gate needs an accumulator of its own for gates_x
-      V c_row = load_vector(c_rows + m * padded);
-      const V h_row = Cell::template forward<Math<S>>(acc[m], c_row);
+      V values[kValues], c_row = load_vector(c_rows + m * padded);
+      place_parts<Cell>(values, [&](int g) INLINE_LAMBDA { return input(m, g); }, sums[m]);
+      const V h_row = Cell::template forward<Math<S>>(values, c_row);
       store_vector(c_rows + m * padded, c_row);
       store_row<S>(h_next + m * row_size, plane, h_row);
       store<A>(static_cast<S*>(p.y) + row[m] * H + unit, h_row, n);
       if (p.gates) {
         S* saved = static_cast<S*>(p.gates) + row[m] * kValues * H + unit;
         BIRNN_UNROLL
-        for (int v = 0; v < kValues; ++v) store<A>(saved + v * H, acc[m][v], n);
+        for (int v = 0; v < kValues; ++v) store<A>(saved + v * H, values[v], n);
       }
       if (p.cells) store<A>(static_cast<A*>(p.cells) + row[m] * H + unit, c_row, n);
     }
@@ -344,7 +391,7 @@ struct Forward {
         if constexpr (!kConverted<S>) {
           if (member.index == 0) transpose_x<S>(in.I, steps, x_of, xt);
           member.barrier->wait(member.count);
-          project_unpacked<Cell, S>(in, d, H, begin, end, steps.total, xt, z);
+          project_unpacked<S>(kKind<Cell>, in, d, H, begin, end, steps.total, xt, z);
         }
       }
       for (int64_t s = s0; s < steps.end; ++s) {
@@ -353,8 +400,7 @@ struct Forward {
         const bool product = s > 0 || p.h0;
         for (int64_t block = begin; block < end; ++block)
           for (int64_t first = 0; first < rows; first += kTileRows<S>)
-            with_rows<S>(rows - first, [&]<int M>(int wanted)
-                                           INLINE_LAMBDA { tile<M>(wanted, t, s, first, block, z_rows, product); });
+            tile(minimum(rows - first, kTileRows<S>), t, s, first, block, z_rows, product);
         member.barrier->wait(member.count);
       }
     }

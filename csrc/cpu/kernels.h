@@ -44,9 +44,9 @@ struct Member {
   Barrier* barrier;
 };
 
-// Gradients of the pre-activations of some steps of a direction, as factors for the gradients of the weights and of x:
-// [panel][slot][kTileVectors vectors][lane]. The vectors of all gates, in the order gate, block, are cut into panels. A
-// slot is a step of a sequence; slots are ordered by t, then longest sequence first. If pairs of bfloat16 are
+// Gradients of the cell's values of some steps of a direction, as factors for the gradients of the weights and of x:
+// [panel][slot][kTileVectors vectors][lane]. The vectors of all values, in the order value, block, are cut into panels.
+// A slot is a step of a sequence; slots are ordered by t, then longest sequence first. If pairs of bfloat16 are
 // multiplied, one panel has all vectors, [slot][plane][vector][lane], as tiles read long rows best, and gradients of
 // the weights need pairs of slots, which are made from it.
 struct Slots {
@@ -60,6 +60,7 @@ struct Slots {
 struct WeightGradient {
   const void* dz;  // as in Slots
   int64_t capacity, count;
+  CellKind cell;
   const void* const* x_rows;  // (count) x of each slot, (I)
   const void* const* h_rows;  // (count) h before each slot, (H)
   int64_t I, H;
@@ -75,20 +76,21 @@ struct Kernels {
   int64_t (*factor_bytes)(DType);  // of a value as a factor, in all its planes
 
   // Returns the bytes of the packed weights (gates * H, columns).
-  int64_t (*panel_bytes)(DType, int64_t H, int64_t columns, bool transposed);
+  int64_t (*panel_bytes)(DType, int64_t gates, int64_t H, int64_t columns, bool transposed);
 
   // These pack one block, or one vector of columns, of a weight matrix (gates * H, columns); see Panels.
   // pack_transposed returns whether all its values are finite.
-  void (*pack)(DType, const void* w, int64_t H, int64_t columns, int64_t block, void* panels);
-  bool (*pack_transposed)(DType, const void* w, int64_t H, int64_t columns, int64_t vector, void* panels);
+  void (*pack)(DType, const void* w, int64_t gates, int64_t H, int64_t columns, int64_t block, void* panels);
+  bool (*pack_transposed)(DType, const void* w, int64_t gates, int64_t H, int64_t columns, int64_t vector,
+                          void* panels);
 
   // Runs one chain, projecting `steps` steps at once.
-  int64_t (*forward_scratch)(DType, const ForwardParams&, int64_t rows, int64_t steps);
-  void (*forward)(DType, const ForwardParams&, const Chain&, const Panels&, int64_t steps, const Member&);
+  int64_t (*forward_scratch)(CellKind, DType, const ForwardParams&, int64_t rows, int64_t steps);
+  void (*forward)(CellKind, DType, const ForwardParams&, const Chain&, const Panels&, int64_t steps, const Member&);
 
   // Runs the iterations begin <= s < end of one chain.
-  int64_t (*backward_scratch)(DType, const BackwardParams&, int64_t rows, int64_t steps);
-  void (*backward)(DType, const BackwardParams&, const Chain&, const Panels&, const Slots&, int64_t steps,
+  int64_t (*backward_scratch)(CellKind, DType, const BackwardParams&, int64_t rows, int64_t steps);
+  void (*backward)(CellKind, DType, const BackwardParams&, const Chain&, const Panels&, const Slots&, int64_t steps,
                    int64_t begin, int64_t end, const Member&);
 
   // These run a pass of one step, over the rows begin <= state < end of (D, B). See core/variant.h.
@@ -98,18 +100,19 @@ struct Kernels {
   void (*variant_backward)(DType, const VariantBackward&, int64_t begin, int64_t end);
 
   // dx_rows[k] += W_ih^T dz of slot k, begin <= k < end.
-  void (*input_gradient)(DType, const void* dz, int64_t capacity, int64_t H, int64_t I, const void* ih_t, bool finite,
-                         void* const* dx_rows, int64_t begin, int64_t end);
+  void (*input_gradient)(CellKind, DType, const void* dz, int64_t capacity, int64_t H, int64_t I, const void* ih_t,
+                         bool finite, void* const* dx_rows, int64_t begin, int64_t end);
 
   // The same for the slots 0 <= k < count and the columns begin <= column < end, multiples of the lanes, from W_ih as
   // it is. float and double only.
-  void (*input_gradient_unpacked)(DType, const void* dz, int64_t capacity, int64_t count, int64_t H, int64_t I,
-                                  const void* w_ih, void* const* dx_rows, int64_t begin, int64_t end);
+  void (*input_gradient_unpacked)(CellKind, DType, const void* dz, int64_t capacity, int64_t count, int64_t H,
+                                  int64_t I, const void* w_ih, void* const* dx_rows, int64_t begin, int64_t end);
 
   int64_t (*column_tiles)(int64_t I, int64_t H);
-  int64_t (*gradient_scratch)(DType, int64_t H);  // returns the bytes of scratch per thread
+  int64_t (*gradient_scratch)(CellKind, DType, int64_t H);  // returns the bytes of scratch per thread
   void (*weight_gradient)(DType, const WeightGradient&, void* scratch);
-  void (*store_weight_gradient)(DType, const WeightGradient&, void* dw_ih, void* dw_hh, void* d_bias);
+  void (*store_weight_gradient)(DType, const WeightGradient&, void* dw_ih, void* dw_hh, void* d_bias_ih,
+                                void* d_bias_hh);
 
   // The cell's functions, which tests/test_math.py tests: n values in, n out.
   void (*sigmoid)(DType, const void* x, void* y, int64_t n);

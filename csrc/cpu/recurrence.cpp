@@ -5,7 +5,6 @@
 #include <numeric>
 #include <vector>
 
-#include "../core/cells/lstm.h"
 #include "../core/step_order.h"
 #include "isa.h"
 #include "memory.h"
@@ -96,15 +95,15 @@ struct Plan {
 // The packed weights of all directions. Packing is split into blocks, which the threads share.
 class Packing {
  public:
-  Packing(DType dtype, const RecurrenceSizes& sizes, const Kernels& kernels)
-      : dtype_(dtype), sizes_(sizes), kernels_(kernels) {
+  Packing(CellKind cell, DType dtype, const RecurrenceSizes& sizes, const Kernels& kernels)
+      : gates_(gates_of(cell)), dtype_(dtype), sizes_(sizes), kernels_(kernels) {
     for (Panels& one : panels) one.not_finite = &not_finite_;
   }
 
   // w has the weights (gates * H, columns) of each direction.
   void add(const void* const* w, int64_t columns, bool transposed, void* Panels::* member) {
     for (int64_t d = 0; d < sizes_.D; ++d) {
-      buffers_.push_back(allocate(kernels_.panel_bytes(dtype_, sizes_.H, columns, transposed)));
+      buffers_.push_back(allocate(kernels_.panel_bytes(dtype_, gates_, sizes_.H, columns, transposed)));
       panels[d].*member = buffers_.back().get();
       const int64_t blocks = divide_up(transposed ? columns : sizes_.H, kernels_.lanes(dtype_));
       for (int64_t block = 0; block < blocks; ++block)
@@ -117,8 +116,8 @@ class Packing {
     for (int64_t k = share.begin; k < share.end; ++k) {
       const Task& task = tasks_[k];
       if (!task.transposed)
-        kernels_.pack(dtype_, task.w, sizes_.H, task.columns, task.block, task.to);
-      else if (!kernels_.pack_transposed(dtype_, task.w, sizes_.H, task.columns, task.block, task.to))
+        kernels_.pack(dtype_, task.w, gates_, sizes_.H, task.columns, task.block, task.to);
+      else if (!kernels_.pack_transposed(dtype_, task.w, gates_, sizes_.H, task.columns, task.block, task.to))
         __atomic_store_n(panels[0].not_finite, true, __ATOMIC_RELAXED);
     }
   }
@@ -132,6 +131,7 @@ class Packing {
     int64_t columns, block;
     bool transposed;
   };
+  const int64_t gates_;
   const DType dtype_;
   const RecurrenceSizes& sizes_;
   const Kernels& kernels_;
@@ -174,9 +174,10 @@ struct SlotRows {
 // dz as factors, and then the products of these are added to the gradients.
 class LayerBackward {
  public:
-  LayerBackward(DType dtype, const BackwardParams& p, int64_t threads, Plan& plan, const Packing& packing,
-                const Kernels& kernels)
-      : dtype_(dtype),
+  LayerBackward(CellKind cell, DType dtype, const BackwardParams& p, int64_t threads, Plan& plan,
+                const Packing& packing, const Kernels& kernels)
+      : cell_(cell),
+        dtype_(dtype),
         p_(p),
         plan_(plan),
         packing_(packing),
@@ -184,7 +185,7 @@ class LayerBackward {
         bytes_(size_of(dtype)),
         zeros_(allocate_zeros(p.H * bytes_)),
         offsets_(slot_offsets(p, plan.order)) {
-    const int64_t lanes = kernels.lanes(dtype), vectors = Lstm::kGates * divide_up(p.H, lanes);
+    const int64_t lanes = kernels.lanes(dtype), vectors = values_of(cell) * divide_up(p.H, lanes);
     const int64_t row = divide_up(vectors, kTileVectors) * kTileVectors * lanes;  // dz of a slot, in whole panels
     for (int64_t d = 0; d < p.D; ++d) {
       rounds_[d] = rounds(d);
@@ -193,7 +194,7 @@ class LayerBackward {
     }
     capacity_ = divide_up(capacity_, kernels.rows) * kernels.rows;  // AMX multiplies whole tiles
     tiles_ = kernels.column_tiles(p.input.I, p.H);
-    for (int64_t k = 0; k < threads; ++k) scratch_.push_back(allocate(kernels.gradient_scratch(dtype, p.H)));
+    for (int64_t k = 0; k < threads; ++k) scratch_.push_back(allocate(kernels.gradient_scratch(cell, dtype, p.H)));
     for (int64_t d = 0; d < p.D; ++d) {
       rows_[d] = {std::vector<const void*>(capacity_), std::vector<const void*>(capacity_),
                   std::vector<void*>(capacity_)};
@@ -212,7 +213,7 @@ class LayerBackward {
       plan_.for_each_chain(thread, [&](const Chain& chain, const Member& member) {
         const int64_t d = chain.direction;
         const Slots to{dz_[d].get(), capacity_, range[d].first, offsets_.data()};
-        kernels_.backward(dtype_, p_, chain, packing_.panels[d], to, steps_at_once, rounds_[d][round],
+        kernels_.backward(cell_, dtype_, p_, chain, packing_.panels[d], to, steps_at_once, rounds_[d][round],
                           rounds_[d][round + 1], member);
       });
       plan_.all.wait(threads);
@@ -228,14 +229,15 @@ class LayerBackward {
         void* const* const dx = rows_[d].dx.data();
         if (packing_.panels[d].ih_t) {
           const Share share(divide_up(range[d].count, kernels_.rows), thread, threads);
-          kernels_.input_gradient(dtype_, dz_[d].get(), capacity_, p_.H, I, packing_.panels[d].ih_t,
+          kernels_.input_gradient(cell_, dtype_, dz_[d].get(), capacity_, p_.H, I, packing_.panels[d].ih_t,
                                   !*packing_.panels[d].not_finite, dx, share.begin * kernels_.rows,
                                   std::min(share.end * kernels_.rows, range[d].count));
         } else {
           const int64_t columns = kTileVectors * kernels_.lanes(dtype_);
           const Share share(divide_up(I, columns), thread, threads);
-          kernels_.input_gradient_unpacked(dtype_, dz_[d].get(), capacity_, range[d].count, p_.H, I, p_.input.w_ih[d],
-                                           dx, share.begin * columns, std::min(share.end * columns, I));
+          kernels_.input_gradient_unpacked(cell_, dtype_, dz_[d].get(), capacity_, range[d].count, p_.H, I,
+                                           p_.input.w_ih[d], dx, share.begin * columns,
+                                           std::min(share.end * columns, I));
         }
         plan_.all.wait(threads);  // both directions add to the same dx
       }
@@ -245,7 +247,7 @@ class LayerBackward {
       const Share share(p_.D * tiles_, thread, threads);
       for (int64_t d = 0; d < p_.D; ++d)
         kernels_.store_weight_gradient(dtype_, weight_gradient(d, share, {0, 0}, false), p_.dw_ih[d], p_.dw_hh[d],
-                                       p_.d_bias[d]);
+                                       p_.d_bias_ih[d], p_.d_bias_hh[d]);
     }
   }
 
@@ -300,6 +302,7 @@ class LayerBackward {
     return {dz_[d].get(),
             capacity_,
             range.count,
+            cell_,
             rows_[d].x.data(),
             rows_[d].h.data(),
             p_.input.I,
@@ -310,6 +313,7 @@ class LayerBackward {
             overwrite};
   }
 
+  const CellKind cell_;
   const DType dtype_;
   const BackwardParams& p_;
   Plan& plan_;
@@ -336,10 +340,11 @@ void with_threads(const RecurrenceSizes& sizes, int64_t threads, const Kernels& 
 
 }  // namespace
 
-void recurrence_forward(DType dtype, const ForwardParams& params, int64_t max_threads, const Parallel& parallel) {
+void recurrence_forward(CellKind cell, DType dtype, const ForwardParams& params, int64_t max_threads,
+                        const Parallel& parallel) {
   if (params.B == 0) return;
   const Kernels& kernels = chosen_kernels(dtype);
-  Packing packing(dtype, params, kernels);
+  Packing packing(cell, dtype, params, kernels);
   if (params.T > 1 || params.h0) packing.add(params.w_hh, params.H, false, &Panels::hh);
   if (!params.gates_x && (params.T * params.B > kMostUnpackedRows || converted(dtype)))
     packing.add(params.input.w_ih, params.input.I, false, &Panels::ih);
@@ -347,21 +352,22 @@ void recurrence_forward(DType dtype, const ForwardParams& params, int64_t max_th
   with_threads(params, max_threads, kernels, dtype, [&](int64_t threads) {
     Plan plan(params, params.lengths, threads, kernels.rows);
     const int64_t steps = projected_steps(plan, params);
-    plan.allocate_scratch([&](int64_t rows) { return kernels.forward_scratch(dtype, params, rows, steps); });
+    plan.allocate_scratch([&](int64_t rows) { return kernels.forward_scratch(cell, dtype, params, rows, steps); });
     return parallel(threads, [&](int64_t thread) {
       packing.run(thread, threads);
       plan.all.wait(threads);
       plan.for_each_chain(thread, [&](const Chain& chain, const Member& member) {
-        kernels.forward(dtype, params, chain, packing.panels[chain.direction], steps, member);
+        kernels.forward(cell, dtype, params, chain, packing.panels[chain.direction], steps, member);
       });
     });
   });
 }
 
-void recurrence_backward(DType dtype, const BackwardParams& params, int64_t max_threads, const Parallel& parallel) {
+void recurrence_backward(CellKind cell, DType dtype, const BackwardParams& params, int64_t max_threads,
+                         const Parallel& parallel) {
   if (params.B == 0) return;
   const Kernels& kernels = chosen_kernels(dtype);
-  Packing packing(dtype, params, kernels);
+  Packing packing(cell, dtype, params, kernels);
   if (params.T > 1 || params.dh0) packing.add(params.w_hh, params.H, true, &Panels::hh_t);
   if (!params.gates) {
     packing.add(params.w_hh, params.H, false, &Panels::hh);
@@ -374,15 +380,17 @@ void recurrence_backward(DType dtype, const BackwardParams& params, int64_t max_
   with_threads(params, max_threads, kernels, dtype, [&](int64_t threads) {
     Plan plan(params, params.lengths, threads, kernels.rows);
     const int64_t steps = projected_steps(plan, params);
-    plan.allocate_scratch([&](int64_t rows) { return kernels.backward_scratch(dtype, params, rows, steps); });
+    plan.allocate_scratch([&](int64_t rows) { return kernels.backward_scratch(cell, dtype, params, rows, steps); });
     std::unique_ptr<LayerBackward> layer;
-    if (!params.d_gates_x) layer = std::make_unique<LayerBackward>(dtype, params, threads, plan, packing, kernels);
+    if (!params.d_gates_x)
+      layer = std::make_unique<LayerBackward>(cell, dtype, params, threads, plan, packing, kernels);
     return parallel(threads, [&](int64_t thread) {
       packing.run(thread, threads);
       plan.all.wait(threads);
       if (layer) return layer->run(steps, thread, threads);
       plan.for_each_chain(thread, [&](const Chain& chain, const Member& member) {
-        kernels.backward(dtype, params, chain, packing.panels[chain.direction], Slots{}, steps, 0, params.T, member);
+        kernels.backward(cell, dtype, params, chain, packing.panels[chain.direction], Slots{}, steps, 0, params.T,
+                         member);
       });
     });
   });

@@ -11,7 +11,9 @@ namespace birnn::cpu {
 // fewer, it does nothing and returns how many there are, at least one.
 using Parallel = std::function<int64_t(int64_t threads, const std::function<void(int64_t thread)>& work)>;
 
-void recurrence_forward(DType dtype, const ForwardParams& params, int64_t threads, const Parallel& parallel);
-void recurrence_backward(DType dtype, const BackwardParams& params, int64_t threads, const Parallel& parallel);
+void recurrence_forward(CellKind cell, DType dtype, const ForwardParams& params, int64_t threads,
+                        const Parallel& parallel);
+void recurrence_backward(CellKind cell, DType dtype, const BackwardParams& params, int64_t threads,
+                         const Parallel& parallel);
 
 }  // namespace birnn::cpu

@@ -5,11 +5,14 @@
 // A chain (one direction of some sequences) goes through all its time steps without waiting for another. If there are
 // fewer chains than threads, several threads share a chain: each has its own hidden units, and they meet once per step.
 //
-// A step multiplies (rows x H) * (H x gates H), cut into register tiles of kRows sequences x some vectors. The
-// accumulators stay in registers until the cell update, so pre-activations never go to memory. In the forward pass the
-// vectors are the gates of the same units (4 for the LSTM). In the backward pass, (rows x gates H) * (gates H x H),
-// they are kTileVectors neighbouring vectors of units. Blocks of units are the outer loop, so that a panel of packed
-// weights (H x 4 vectors) stays in the L1 cache while all rows use it.
+// A step multiplies (rows x H) * (H x gates H), cut into register tiles of kRows sequences x some vectors. The cell
+// update follows at once, so pre-activations never leave the L1 cache. In the forward pass the vectors are the gates of
+// the same units (4 for the LSTM). In the backward pass, (rows x gates H) * (gates H x H), they are kTileVectors
+// neighbouring vectors of units. Blocks of units are the outer loop, so that a panel of packed weights (H x 4 vectors)
+// stays in the L1 cache while all rows use it.
+//
+// Only the products are compiled for each size of a tile, and all cells share them (multiply_rows). What comes before
+// and after them takes most of the compiler's time, and loops over the rows.
 //
 // Every tile sums in the order of k, so results do not depend on how the work is split.
 
@@ -19,6 +22,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "../core/cells/gru.h"
 #include "../core/cells/lstm.h"
 #include "../core/step_order.h"
 #include "../core/variant_row.h"
@@ -35,6 +39,9 @@
 
 namespace birnn::cpu::BIRNN_ISA {
 namespace {
+
+template <class Cell>
+constexpr CellKind kKind = std::is_same_v<Cell, Gru> ? CellKind::gru : CellKind::lstm;
 
 constexpr int kBytes = BIRNN_ISA_BYTES;
 constexpr int kRows = BIRNN_ISA_ROWS;
@@ -97,6 +104,12 @@ void with_storage(DType dtype, const F& f) {
 #endif
 }
 
+// The same, with the cell's type, for the few functions that depend on it.
+template <class F>
+void with_cell(CellKind cell, DType dtype, const F& f) {
+  with_storage(dtype, [&]<class S>(S type) { cell == CellKind::lstm ? f(Lstm(), type) : f(Gru(), type); });
+}
+
 int64_t lanes(DType dtype) { return dtype == DType::f64 ? kLanes<double> : kLanes<float>; }
 
 int64_t accumulate_bytes(DType dtype) { return dtype == DType::f64 ? sizeof(double) : sizeof(float); }
@@ -107,51 +120,55 @@ int64_t factor_bytes(DType dtype) {
   return bytes;
 }
 
-int64_t panel_bytes(DType dtype, int64_t H, int64_t columns, bool transposed) {
+int64_t panel_bytes(DType dtype, int64_t gates, int64_t H, int64_t columns, bool transposed) {
   int64_t bytes = 0;
   with_storage(dtype, [&]<class S>(S) {
     constexpr int64_t L = kLanes<Accumulate<S>>;
-    bytes = Lstm::kGates * round_up(H, L) * (transposed ? round_up(columns, L) : packed_rows<S>(columns)) * kPlanes<S> *
-            sizeof(Factor<S>);
+    bytes = (transposed ? transposed_rows<S>(gates, H) * round_up(columns, L)
+                        : gates * round_up(H, L) * packed_rows<S>(columns)) *
+            kPlanes<S> * sizeof(Factor<S>);
   });
   return bytes;
 }
 
-void pack(DType dtype, const void* w, int64_t H, int64_t columns, int64_t block, void* panels) {
-  with_storage(dtype, [&]<class S>(S) { pack<Lstm, S>(w, H, columns, block, panels); });
+void pack(DType dtype, const void* w, int64_t gates, int64_t H, int64_t columns, int64_t block, void* panels) {
+  with_storage(dtype, [&]<class S>(S) { pack<S>(w, gates, H, columns, block, panels); });
 }
 
-bool pack_transposed(DType dtype, const void* w, int64_t H, int64_t columns, int64_t vector, void* panels) {
+bool pack_transposed(DType dtype, const void* w, int64_t gates, int64_t H, int64_t columns, int64_t vector,
+                     void* panels) {
   bool finite = true;
-  with_storage(dtype, [&]<class S>(S) { finite = pack_transposed<Lstm, S>(w, H, columns, vector, panels); });
+  with_storage(dtype, [&]<class S>(S) { finite = pack_transposed<S>(w, gates, H, columns, vector, panels); });
   return finite;
 }
 
-int64_t forward_scratch(DType dtype, const ForwardParams& p, int64_t rows, int64_t steps) {
+int64_t forward_scratch(CellKind cell, DType dtype, const ForwardParams& p, int64_t rows, int64_t steps) {
   int64_t bytes = 0;
-  with_storage(dtype, [&]<class S>(S) { bytes = Forward<Lstm, S>::scratch(p, rows, steps); });
+  with_cell(cell, dtype, [&]<class Cell, class S>(Cell, S) { bytes = Forward<Cell, S>::scratch(p, rows, steps); });
   return bytes;
 }
 
-void forward(DType dtype, const ForwardParams& p, const Chain& chain, const Panels& panels, int64_t steps,
-             const Member& member) {
+void forward(CellKind cell, DType dtype, const ForwardParams& p, const Chain& chain, const Panels& panels,
+             int64_t steps, const Member& member) {
   FlushDenormals flush;
   [[maybe_unused]] const TileRegisters tiles;
-  with_storage(dtype, [&]<class S>(S) { Forward<Lstm, S>(p, chain, panels, steps, member).run(steps); });
+  with_cell(cell, dtype,
+            [&]<class Cell, class S>(Cell, S) { Forward<Cell, S>(p, chain, panels, steps, member).run(steps); });
 }
 
-int64_t backward_scratch(DType dtype, const BackwardParams& p, int64_t rows, int64_t steps) {
+int64_t backward_scratch(CellKind cell, DType dtype, const BackwardParams& p, int64_t rows, int64_t steps) {
   int64_t bytes = 0;
-  with_storage(dtype, [&]<class S>(S) { bytes = Backward<Lstm, S>::scratch(p, rows, steps); });
+  with_cell(cell, dtype, [&]<class Cell, class S>(Cell, S) { bytes = Backward<Cell, S>::scratch(p, rows, steps); });
   return bytes;
 }
 
-void backward(DType dtype, const BackwardParams& p, const Chain& chain, const Panels& panels, const Slots& slots,
-              int64_t steps, int64_t begin, int64_t end, const Member& member) {
+void backward(CellKind cell, DType dtype, const BackwardParams& p, const Chain& chain, const Panels& panels,
+              const Slots& slots, int64_t steps, int64_t begin, int64_t end, const Member& member) {
   FlushDenormals flush;
   [[maybe_unused]] const TileRegisters tiles;
-  with_storage(dtype,
-               [&]<class S>(S) { Backward<Lstm, S>(p, chain, panels, slots, steps, member).run(steps, begin, end); });
+  with_cell(cell, dtype, [&]<class Cell, class S>(Cell, S) {
+    Backward<Cell, S>(p, chain, panels, slots, steps, member).run(steps, begin, end);
+  });
 }
 
 // Runs one pass of a step over the rows begin <= state < end of (D, B).
@@ -206,29 +223,29 @@ void tanh(DType dtype, const void* x, void* y, int64_t n) {
   apply(dtype, x, y, n, []<class V, class S>(V v, S) INLINE_LAMBDA { return Math<S>::tanh(v); });
 }
 
-int64_t gradient_scratch(DType dtype, int64_t H) {
+int64_t gradient_scratch(CellKind cell, DType dtype, int64_t H) {
   int64_t bytes = 0;
-  with_storage(dtype, [&]<class S>(S) { bytes = WeightGradients<Lstm, S>::scratch(H); });
+  with_storage(dtype, [&]<class S>(S) { bytes = WeightGradients<S>::scratch(cell, H); });
   return bytes;
 }
 
-void input_gradient(DType dtype, const void* dz, int64_t capacity, int64_t H, int64_t I, const void* ih_t, bool finite,
-                    void* const* dx_rows, int64_t begin, int64_t end) {
+void input_gradient(CellKind cell, DType dtype, const void* dz, int64_t capacity, int64_t H, int64_t I,
+                    const void* ih_t, bool finite, void* const* dx_rows, int64_t begin, int64_t end) {
   FlushDenormals flush;
   [[maybe_unused]] const TileRegisters tiles;
   with_storage(dtype, [&]<class S>(S) {
-    input_gradient<Lstm, S>(static_cast<const Factor<S>*>(dz), capacity, H, I, static_cast<const Factor<S>*>(ih_t),
-                            finite, dx_rows, begin, end);
+    input_gradient<S>(cell, static_cast<const Factor<S>*>(dz), capacity, H, I, static_cast<const Factor<S>*>(ih_t),
+                      finite, dx_rows, begin, end);
   });
 }
 
-void input_gradient_unpacked(DType dtype, const void* dz, int64_t capacity, int64_t count, int64_t H, int64_t I,
-                             const void* w_ih, void* const* dx_rows, int64_t begin, int64_t end) {
+void input_gradient_unpacked(CellKind cell, DType dtype, const void* dz, int64_t capacity, int64_t count, int64_t H,
+                             int64_t I, const void* w_ih, void* const* dx_rows, int64_t begin, int64_t end) {
   FlushDenormals flush;
   with_storage(dtype, [&]<class S>(S) {
     if constexpr (!kConverted<S>)
-      input_gradient_unpacked<Lstm, S>(static_cast<const S*>(dz), capacity, count, H, I, static_cast<const S*>(w_ih),
-                                       dx_rows, begin / kLanes<S>, end / kLanes<S>);
+      input_gradient_unpacked<S>(cell, static_cast<const S*>(dz), capacity, count, H, I, static_cast<const S*>(w_ih),
+                                 dx_rows, begin / kLanes<S>, end / kLanes<S>);
   });
 }
 
@@ -237,12 +254,14 @@ int64_t column_tiles(int64_t I, int64_t H) { return divide_up(I + H + 1, BIRNN_I
 void weight_gradient(DType dtype, const WeightGradient& work, void* scratch) {
   FlushDenormals flush;
   [[maybe_unused]] const TileRegisters tiles;
-  with_storage(dtype, [&]<class S>(S) { WeightGradients<Lstm, S>{work}.add(static_cast<Factor<S>*>(scratch)); });
+  with_storage(dtype, [&]<class S>(S) { WeightGradients<S>{work}.add(static_cast<Factor<S>*>(scratch)); });
 }
 
-void store_weight_gradient(DType dtype, const WeightGradient& work, void* dw_ih, void* dw_hh, void* d_bias) {
+void store_weight_gradient(DType dtype, const WeightGradient& work, void* dw_ih, void* dw_hh, void* d_bias_ih,
+                           void* d_bias_hh) {
   with_storage(dtype, [&]<class S>(S) {
-    WeightGradients<Lstm, S>{work}.store(static_cast<S*>(dw_ih), static_cast<S*>(dw_hh), static_cast<S*>(d_bias));
+    WeightGradients<S>{work}.store(static_cast<S*>(dw_ih), static_cast<S*>(dw_hh), static_cast<S*>(d_bias_ih),
+                                   static_cast<S*>(d_bias_hh));
   });
 }
 

@@ -9,6 +9,7 @@
 
 #include <vector>
 
+#include "../cell_op.h"
 #include "../layer_call.h"
 #include "../op_common.h"
 #include "isa.h"
@@ -55,37 +56,6 @@ DType effective(DType dtype) {
 
 void advise(const Tensor& t) { advise_huge_pages(t.mutable_data_ptr(), static_cast<int64_t>(t.nbytes())); }
 
-using FiveTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-FiveTensors run(birnn::Forward& call) {
-  check_lengths(call.params.lengths, call.params);
-  for (const Tensor& t : {call.y, call.gates, call.cells}) advise(t);
-  recurrence_forward(effective(call.dtype), call.params, max_threads(), parallel);
-  ++op_calls.cpu_forward;
-  return call.results();
-}
-
-FiveTensors lstm_recurrence(const Tensor& gates_x, const Tensor& w_hh, const OptionalTensor& h0,
-                            const OptionalTensor& c0, const OptionalTensor& lengths, c10::string_view save) {
-  birnn::Forward call(gates_x, w_hh, h0, c0, lengths, save_named(save));
-  return run(call);
-}
-
-std::tuple<Tensor, Tensor, Tensor> lstm_recurrence_backward(const Tensor& w_hh, const OptionalTensor& c0,
-                                                            const OptionalTensor& lengths, const Tensor& gates,
-                                                            const Tensor& cells, const OptionalTensor& dy,
-                                                            const OptionalTensor& dh_n, const OptionalTensor& dc_n,
-                                                            bool state_grads) {
-  birnn::Backward call(w_hh, c0, lengths, gates, cells, dy, dh_n, dc_n, state_grads);
-  check_lengths(call.params.lengths, call.params);
-  advise(call.d_gates_x);
-  recurrence_backward(effective(call.dtype), call.params, max_threads(), parallel);
-  ++op_calls.cpu_backward;
-  return call.results();
-}
-
-// --- a layer with its input projection -------------------------------------------------------------------------------
-
 InputProjection projection(const LayerCall& layer, const Tensor& x, const void* (&w_hh)[2]) {
   InputProjection input{x.const_data_ptr(), layer.I, x.stride(0), x.stride(1), {}, {}, {}};
   layer.point(w_hh, input);
@@ -96,59 +66,66 @@ InputProjection projection(const LayerCall& layer, const Tensor& x, const void* 
 // The kernels need neighbouring features side by side in memory.
 Tensor with_dense_rows(const Tensor& t) { return t.size(-1) <= 1 || t.stride(-1) == 1 ? t : t.contiguous(); }
 
-FiveTensors lstm_layer(const Tensor& x_, at::TensorList weights, bool bias, const OptionalTensor& h0,
-                       const OptionalTensor& c0, const OptionalTensor& lengths, c10::string_view save) {
-  const LayerCall layer(x_, {weights, bias});
-  const Tensor x = with_dense_rows(x_);
-  birnn::Forward call(layer.dtype, layer.sizes(), x.options(), h0, c0, lengths, save_named(save));
-  call.params.input = projection(layer, x, call.params.w_hh);
-  return run(call);
-}
-
-std::tuple<Tensor, std::vector<Tensor>, Tensor, Tensor> lstm_layer_backward(
-    const Tensor& x_, at::TensorList weights, bool bias, const OptionalTensor& h0, const OptionalTensor& c0,
-    const OptionalTensor& lengths, const Tensor& y_, const Tensor& gates, const Tensor& cells, const OptionalTensor& dy,
-    const OptionalTensor& dh_n, const OptionalTensor& dc_n, bool x_grad, bool weight_grads, bool state_grads) {
-  const LayerCall layer(x_, {weights, bias});
-  const Tensor x = with_dense_rows(x_), y = y_.contiguous();
-  const auto [T, B, I, D, H] = std::tie(layer.T, layer.B, layer.I, layer.D, layer.H);
-  check(y, "y", {T, B, D, H}, x.scalar_type(), x.device());
-  birnn::Backward call(layer.dtype, {T, B, D, H}, x.options(), c0, lengths, gates, cells, dy, dh_n, dc_n, state_grads);
-  check_lengths(call.params.lengths, call.params);
-  check(h0, "h0", {D, B, H}, x.scalar_type(), x.device());
-
-  BackwardParams& p = call.params;
-  p.input = projection(layer, x, p.w_hh);
-  p.h0 = call.inputs.pointer(h0);
-  p.y = y.const_data_ptr();
-  const Tensor dx = x_grad ? at::zeros({T, B, I}, x.options()) : at::empty({0}, x.options());
-  if (x_grad) p.dx = dx.mutable_data_ptr();
-  std::vector<Tensor> d_weights;
-  for (const Tensor& w : weights)
-    d_weights.push_back(weight_grads ? at::empty(w.sizes(), x.options()) : at::empty({0}, x.options()));
-  const LayerWeights gradients{d_weights, bias};
-  std::vector<Tensor> d_biases;
-  for (int64_t d = 0; weight_grads && d < D; ++d) {
-    p.dw_ih[d] = gradients.w_ih(d).mutable_data_ptr();
-    p.dw_hh[d] = gradients.w_hh(d).mutable_data_ptr();
-    d_biases.push_back(bias ? gradients.bias_ih(d) : at::empty({4 * H}, x.options()));
-    p.d_bias[d] = d_biases[d].mutable_data_ptr();
+struct Cpu {
+  // Only CUDA's products need more than the call.
+  template <class... Unused>
+  static void run(birnn::Forward& call, const Unused&...) {
+    check_lengths(call.params.lengths, call.params);
+    for (const Tensor& t : {call.y, call.gates, call.cells}) advise(t);
+    recurrence_forward(call.cell, effective(call.dtype), call.params, max_threads(), parallel);
+    ++op_calls.cpu_forward;
   }
-  if (B == 0 && weight_grads)
-    for (const Tensor& gradient : d_weights) gradient.zero_();
-  recurrence_backward(effective(layer.dtype), p, max_threads(), parallel);
-  for (int64_t d = 0; weight_grads && bias && d < D; ++d) gradients.bias_hh(d).copy_(gradients.bias_ih(d));
-  ++op_calls.cpu_backward;
-  return {dx, d_weights, call.dh0, call.dc0};
-}
+
+  template <class... Unused>
+  static void run(birnn::Backward& call, const Unused&...) {
+    check_lengths(call.params.lengths, call.params);
+    if (call.d_gates_x.defined()) advise(call.d_gates_x);
+    recurrence_backward(call.cell, effective(call.dtype), call.params, max_threads(), parallel);
+    ++op_calls.cpu_backward;
+  }
+
+  static FiveTensors layer(CellKind cell, const Tensor& x_, at::TensorList weights, bool bias, const OptionalTensor& h0,
+                           const OptionalTensor& c0, const OptionalTensor& lengths, c10::string_view save) {
+    const LayerCall layer(cell, x_, {weights, bias});
+    const Tensor x = with_dense_rows(x_);
+    birnn::Forward call(cell, layer.dtype, layer.sizes(), x.options(), h0, c0, lengths, save_named(save));
+    call.params.input = projection(layer, x, call.params.w_hh);
+    run(call);
+    return call.results();
+  }
+
+  static LayerGradients layer_backward(CellKind cell, const Tensor& x_, at::TensorList weights, bool bias,
+                                       const OptionalTensor& h0, const OptionalTensor& c0,
+                                       const OptionalTensor& lengths, const Tensor& y, const Tensor& gates,
+                                       const Tensor& cells, const OptionalTensor& dy, const OptionalTensor& dh_n,
+                                       const OptionalTensor& dc_n, bool x_grad, bool weight_grads, bool state_grads) {
+    const LayerCall layer(cell, x_, {weights, bias});
+    const Tensor x = with_dense_rows(x_);
+    birnn::Backward call(cell, layer.dtype, layer.sizes(), x.options(), h0, c0, lengths, y, gates, cells, dy, dh_n,
+                         dc_n, state_grads);
+    BackwardParams& p = call.params;
+    p.input = projection(layer, x, p.w_hh);
+    const Tensor dx = x_grad ? at::zeros(x.sizes(), x.options()) : at::empty({0}, x.options());
+    if (x_grad) p.dx = dx.mutable_data_ptr();
+    std::vector<Tensor> d_weights;
+    for (const Tensor& w : weights)
+      d_weights.push_back(weight_grads ? at::empty(w.sizes(), x.options()) : at::empty({0}, x.options()));
+    const LayerWeights gradients{d_weights, bias};
+    for (int64_t d = 0; weight_grads && d < layer.D; ++d) {
+      p.dw_ih[d] = gradients.w_ih(d).mutable_data_ptr();
+      p.dw_hh[d] = gradients.w_hh(d).mutable_data_ptr();
+      if (bias) p.d_bias_ih[d] = gradients.bias_ih(d).mutable_data_ptr();
+      if (bias) p.d_bias_hh[d] = gradients.bias_hh(d).mutable_data_ptr();
+    }
+    if (layer.B == 0 && weight_grads)
+      for (const Tensor& gradient : d_weights) gradient.zero_();
+    run(call);
+    return {dx, d_weights, call.dh0, call.dc0};
+  }
+};
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(birnn_ext, CPU, m) {
-  m.impl("lstm_recurrence", lstm_recurrence);
-  m.impl("lstm_recurrence_backward", lstm_recurrence_backward);
-  m.impl("lstm_layer", lstm_layer);
-  m.impl("lstm_layer_backward", lstm_layer_backward);
-}
+TORCH_LIBRARY_IMPL(birnn_ext, CPU, m) { register_cells<Cpu>(m); }
 
 }  // namespace birnn::cpu

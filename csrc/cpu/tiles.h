@@ -30,8 +30,6 @@ template <class S>
 constexpr int kEven = kStep<S> > 2 ? kStep<S> : 2;  // panels are packed two k at a time
 template <class S>
 constexpr int kTileRows = kAmx<S> ? 16 : kRows;
-// The recurrence multiplies in a function of its own where a tile has many sums; see multiply_apart.
-constexpr bool kRecurrenceApart = kRows > 3;
 
 template <class S>
 using Factor = std::conditional_t<kPairs<S>, bfloat16, Accumulate<S>>;
@@ -146,51 +144,27 @@ INLINE void multiply_pairs(Vec<float> (&acc)[M][N], const bfloat16* const (&a)[M
 struct TileRegisters {};
 #endif
 
-// The product of a tile that fits the vector registers.
-template <class S, int M, int N>
-INLINE void multiply_here(Vec<Accumulate<S>> (&acc)[M][N], const Factor<S>* const (&a)[M], const Factor<S>* panel,
-                          int64_t K) {
-#if BIRNN_ISA_BF16
-  if constexpr (kPairs<S>) return multiply_pairs(acc, a, panel, K);
-#endif
-  if constexpr (!kPairs<S>)
-    multiply_with<M, N, Accumulate<S>>(acc, [&](int m, int64_t k) INLINE_LAMBDA { return a[m][k]; }, panel, K);
-}
-
-// The same as a function of its own, whose sums stay in registers. Where many more values are alive, GCC 12 keeps some
-// sums in memory: 1 of AVX2's 12 in the projection, which made a product take twice as long, and up to 14 of AVX-512's
-// 24 in the recurrence. The call costs 3 to 5 % of a product of AVX2.
-template <class S, int M, int N>
-__attribute__((noinline)) void multiply_apart(Vec<Accumulate<S>> (&acc)[M][N], const Factor<S>* const (&a)[M],
-                                              const Factor<S>* panel, int64_t K) {
-  Vec<Accumulate<S>> sums[M][N];
-  for (int m = 0; m < M; ++m)
-    for (int n = 0; n < N; ++n) sums[m][n] = acc[m][n];
-  multiply_here<S>(sums, a, panel, K);
-  for (int m = 0; m < M; ++m)
-    for (int n = 0; n < N; ++n) acc[m][n] = sums[m][n];
-}
-
 // acc[m][n] += sum over k < K of a[m][k] * panel[k][n], K a multiple of kStep. For AMX the a[m] are equally far apart.
-// kApart: several rows are multiplied in a function of its own.
-template <class S, bool kApart = false, int M, int N>
-INLINE void multiply(Vec<Accumulate<S>> (&acc)[M][N], const Factor<S>* const (&a)[M], const Factor<S>* panel,
-                     int64_t K) {
+// The planes of a split a[m] are `plane` values apart.
+template <class S, int M, int N>
+INLINE void multiply(Vec<Accumulate<S>> (&acc)[M][N], const Factor<S>* const (&a)[M], const Factor<S>* panel, int64_t K,
+                     [[maybe_unused]] int64_t plane) {
 #if BIRNN_ISA_AMX
   if constexpr (kAmx<S>) {
     TileSums<N> sums;
     sums.multiply(a[0], a[1] - a[0], panel, K);
     if constexpr (kSplit<S>) {
-      sums.multiply(a[0] + K, a[1] - a[0], panel, K);
+      sums.multiply(a[0] + plane, a[1] - a[0], panel, K);
       sums.multiply(a[0], a[1] - a[0], panel + K * N * 16, K);
     }
     return sums.add_to(acc);
   }
 #endif
-  if constexpr (!kAmx<S> && kApart && M > 1)
-    multiply_apart<S>(acc, a, panel, K);
-  else if constexpr (!kAmx<S>)
-    multiply_here<S>(acc, a, panel, K);
+#if BIRNN_ISA_BF16
+  if constexpr (kPairs<S> && !kAmx<S>) return multiply_pairs(acc, a, panel, K);
+#endif
+  if constexpr (!kPairs<S>)
+    multiply_with<M, N, Accumulate<S>>(acc, [&](int m, int64_t k) INLINE_LAMBDA { return a[m][k]; }, panel, K);
 }
 
 template <int M, class F>
@@ -208,6 +182,37 @@ INLINE void with_rows(int64_t left, const F& f) {
     f.template operator()<16>(static_cast<int>(minimum(left, 16)));
   else
     with_at_most<kRows>(left, f);
+}
+
+// Copies a tile's sums between memory and registers.
+template <class V, int M, int N>
+INLINE void copy(V (&to)[M][N], const V (&from)[M][N]) {
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) to[m][n] = from[m][n];
+  }
+}
+
+// The type that stands for all types whose products are the same.
+template <class S>
+using Multiplied = std::conditional_t<kPairs<S>, S, Accumulate<S>>;
+
+// Adds the product as above to sums [row][N vectors], for so many rows, at most kTileRows. It is a function of its own
+// because only then GCC 12 keeps all sums in registers, and because all types and cells share it.
+template <class S, int N>
+__attribute__((noinline)) void multiply_rows(Vec<Accumulate<S>>* sums, int64_t rows, const Factor<S>* const* a_,
+                                             const Factor<S>* panel, int64_t K, int64_t plane) {
+  with_rows<S>(rows, [&]<int M>(int) INLINE_LAMBDA {
+    const Factor<S>* a[M];
+    for (int m = 0; m < M; ++m) a[m] = a_[m];
+    auto& to = reinterpret_cast<Vec<Accumulate<S>>(&)[M][N]>(*sums);
+    if constexpr (kAmx<S>) return multiply<S>(to, a, panel, K, plane);  // its sums are in tile registers
+    Vec<Accumulate<S>> acc[M][N];
+    copy(acc, to);
+    multiply<S>(acc, a, panel, K, plane);
+    copy(to, acc);
+  });
 }
 
 // Returns the width of the tile that begins at vector v of `count`: kTileVectors, or 2 or 1 at the end.
@@ -273,14 +278,14 @@ constexpr int64_t packed_rows(int64_t K) {
   return (K + kEven<S> - 1) / kEven<S> * kEven<S>;
 }
 
-template <class Cell, class S>
-void pack(const void* w_, int64_t H, int64_t K, int64_t block, void* panels) {
+template <class S>
+void pack(const void* w_, int64_t gates, int64_t H, int64_t K, int64_t block, void* panels) {
   using A = Accumulate<S>;
   constexpr int L = kLanes<A>;
   const S* w = static_cast<const S*>(w_);
   const int64_t rows = packed_rows<S>(K);
-  Factor<S>* panel = static_cast<Factor<S>*>(panels) + block * rows * Cell::kGates * L * kPlanes<S>;
-  for (int g = 0; g < Cell::kGates; ++g)
+  Factor<S>* panel = static_cast<Factor<S>*>(panels) + block * rows * gates * L * kPlanes<S>;
+  for (int64_t g = 0; g < gates; ++g)
     for (int64_t k = 0; k < rows; k += L) {
       Vec<A> v[L];
 #pragma GCC unroll 16
@@ -288,17 +293,23 @@ void pack(const void* w_, int64_t H, int64_t K, int64_t block, void* panels) {
         v[l] = block * L + l < H && k < K ? load<A>(w + (g * H + block * L + l) * K + k, K - k) : Vec<A>{};
       transpose<A>(v);
       const int64_t columns = minimum(L, rows - k);
-      for (int64_t j = 0; j < columns; j += 2) store_factors<S>(panel, rows, k + j, Cell::kGates, g, v[j], v[j + 1]);
+      for (int64_t j = 0; j < columns; j += 2) store_factors<S>(panel, rows, k + j, gates, g, v[j], v[j + 1]);
     }
 }
 
 // Packs one vector of columns of w (gates * H, columns) into panels
-// [tile of columns][k: gate, block, lane][vector of the tile][lane], with pairs as above.
-template <class Cell, class S>
-bool pack_transposed(const void* w_, int64_t H, int64_t columns, int64_t vector, void* panels) {
+// [tile of columns][k: gate, block, lane][vector of the tile][lane], with pairs as above. There are transposed_rows k.
+template <class S>
+constexpr int64_t transposed_rows(int64_t gates, int64_t H) {
+  constexpr int L = kLanes<Accumulate<S>>;
+  return packed_rows<S>(gates * ((H + L - 1) / L * L));
+}
+
+template <class S>
+bool pack_transposed(const void* w_, int64_t gates, int64_t H, int64_t columns, int64_t vector, void* panels) {
   using A = Accumulate<S>;
   constexpr int L = kLanes<A>;
-  const int64_t vectors = divide_up(columns, L), padded = round_up(H, L), rows = Cell::kGates * padded;
+  const int64_t vectors = divide_up(columns, L), padded = round_up(H, L), rows = transposed_rows<S>(gates, H);
   int64_t tile = 0, N = tile_vectors(0, vectors);
   for (; tile + N <= vector; N = tile_vectors(tile, vectors)) tile += N;
   Factor<S>* panel = static_cast<Factor<S>*>(panels) + tile * rows * L * kPlanes<S>;
@@ -309,8 +320,10 @@ bool pack_transposed(const void* w_, int64_t H, int64_t columns, int64_t vector,
     zeros += values * 0;
     return values;
   };
-  for (int64_t g = 0; g < Cell::kGates; ++g)
+  for (int64_t g = 0; g < gates; ++g)
     for (int64_t unit = 0; unit < padded; unit += 2)
       store_factors<S>(panel, rows, g * padded + unit, N, vector - tile, row(g, unit), row(g, unit + 1));
+  for (int64_t k = gates * padded; k < rows; k += 2)
+    store_factors<S>(panel, rows, k, N, vector - tile, Vec<A>{}, Vec<A>{});
   return all_zero(reinterpret_cast<const A*>(&zeros), L);
 }

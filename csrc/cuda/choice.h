@@ -42,6 +42,7 @@ struct Gpu {
 };
 
 struct Layer {
+  CellKind cell;
   DType dtype;
   int64_t T, B, D, H;
 };
@@ -209,15 +210,16 @@ template <class Fits = AnyPlan>
 Choice best_of(Algorithm algorithm, const Layer& layer, const Gpu& gpu, Fits fits = {}) {
   Choice best{algorithm};
   if (algorithm == Algorithm::stepwise) {
-    const double products = double(layer.D) * double(layer.B) * 4. * layer.H * layer.H;
+    const double products = double(layer.D) * double(layer.B) * gates_of(layer.cell) * layer.H * layer.H;
     const double rate = model::kGemm[layer.dtype == DType::f32 || layer.dtype == DType::f64];
     best.possible = true;
     best.us = 2 * std::max(model::kStepwise, products / rate * 132 / gpu.multiprocessors) / model::ticks_of_us(gpu);
     return best;
   }
   const Exchange exchange = exchange_of(algorithm);
-  if (!is_persistent(layer.dtype) || gpu.capability < (exchange == Exchange::cluster ? 90 : 80) ||
-      layer.T > kMostSteps || layer.B > kMostSequences || layer.H > kMostUnits)
+  if (layer.cell != CellKind::lstm || !is_persistent(layer.dtype) ||
+      gpu.capability < (exchange == Exchange::cluster ? 90 : 80) || layer.T > kMostSteps || layer.B > kMostSequences ||
+      layer.H > kMostUnits)
     return best;
   const auto forward = pick(forward_candidates(exchange, layer, gpu), fits);
   const auto backward = pick(backward_candidates(exchange, layer, gpu), fits);

@@ -8,7 +8,6 @@
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
-#include <torch/library.h>
 #include <torch/version.h>
 
 #include <algorithm>
@@ -74,9 +73,15 @@ std::vector<Algorithm> wished_algorithms(const char* wish) {
 Run decide(const Layer& layer) {
   const char* wish = std::getenv("BIRNN_CUDA_ALGO");
   const auto* device = at::cuda::getCurrentDeviceProperties();
-  using Key = std::tuple<int, DType, bool, int64_t, int64_t, int64_t, std::string>;
-  const Key key{
-      at::cuda::current_device(), layer.dtype, layer.T > kMostSteps, layer.B, layer.D, layer.H, wish ? wish : ""};
+  using Key = std::tuple<int, CellKind, DType, bool, int64_t, int64_t, int64_t, std::string>;
+  const Key key{at::cuda::current_device(),
+                layer.cell,
+                layer.dtype,
+                layer.T > kMostSteps,
+                layer.B,
+                layer.D,
+                layer.H,
+                wish ? wish : ""};
   static std::mutex mutex;
   static std::map<Key, Run> known;
   const std::lock_guard<std::mutex> lock(mutex);
@@ -89,13 +94,14 @@ Run decide(const Layer& layer) {
     return resident_groups(layer.dtype, plan, layer.D, gpu.multiprocessors);
   };
   Run run{choose(layer, gpu, wished_algorithms(wish), [&](const auto& plan) { return resident(plan) > 0; })};
-  TORCH_CHECK(run.choice.possible, "BIRNN_CUDA_ALGO=", wish, " can't run this layer: hidden_size ", layer.H, ", batch ",
-              layer.B, ", ", layer.D, " direction(s), on ", device->name, " (compute capability ", device->major, ".",
-              device->minor, ", ", gpu.multiprocessors, " multiprocessors with ", gpu.shared_memory,
-              " bytes of shared memory for a block). persistent-* run float32, float16 and bfloat16 from compute "
-              "capability 8.0, persistent-cluster from 9.0, built for it, as long as the weights fit on the chip. "
-              "stepwise runs every layer: BIRNN_CUDA_ALGO=",
-              wish, ",stepwise falls back to it");
+  TORCH_CHECK(
+      run.choice.possible, "BIRNN_CUDA_ALGO=", wish, " can't run this layer: ", name_of(layer.cell), ", hidden_size ",
+      layer.H, ", batch ", layer.B, ", ", layer.D, " direction(s), on ", device->name, " (compute capability ",
+      device->major, ".", device->minor, ", ", gpu.multiprocessors, " multiprocessors with ", gpu.shared_memory,
+      " bytes of shared memory for a block). persistent-* run the LSTM in float32, float16 and bfloat16 from "
+      "compute capability 8.0, persistent-cluster from 9.0, built for it, as long as the weights fit on the chip. "
+      "stepwise runs every layer: BIRNN_CUDA_ALGO=",
+      wish, ",stepwise falls back to it");
   if (run.choice.algorithm != Algorithm::stepwise) {
     run.forward_groups = resident(run.choice.forward);
     run.backward_groups = resident(run.choice.backward);
@@ -166,38 +172,18 @@ void persistent(birnn::Backward& call, const Run& run, cudaStream_t stream) {
   C10_CUDA_CHECK(persistent_backward(call.dtype, p, stream));
 }
 
-// Returns W_hh (D, 4H, H), for GEMMs.
+// Returns W_hh (D, gates * H, H), for GEMMs.
 Tensor stacked(at::TensorList w_hh) { return w_hh[0].dim() == 3 ? w_hh[0] : at::stack(w_hh); }
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lstm_recurrence(const Tensor& gates_x, const Tensor& w_hh,
-                                                                   const OptionalTensor& h0, const OptionalTensor& c0,
-                                                                   const OptionalTensor& lengths,
-                                                                   c10::string_view save) {
-  birnn::Forward call(gates_x, w_hh, h0, c0, lengths, save_named(save));
-  const c10::cuda::CUDAGuard guard(gates_x.device());
-  run(call, w_hh, h0, c0, lengths);
-  return call.results();
-}
-
-std::tuple<Tensor, Tensor, Tensor> lstm_recurrence_backward(const Tensor& w_hh, const OptionalTensor& c0,
-                                                            const OptionalTensor& lengths, const Tensor& gates,
-                                                            const Tensor& cells, const OptionalTensor& dy,
-                                                            const OptionalTensor& dh_n, const OptionalTensor& dc_n,
-                                                            bool state_grads) {
-  birnn::Backward call(w_hh, c0, lengths, gates, cells, dy, dh_n, dc_n, state_grads);
-  const c10::cuda::CUDAGuard guard(gates.device());
-  run(call, w_hh, lengths, dh_n, dc_n);
-  return call.results();
-}
 
 }  // namespace
 
 void run(birnn::Forward& call, at::TensorList w_hh, const OptionalTensor& h0, const OptionalTensor& c0,
          const OptionalTensor& lengths) {
   const auto [T, B, D, H] = static_cast<const RecurrenceSizes&>(call.params);
+  const c10::cuda::CUDAGuard guard(call.y.device());
   const auto stream = c10::cuda::getCurrentCUDAStream();
   check_lengths_on_device(lengths, call.params);
-  const Run chosen = B > 0 ? decide({call.dtype, T, B, D, H}) : Run{};
+  const Run chosen = B > 0 ? decide({call.cell, call.dtype, T, B, D, H}) : Run{};
   if (chosen.choice.algorithm == Algorithm::stepwise)
     stepwise_forward(call, stacked(w_hh), h0, c0, stream);
   else
@@ -209,19 +195,15 @@ void run(birnn::Forward& call, at::TensorList w_hh, const OptionalTensor& h0, co
 void run(birnn::Backward& call, at::TensorList w_hh, const OptionalTensor& lengths, const OptionalTensor& dh_n,
          const OptionalTensor& dc_n) {
   const auto [T, B, D, H] = static_cast<const RecurrenceSizes&>(call.params);
+  const c10::cuda::CUDAGuard guard(call.d_gates_x.device());
   const auto stream = c10::cuda::getCurrentCUDAStream();
-  const Run chosen = B > 0 ? decide({call.dtype, T, B, D, H}) : Run{};
+  const Run chosen = B > 0 ? decide({call.cell, call.dtype, T, B, D, H}) : Run{};
   if (chosen.choice.algorithm == Algorithm::stepwise)
     stepwise_backward(call, stacked(w_hh), lengths, dh_n, dc_n, stream);
   else
     persistent(call, chosen, stream);
   ++op_calls.cuda_backward;
   count(chosen.choice.algorithm);
-}
-
-TORCH_LIBRARY_IMPL(birnn_ext, CUDA, m) {
-  m.impl("lstm_recurrence", lstm_recurrence);
-  m.impl("lstm_recurrence_backward", lstm_recurrence_backward);
 }
 
 }  // namespace birnn::cuda

@@ -6,7 +6,7 @@
 
 namespace birnn::cuda {
 
-// The caller has set all of call.params. w_hh: (D, 4H, H), or (4H, H) of each direction.
+// The caller has set all of call.params. w_hh: (D, gates * H, H), or (gates * H, H) of each direction.
 void run(birnn::Forward& call, at::TensorList w_hh, const OptionalTensor& h0, const OptionalTensor& c0,
          const OptionalTensor& lengths);
 void run(birnn::Backward& call, at::TensorList w_hh, const OptionalTensor& lengths, const OptionalTensor& dh_n,

@@ -1,6 +1,6 @@
-"""One case of the differential fuzzer: a configuration, and its check against nn.LSTM in float64.
+"""One case of the differential fuzzer: a configuration, and its check against nn.LSTM or nn.GRU in float64.
 
-Options that nn.LSTM lacks are checked against the reference.
+Options that these lack are checked against the reference.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from helpers import TOLERANCE
+from helpers import TOLERANCE, leaves
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
@@ -22,7 +22,7 @@ from birnn_ext.variants import EPS, Variant
 
 # Thousands of cases find larger rounding errors than the suite's, such as in a sum of 16-bit terms that cancel.
 TOLERANCES = {dtype: t * (2 if dtype.itemsize == 2 else 1) for dtype, t in TOLERANCE.items()}
-# If an error exceeds the tolerance, it may be this many times nn.LSTM's largest error over all tensors. (Comparing
+# If an error exceeds the tolerance, it may be this many times PyTorch's largest error over all tensors. (Comparing
 # tensor by tensor would depend on chance, as one of two equally good ways may give a small gradient almost exactly.)
 WORSE_THAN_TORCH = 4
 # Errors are relative to a tensor's largest value, or to this part of the largest among all outputs (all gradients) if
@@ -43,6 +43,7 @@ class Case:
     B: int = 1
     I: int = 1  # noqa: E741, the usual name
     H: int = 1
+    cell: str = "lstm"
     layers: int = 1
     bidirectional: bool = False
     bias: bool = True
@@ -51,7 +52,7 @@ class Case:
     dtype: str = "float32"
     autocast: str = ""  # the type, if any
     recompute: bool = False
-    accelerated: bool = False  # an nn.LSTM that accelerate() has converted
+    accelerated: bool = False  # a module of PyTorch's that accelerate() has converted
     proj_size: int = 0
     recurrent_dropout: float = 0.0
     zoneout: tuple[float, float] = (0.0, 0.0)
@@ -87,10 +88,26 @@ class Case:
         return f'{f"BIRNN_CPU_ISA={isa} " if isa else ""}python tests/fuzz "{self!r}"'
 
     @property
+    def ours(self) -> type[nn.RNNBase]:
+        return getattr(birnn_ext, self.cell.upper())
+
+    @property
+    def theirs(self) -> type[nn.RNNBase]:
+        return getattr(nn, self.cell.upper())
+
+    @property
+    def states(self) -> str:
+        """Returns the letters of the states."""
+        return "hc" if self.cell == "lstm" else "h"
+
+    def as_hx(self, states: Any) -> Any:
+        """Returns states as the modules take them."""
+        return states if states is None or self.cell == "lstm" else states[0]
+
+    @property
     def options(self) -> dict[str, Any]:
-        """Returns the options that nn.LSTM lacks."""
-        names = ("recompute", "recurrent_dropout", "zoneout", "layer_norm", "learned_state")
-        return {name: getattr(self, name) for name in names}
+        """Returns the options that PyTorch's module lacks."""
+        return {name: getattr(self, name) for name in self.ours.CELL.options}
 
     @property
     def beyond_torch(self) -> bool:
@@ -125,7 +142,7 @@ def laid_out(t: Tensor, layout: str) -> Tensor:
 class Data:
     """The data of both sides: float64 values that the type of the computation can hold."""
 
-    leaves: Tensors  # x (T, B, I), h_0 and c_0 if there is a state, the parameters
+    leaves: Tensors  # x (T, B, I), h_0 and (of an LSTM) c_0 if there is a state, the parameters
     wanted: list[str]  # the leaves that require gradients
     cotangents: Tensors  # of y (T, B, D * H) or (B, D * H), h_n, c_n
 
@@ -141,8 +158,8 @@ class Data:
             t = torch.randn(shape, dtype=torch.float64).to(case.computed_in).double()
             return laid_out(t, "expanded" if layout == "expanded" else "plain")
 
-        hx = {f"{k}_0": random(state[k], case.hx) for k in "hc"} if case.hx else {}
-        module = make(birnn_ext.LSTM, case, torch.float64, **case.options)
+        hx = {f"{k}_0": random(state[k], case.hx) for k in case.states} if case.hx else {}
+        module = make(case.ours, case, torch.float64, **case.options)
         parameters = {}
         for name, p in module.named_parameters():
             own = name in ("h_0", "c_0") or "_ln_" in name  # these would be 0 or 1 at first
@@ -162,17 +179,19 @@ class Data:
             self.leaves = {n: t * (1 + nudge * torch.randn_like(t).sign()) for n, t in self.leaves.items()}
 
 
-def make(cls: type[nn.LSTM], case: Case, dtype: torch.dtype, device: str = "cpu", **kwargs) -> nn.LSTM:
+def make(cls: type[nn.RNNBase], case: Case, dtype: torch.dtype, device: str = "cpu", **kwargs) -> nn.RNNBase:
+    if case.cell == "lstm":
+        kwargs["proj_size"] = case.proj_size
     return cls(
         case.I, case.H, case.layers, bias=case.bias, batch_first=case.batch_first, bidirectional=case.bidirectional,
-        proj_size=case.proj_size, device=device, dtype=dtype, **kwargs,
+        device=device, dtype=dtype, **kwargs,
     )  # fmt: skip
 
 
-def with_gradients(case: Case, outputs: Tensors, leaves: Tensors, data: Data) -> tuple[Tensors, Tensors]:
+def with_gradients(case: Case, outputs: Tensors, given: Tensors, data: Data) -> tuple[Tensors, Tensors]:
     """Returns outputs, and gradients of all wanted leaves; these are 0 if no output depends on a leaf."""
     used = [n for k, n in enumerate(OUTPUTS) if case.used >> k & 1 and n in outputs and outputs[n].requires_grad]
-    wanted = {name: leaves[name] for name in data.wanted}
+    wanted = {name: given[name] for name in data.wanted}
     grads: tuple[Tensor | None, ...] = (None,) * len(wanted)
     if used and wanted:
         cotangents = [
@@ -187,37 +206,60 @@ def with_gradients(case: Case, outputs: Tensors, leaves: Tensors, data: Data) ->
 
 
 def by_torch(case: Case, dtype: torch.dtype, device: str = "cpu", nudge: float = 0.0) -> tuple[Tensors, Tensors]:
-    """Returns nn.LSTM's results. It refuses sequences without steps, whose results are added afterwards."""
-    module = make(nn.LSTM, dataclasses.replace(case, batch_first=False), dtype, device)
+    """Returns PyTorch's results. It refuses sequences without steps, whose results are added afterwards."""
+    module = make(case.theirs, dataclasses.replace(case, batch_first=False), dtype, device)
     data = Data(case, nudge)
     module.load_state_dict(
         {n.removeprefix("learned "): t for n, t in data.leaves.items() if n not in ("x", "h_0", "c_0")}
     )
-    leaves = {name: data.leaves[name].to(device, dtype) for name in ("x", "h_0", "c_0") if name in data.leaves}
-    leaves.update(module.named_parameters())
-    for name, leaf in leaves.items():
+    given = {name: data.leaves[name].to(device, dtype) for name in ("x", "h_0", "c_0") if name in data.leaves}
+    given.update(module.named_parameters())
+    for name, leaf in given.items():
         leaf.requires_grad_(name in data.wanted)
-    x = leaves["x"]
-    hx = (leaves["h_0"], leaves["c_0"]) if case.hx else None
+    x = given["x"]
+    hx = [given[f"{k}_0"] for k in case.states] if case.hx else None
     if case.lengths is None:
-        y, (h_n, c_n) = module(x, hx)
+        y, *states = leaves(module(x, case.as_hx(hx)))
         last = y[-1]
     else:
         lengths = torch.tensor(case.lengths, dtype=torch.int64)
         some = lengths.nonzero()[:, 0]
         outputs = case.proj_size or case.H
         y = x.new_zeros(case.T, case.B, outputs * (2 if case.bidirectional else 1))
-        h_n, c_n = hx or [x.new_zeros(len(module.all_weights), case.B, n) for n in (outputs, case.H)]
+        sizes = (outputs, case.H)[: len(case.states)]
+        states = hx or [x.new_zeros(len(module.all_weights), case.B, n) for n in sizes]
         if len(some):
             packed = pack_padded_sequence(x[:, some], lengths[some], enforce_sorted=False)
-            packed, states = module(packed, hx and (hx[0][:, some], hx[1][:, some]))
+            packed, new = module(packed, case.as_hx(hx and [s[:, some] for s in hx]))
             y = y.index_copy(1, some, pad_packed_sequence(packed, total_length=case.T)[0])
-            h_n, c_n = (old.index_copy(1, some, new) for old, new in zip((h_n, c_n), states, strict=True))
+            states = [old.index_copy(1, some, s) for old, s in zip(states, leaves(new), strict=True)]
         last = y[(lengths - 1).clamp(min=0), torch.arange(case.B)]
-    outputs = {"y": y, "h_n": h_n, "c_n": c_n}
+    outputs = {"y": y, **{f"{k}_n": s for k, s in zip(case.states, states, strict=True)}}
     if case.output == "last":
         outputs = {"y": last} if case.bidirectional else {**outputs, "y": last}
-    return with_gradients(case, outputs, leaves, data)
+    return with_gradients(case, outputs, given, data)
+
+
+def gru_with_resets(
+    gates_x: Tensor, w_hh: Tensor, bias_hh: Tensor | None, h0: Tensor | None, lengths: Tensor | None, reset: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Runs the reference step by step, and clears the state where a sequence begins anew."""
+    steps, batch, directions, _ = gates_x.shape
+    lengths = torch.full((batch,), steps) if lengths is None else lengths
+    first = gates_x.new_zeros(directions, batch, w_hh.shape[-1]) if h0 is None else h0
+    ys, h_n = [], []
+    for d in range(directions):
+        h, of_direction = first[d : d + 1], {}
+        weights = (w_hh[d : d + 1], None if bias_hh is None else bias_hh[d : d + 1])
+        for t in range(steps) if d == 0 else range(steps - 1, -1, -1):
+            begins = t + d  # the step before which, in time, the state is cleared
+            if begins < steps:
+                h = h.masked_fill((reset[begins] & (lengths > begins)).view(1, -1, 1), 0)
+            one = gates_x[t : t + 1, :, d : d + 1]
+            of_direction[t], h, *_ = reference.gru_recurrence(one, *weights, h, (lengths > t).long(), "none")
+        ys.append(torch.cat([of_direction[t] for t in range(steps)]))
+        h_n.append(h)
+    return torch.cat(ys, 2), torch.cat(h_n)
 
 
 def by_reference(
@@ -225,22 +267,30 @@ def by_reference(
 ) -> tuple[Tensors, Tensors]:
     """Returns birnn_ext.reference's results on the CPU. variants has each layer's extended options and their masks."""
     data = Data(case, nudge)
-    leaves = {name: t.to(dtype).requires_grad_(name in data.wanted) for name, t in data.leaves.items()}
+    given = {name: t.to(dtype).requires_grad_(name in data.wanted) for name, t in data.leaves.items()}
     directions = ["", "_reverse"] if case.bidirectional else [""]
-    x, lengths = leaves["x"], None if case.lengths is None else torch.tensor(case.lengths, dtype=torch.int64)
-    h_0, c_0 = leaves.get("h_0"), leaves.get("c_0")
-    if h_0 is None and case.learned_state:
-        h_0, c_0 = (leaves[f"learned {k}_0"].unsqueeze(1).expand(-1, case.B, -1) for k in "hc")
-    h_n, c_n = [], []
+    x, lengths = given["x"], None if case.lengths is None else torch.tensor(case.lengths, dtype=torch.int64)
+    first = [given.get(f"{k}_0") for k in case.states]
+    if first[0] is None and case.learned_state:
+        first = [given[f"learned {k}_0"].unsqueeze(1).expand(-1, case.B, -1) for k in case.states]
+    finals = []
     for layer in range(case.layers):
 
         def of(kind: str, layer: int = layer) -> Tensor | None:
             names = [f"{kind}_l{layer}{suffix}" for suffix in directions]
-            return torch.stack([leaves[name] for name in names]) if names[0] in leaves else None
+            return torch.stack([given[name] for name in names]) if names[0] in given else None
+
+        state = [None if s is None else s.unflatten(0, (case.layers, -1))[layer] for s in first]
 
         gates_x = torch.einsum("tbi,dgi->tbdg", x, of("weight_ih"))
         if case.layer_norm:
             gates_x = F.layer_norm(gates_x, gates_x.shape[-1:], eps=EPS) * of("weight_ln_ih")
+        if case.cell == "gru":
+            gates_x = gates_x + of("bias_ih") if case.bias else gates_x
+            y, h = gru_with_resets(gates_x, of("weight_hh"), of("bias_hh"), *state, lengths, resets(case))
+            x = y.flatten(2)
+            finals.append((h,))
+            continue
         if case.bias:
             gates_x = gates_x + of("bias_ih") + of("bias_hh")
         ln_c = of("weight_ln_c")
@@ -249,7 +299,6 @@ def by_reference(
             ln_c = torch.stack([ln_c, torch.zeros_like(ln_c) if shift is None else shift], 1)
         *masks, mean_h, mean_c = variants[layer]
         masks = [None if m is None else m.cpu().to(dtype if m.is_floating_point() else torch.bool) for m in masks]
-        state = (None if s is None else s.unflatten(0, (case.layers, -1))[layer] for s in (h_0, c_0))
         y, h, c, cells = reference.lstm_variant(
             gates_x,
             of("weight_hh"),
@@ -264,28 +313,33 @@ def by_reference(
             EPS,
         )
         x = y.flatten(2)
-        h_n.append(h)
-        c_n.append(c)
+        finals.append((h, c))
     outputs = {
         "y": x,
-        "h_n": torch.cat(h_n),
-        "c_n": torch.cat(c_n),
+        **{f"{k}_n": torch.cat(parts) for k, parts in zip(case.states, zip(*finals, strict=True), strict=True)},
         **({"cells": cells.flatten(2)} if case.cells else {}),
     }
     if case.output == "last":
         ends = torch.full((case.B,), case.T) if lengths is None else lengths
         last = x[(ends - 1).clamp(min=0), torch.arange(case.B)]
         outputs = {"y": last} if case.bidirectional else {**outputs, "y": last}
-    return with_gradients(case, outputs, leaves, data)
+    return with_gradients(case, outputs, given, data)
+
+
+def resets(case: Case) -> Tensor:
+    reset = torch.zeros(case.T, case.B, dtype=torch.bool)
+    if case.reset:
+        reset[tuple(torch.tensor(case.reset).T)] = True
+    return reset
 
 
 def by_ours(case: Case) -> tuple[Tensors, Tensors]:
     dtype = getattr(torch, case.dtype)
     if case.accelerated:
-        module = make(nn.LSTM, case, dtype, case.device)
+        module = make(case.theirs, case, dtype, case.device)
         birnn_ext.accelerate(module)
     else:
-        module = make(birnn_ext.LSTM, case, dtype, case.device, **case.options)
+        module = make(case.ours, case, dtype, case.device, **case.options)
     data = Data(case)
     module.load_state_dict(
         {n.removeprefix("learned "): t for n, t in data.leaves.items() if n not in ("x", "h_0", "c_0")}
@@ -294,18 +348,18 @@ def by_ours(case: Case) -> tuple[Tensors, Tensors]:
     def leaf(name: str, layout: str) -> Tensor:
         return laid_out(data.leaves[name].to(case.device, dtype), layout).detach()
 
-    leaves = {"x": leaf("x", case.x_layout), **{n: leaf(n, case.hx) for n in ("h_0", "c_0") if case.hx}}
+    given = {"x": leaf("x", case.x_layout), **{f"{k}_0": leaf(f"{k}_0", case.hx) for k in case.states if case.hx}}
     if case.lengths is not None and case.padding:
         beyond = torch.arange(case.T).unsqueeze(1) >= torch.tensor(case.lengths, dtype=torch.int64)
-        filled = leaves["x"].masked_fill(beyond.unsqueeze(-1).to(case.device), float(case.padding))
-        leaves["x"] = laid_out(filled, "plain" if case.x_layout == "expanded" else case.x_layout)
-    leaves.update((f"learned {n}" if n in ("h_0", "c_0") else n, p) for n, p in module.named_parameters())
-    for name, t in leaves.items():
+        filled = given["x"].masked_fill(beyond.unsqueeze(-1).to(case.device), float(case.padding))
+        given["x"] = laid_out(filled, "plain" if case.x_layout == "expanded" else case.x_layout)
+    given.update((f"learned {n}" if n in ("h_0", "c_0") else n, p) for n, p in module.named_parameters())
+    for name, t in given.items():
         t.requires_grad_(name in data.wanted)
 
-    x, hx, kwargs = leaves["x"], (leaves["h_0"], leaves["c_0"]) if case.hx else None, {}
+    x, hx, kwargs = given["x"], [given[f"{k}_0"] for k in case.states] if case.hx else None, {}
     if not case.batched:
-        x, hx = x[:, 0], hx and (hx[0][:, 0], hx[1][:, 0])
+        x, hx = x[:, 0], hx and [s[:, 0] for s in hx]
     elif case.batch_first:
         x = x.transpose(0, 1)
     if case.packed:
@@ -313,8 +367,7 @@ def by_ours(case: Case) -> tuple[Tensors, Tensors]:
     elif case.lengths is not None:
         kwargs["lengths"] = torch.tensor(case.lengths, dtype=torch.int64, device=case.device)
     if case.reset:
-        reset = torch.zeros(case.T, case.B, dtype=torch.bool)
-        reset[tuple(torch.tensor(case.reset).T)] = True
+        reset = resets(case)
         reset = (reset if case.batched else reset[:, 0]).to(case.device)
         reset = reset.T if case.batch_first and case.batched else reset
         if case.packed:
@@ -325,10 +378,10 @@ def by_ours(case: Case) -> tuple[Tensors, Tensors]:
     module.train(case.training)
     autocast = torch.autocast(case.device, getattr(torch, case.autocast or "bfloat16"), enabled=bool(case.autocast))
     with autocast:
-        y, states, *cells = module(x, hx, output=case.output, **kwargs)
+        y, states, *cells = module(x, case.as_hx(hx), output=case.output, **kwargs)
     outputs = {
         "y": y,
-        **dict(zip(("h_n", "c_n"), states or (), strict=False)),
+        **dict(zip(("h_n", "c_n"), leaves(states), strict=False)),
         **dict(zip(["cells"], cells, strict=False)),
     }
     for name in ("y", "cells")[: 1 + case.cells] if case.output == "all" else ():
@@ -341,9 +394,9 @@ def by_ours(case: Case) -> tuple[Tensors, Tensors]:
         assert t.device.type == case.device, f"{name} is on {t.device}"
     if not case.batched:
         outputs = {n: t.unsqueeze(0 if n == "y" and case.output == "last" else 1) for n, t in outputs.items()}
-    outputs, grads = with_gradients(case, outputs, leaves, data)
+    outputs, grads = with_gradients(case, outputs, given, data)
     for name, t in grads.items():
-        assert t.dtype == leaves[name].dtype, f"gradient of {name} is {t.dtype}"
+        assert t.dtype == given[name].dtype, f"gradient of {name} is {t.dtype}"
     return outputs, grads
 
 
@@ -395,7 +448,7 @@ def kind_of_error(run) -> type[Exception] | None:
 def compare(case: Case) -> None:
     if 0 in (case.T, case.I, case.H):
         expected, found = kind_of_error(lambda: by_torch(case, torch.float64)), kind_of_error(lambda: by_ours(case))
-        assert expected is found, f"nn.LSTM raises {expected}, ours {found}"
+        assert expected is found, f"PyTorch's raises {expected}, ours {found}"
         return
     actual, variants = with_variants(case)
 
@@ -418,7 +471,7 @@ def compare(case: Case) -> None:
 
 
 def check(case: Case) -> None:
-    """Raises an AssertionError, with a line that reproduces it, if ours and nn.LSTM's results differ."""
+    """Raises an AssertionError, with a line that reproduces it, if ours and PyTorch's results differ."""
     before = torch.get_num_threads()
     torch.set_num_threads(case.threads)
     try:

@@ -20,7 +20,7 @@ def sizes(largest: int, smallest: int = 1) -> st.SearchStrategy[int]:
 
 @st.composite
 def beyond_torch(draw: st.DrawFn, fields: dict[str, Any]) -> dict[str, Any]:
-    """Adds options that nn.LSTM lacks. The reference is slow, so sizes become smaller."""
+    """Adds options that PyTorch's modules lack. The reference is slow, so sizes become smaller."""
     steps, batch, hidden = (min(fields[name], n) for name, n in (("T", 8), ("B", 9), ("H", 40)))
     more: dict[str, Any] = {"T": steps, "B": batch, "H": hidden}
     if fields.get("lengths") is not None:
@@ -29,14 +29,16 @@ def beyond_torch(draw: st.DrawFn, fields: dict[str, Any]) -> dict[str, Any]:
             more["lengths"] = (steps, *more["lengths"][1:])
     if fields.get("proj_size", 0) >= hidden:
         more["proj_size"] = hidden - 1
-    more["recurrent_dropout"] = draw(st.sampled_from([0.0, 0.0, 0.3]))
-    more["zoneout"] = draw(st.sampled_from([(0.0, 0.0), (0.0, 0.0), (0.3, 0.2), (0.0, 0.5), (1.0, 0.0)]))
+    lstm = fields["cell"] == "lstm"
+    if lstm:
+        more["recurrent_dropout"] = draw(st.sampled_from([0.0, 0.0, 0.3]))
+        more["zoneout"] = draw(st.sampled_from([(0.0, 0.0), (0.0, 0.0), (0.3, 0.2), (0.0, 0.5), (1.0, 0.0)]))
     # a norm of few values, or of rounded ones, divides by a spread that may be almost 0
     exact = fields["dtype"] == "float64" or (fields["dtype"] == "float32" and not fields.get("autocast"))
-    more["layer_norm"] = exact and hidden > 3 and draw(st.booleans())
+    more["layer_norm"] = lstm and exact and hidden > 3 and draw(st.booleans())
     # with "last" the masks are for some of the steps only
     more["training"] = fields["output"] == "all" and draw(st.booleans())
-    more["cells"] = fields["output"] == "all" and draw(st.booleans())
+    more["cells"] = lstm and fields["output"] == "all" and draw(st.booleans())
     more["learned_state"] = draw(st.booleans())
     if not more["learned_state"] and steps and batch and draw(st.booleans()):
         places = st.tuples(st.integers(0, steps - 1), st.integers(0, batch - 1))
@@ -55,6 +57,7 @@ def cases(draw: st.DrawFn, device: str = "cpu") -> Case:
         "B": draw(sizes(20 if cuda else 65, 0)) if batched else 1,
         "I": draw(sizes(33 if cuda else 65, 0)),
         "H": draw(sizes(65, 0)),
+        "cell": draw(st.sampled_from(["lstm", "gru"])),
         "layers": draw(st.sampled_from([1, 1, 1, 2, 2, 3])),
         "bidirectional": draw(st.booleans()),
         "bias": draw(st.booleans()),
@@ -88,7 +91,7 @@ def cases(draw: st.DrawFn, device: str = "cpu") -> Case:
         fields["lengths"] = tuple(sorted(lengths, reverse=True) if packed == "sorted" else lengths)
         fields["padding"] = draw(st.sampled_from(["", "nan", "inf", "7"]))
     hidden = fields["H"]
-    if hidden > 1 and draw(st.integers(0, 3)) == 0:
+    if hidden > 1 and fields["cell"] == "lstm" and draw(st.integers(0, 3)) == 0:
         fields["proj_size"] = draw(st.integers(1, hidden - 1))
     if module != "accelerated" and draw(st.integers(0, 3)) == 0:
         fields |= draw(beyond_torch(fields))

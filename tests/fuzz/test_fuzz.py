@@ -37,6 +37,11 @@ CORPUS = [
     # the gradient of x is one float16 value, a sum of 264 terms that cancel
     Case(T=1, B=4, H=33, bidirectional=True, bias=False, dtype="float16", x_layout="expanded", lengths=(0, 0, 0, 1), gain=3.0, grads=1, used=1, seed=290),
     Case(T=5, B=3, I=3, H=8, bidirectional=True, reset=((0, 0), (2, 1), (4, 2)), lengths=(5, 2, 0), cells=True, used=8),
+    # resets of a GRU: of the first step, at a sequence's end, and beyond it
+    Case(T=5, B=3, I=3, H=8, cell="gru", layers=2, bidirectional=True, hx="plain", reset=((0, 0), (2, 1), (4, 2), (1, 1)), lengths=(5, 2, 0)),
+    Case(T=4, B=3, I=2, H=5, cell="gru", bidirectional=True, reset=((0, 0), (2, 2), (1, 1)), lengths=(2, 3, 4), packed="unsorted", output="last"),
+    Case(T=4, B=3, I=2, H=17, cell="gru", layers=2, bidirectional=True, lengths=(4, 0, 2), padding="nan", x_layout="gaps", output="last"),
+    Case(T=0, cell="gru"), Case(B=0, cell="gru", layers=2, bidirectional=True, hx="plain"), Case(T=3, B=2, I=3, H=5, cell="gru", learned_state=True),
 ]  # fmt: skip
 
 

@@ -16,12 +16,13 @@
 
 #include "cpu/isa.h"
 
-namespace birnn::cpu::of_three_gates {
-int failures();  // cell_test.cpp
+namespace birnn {
+int cell_failures();  // cell_test.cpp
 }
 
 namespace {
 
+using birnn::CellKind;
 using birnn::DType;
 
 std::mt19937 generator(1);
@@ -96,77 +97,96 @@ void compare(const char* name, const S* found, const std::vector<double>& expect
 // Checks one random problem in type S, with the accumulation type A. As a layer, it includes the input projection. The
 // function is long because it follows one problem from its buffers to the comparison.
 template <class S, class A>
-void check(DType dtype, double tolerance, bool as_layer = false) {
-  const int64_t size = integer(0, 9);
+void check(CellKind cell, DType dtype, double tolerance, bool as_layer = false) {
+  const bool gru = cell == CellKind::gru;
+  const int64_t G = birnn::gates_of(cell), V = birnn::values_of(cell), size = integer(0, 9);
   const bool large = size == 0, single = size > 7;  // a single step, with a row or three and whole vectors of features
   const int64_t T = large ? integer(20, 40) : single ? 1 : integer(1, 7), D = integer(1, 2);
   const int64_t B = integer(1, large ? 80 : single ? 3 : 15), H = integer(1, 40);
   const int64_t I = single ? 16 * integer(1, 5) : integer(1, 20), rows = T * B * D, states = D * B * H;
   const bool state = integer(0, 1), ragged = integer(0, 1), bias = integer(0, 1), recompute = as_layer && integer(0, 1);
 
-  const auto w_hh = random<S>(D * 4 * H * H, 1 / std::sqrt(H)), w_ih = random<S>(D * 4 * H * I, 1 / std::sqrt(I));
-  const auto b_ih = random<S>(D * 4 * H, 1), b_hh = random<S>(D * 4 * H, 1), x = random<S>(T * B * I, 1);
-  const auto gates_x = random<S>(rows * 4 * H, 2), h0 = random<S>(states, 1), c0 = random<S>(states, 1);
+  const auto w_hh = random<S>(D * G * H * H, 1 / std::sqrt(H)), w_ih = random<S>(D * G * H * I, 1 / std::sqrt(I));
+  const auto b_ih = random<S>(D * G * H, 1), b_hh = random<S>(D * G * H, 1), x = random<S>(T * B * I, 1);
+  const auto gates_x = random<S>(rows * G * H, 2), h0 = random<S>(states, 1), own_c0 = random<S>(states, 1);
   auto lengths = std::make_unique<int64_t[]>(B);
   for (int64_t b = 0; b < B; ++b) lengths[b] = ragged ? integer(0, T) : T;
-  const auto y = unset<S>(rows * H), h_n = unset<S>(states), c_n = unset<S>(states), gates = unset<S>(rows * 4 * H);
-  const auto cells = unset<A>(rows * H);
+  const auto y = unset<S>(rows * H), h_n = unset<S>(states), own_c_n = unset<S>(states), gates = unset<S>(rows * V * H);
+  const auto own_cells = unset<A>(rows * H);
+  // A GRU's state is its output, and its states are y, unless that has a narrower type.
+  const S* const c0 = gru ? h0.get() : own_c0.get();
+  S* const c_n = gru ? h_n.get() : own_c_n.get();
+  A* cells = own_cells.get();
+  if constexpr (std::is_same_v<S, A>)
+    if (gru) cells = y.get();
 
+  const auto b_hh_alone = [&](int64_t j) { return gru && bias ? double(b_hh[j]) : 0; };
   if (as_layer)  // the kernels compute these themselves
     for (int64_t t = 0; t < T; ++t)
       for (int64_t b = 0; b < B; ++b)
         for (int64_t d = 0; d < D; ++d)
-          for (int64_t j = 0; j < 4 * H; ++j) {
-            double z = bias ? double(b_ih[d * 4 * H + j]) + double(b_hh[d * 4 * H + j]) : 0;
-            for (int64_t k = 0; k < I; ++k) z += double(w_ih[(d * 4 * H + j) * I + k]) * double(x[(t * B + b) * I + k]);
-            gates_x[((t * B + b) * D + d) * 4 * H + j] = static_cast<S>(z);
+          for (int64_t j = 0; j < G * H; ++j) {
+            double z = bias ? double(b_ih[d * G * H + j]) + (gru ? 0 : double(b_hh[d * G * H + j])) : 0;
+            for (int64_t k = 0; k < I; ++k) z += double(w_ih[(d * G * H + j) * I + k]) * double(x[(t * B + b) * I + k]);
+            gates_x[((t * B + b) * D + d) * G * H + j] = static_cast<S>(z);
           }
   birnn::InputProjection input{};
   if (as_layer) input = {x.get(), I, B * I, I, {}, {}, {}};
   birnn::ForwardParams forward{};
   static_cast<birnn::RecurrenceSizes&>(forward) = {T, B, D, H};
   for (int64_t d = 0; d < D; ++d) {
-    forward.w_hh[d] = w_hh.get() + d * 4 * H * H;
-    input.w_ih[d] = w_ih.get() + d * 4 * H * I;
-    if (bias) input.bias_ih[d] = b_ih.get() + d * 4 * H, input.bias_hh[d] = b_hh.get() + d * 4 * H;
+    forward.w_hh[d] = w_hh.get() + d * G * H * H;
+    input.w_ih[d] = w_ih.get() + d * G * H * I;
+    if (bias && as_layer) input.bias_ih[d] = b_ih.get() + d * G * H;
+    if (bias && (as_layer || gru)) input.bias_hh[d] = b_hh.get() + d * G * H;
   }
   forward.input = input;
   if (!as_layer) forward.gates_x = gates_x.get();
-  if (state) forward.h0 = h0.get(), forward.c0 = c0.get();
+  if (state) forward.h0 = h0.get(), forward.c0 = c0;
   if (ragged) forward.lengths = lengths.get();
-  forward.y = y.get(), forward.h_n = h_n.get(), forward.c_n = c_n.get();
-  forward.gates = gates.get(), forward.cells = cells.get();
-  birnn::cpu::recurrence_forward(dtype, forward, integer(1, 5), parallel);
+  forward.h_n = h_n.get(), forward.c_n = c_n;
+  const auto unsaved_y = unset<S>(rows * H);
+  forward.y = unsaved_y.get();  // without anything saved
+  birnn::cpu::recurrence_forward(cell, dtype, forward, integer(1, 5), parallel);
+  forward.y = y.get(), forward.gates = gates.get();
+  if (cells == own_cells.get()) forward.cells = cells;
+  birnn::cpu::recurrence_forward(cell, dtype, forward, integer(1, 5), parallel);
 
   const auto dy = random<S>(rows * H, 1), dh_n = random<S>(states, 1), dc_n = random<S>(states, 1);
-  const auto d_gates_x = unset<S>(rows * 4 * H), dh0 = unset<S>(states), dc0 = unset<S>(states);
-  const auto dw_ih = unset<S>(D * 4 * H * I), dw_hh = unset<S>(D * 4 * H * H), d_bias = unset<S>(D * 4 * H);
+  const auto d_gates_x = unset<S>(rows * G * H), d_q = unset<S>(rows * H), dh0 = unset<S>(states),
+             dc0 = unset<S>(states);
+  const auto dw_ih = unset<S>(D * G * H * I), dw_hh = unset<S>(D * G * H * H), d_bias_ih = unset<S>(D * G * H),
+             d_bias_hh = unset<S>(D * G * H);
   const auto dx = std::make_unique<S[]>(T * B * I);
   birnn::BackwardParams backward{};
   static_cast<birnn::RecurrenceSizes&>(backward) = {T, B, D, H};
   backward.input = input;
   for (int64_t d = 0; d < D; ++d) backward.w_hh[d] = forward.w_hh[d];
-  if (state) backward.h0 = h0.get(), backward.c0 = c0.get();
+  if (state) backward.h0 = h0.get(), backward.c0 = c0;
   if (ragged) backward.lengths = lengths.get();
   if (!recompute) backward.gates = gates.get();
-  backward.cells = cells.get(), backward.dy = dy.get(), backward.dh_n = dh_n.get(), backward.dc_n = dc_n.get();
+  backward.cells = cells, backward.dy = dy.get(), backward.dh_n = dh_n.get();
   backward.dy_stride_t = B * D * H, backward.dy_stride_b = D * H;
-  backward.dh0 = dh0.get(), backward.dc0 = dc0.get();
+  backward.dh0 = dh0.get();
+  if (!gru) backward.dc_n = dc_n.get(), backward.dc0 = dc0.get();
   if (as_layer) {
     backward.y = y.get(), backward.dx = dx.get();
     for (int64_t d = 0; d < D; ++d) {
-      backward.dw_ih[d] = dw_ih.get() + d * 4 * H * I;
-      backward.dw_hh[d] = dw_hh.get() + d * 4 * H * H;
-      backward.d_bias[d] = d_bias.get() + d * 4 * H;
+      backward.dw_ih[d] = dw_ih.get() + d * G * H * I;
+      backward.dw_hh[d] = dw_hh.get() + d * G * H * H;
+      backward.d_bias_ih[d] = d_bias_ih.get() + d * G * H;
+      backward.d_bias_hh[d] = d_bias_hh.get() + d * G * H;
     }
   } else {
     backward.d_gates_x = d_gates_x.get();
+    if (gru) backward.d_q = d_q.get();
   }
-  birnn::cpu::recurrence_backward(dtype, backward, integer(1, 5), parallel);
+  birnn::cpu::recurrence_backward(cell, dtype, backward, integer(1, 5), parallel);
 
   // These plain loops compute the same. The backward loop reads the kernels' saved gates and cells, as the kernels do.
-  std::vector<double> want_y(rows * H), want_h(states), want_c(states), want_dz(rows * 4 * H), want_dh(states),
-      want_dc(states), want_dx(T * B * I), want_dw_ih(D * 4 * H * I), want_dw_hh(D * 4 * H * H), want_bias(D * 4 * H);
+  std::vector<double> want_y(rows * H), want_h(states), want_c(states), want_dz(rows * G * H), want_dq(rows * H),
+      want_dh(states), want_dc(states), want_dx(T * B * I), want_dw_ih(D * G * H * I), want_dw_hh(D * G * H * H),
+      want_bias_ih(D * G * H), want_bias_hh(D * G * H);
   for (int64_t d = 0; d < D; ++d)
     for (int64_t b = 0; b < B; ++b) {
       std::vector<double> h(H), c(H), dh(H), dc(H);
@@ -176,42 +196,60 @@ void check(DType dtype, double tolerance, bool as_layer = false) {
       for (int64_t s = 0; s < lengths[b]; ++s) {
         const std::vector<double> before = h;
         for (int64_t u = 0; u < H; ++u) {
-          double z[4];
-          for (int g = 0; g < 4; ++g) {
-            z[g] = gates_x[row(s) * 4 * H + g * H + u];
-            for (int64_t k = 0; k < H; ++k) z[g] += double(w_hh[(d * 4 * H + g * H + u) * H + k]) * before[k];
+          double z[4], q[4];  // input and recurrent parts
+          for (int64_t g = 0; g < G; ++g) {
+            z[g] = gates_x[row(s) * G * H + g * H + u];
+            q[g] = b_hh_alone(d * G * H + g * H + u);
+            for (int64_t k = 0; k < H; ++k) q[g] += double(w_hh[(d * G * H + g * H + u) * H + k]) * before[k];
           }
-          c[u] = sigmoid(z[1]) * c[u] + sigmoid(z[0]) * std::tanh(z[2]);
-          h[u] = sigmoid(z[3]) * std::tanh(c[u]);
+          if (gru) {
+            const double r = sigmoid(z[0] + q[0]), keep = sigmoid(z[1] + q[1]);
+            h[u] = c[u] = (1 - keep) * std::tanh(z[2] + r * q[2]) + keep * before[u];
+          } else {
+            c[u] = sigmoid(z[1] + q[1]) * c[u] + sigmoid(z[0] + q[0]) * std::tanh(z[2] + q[2]);
+            h[u] = sigmoid(z[3] + q[3]) * std::tanh(c[u]);
+          }
           want_y[row(s) * H + u] = h[u];
         }
       }
       for (int64_t u = 0; u < H; ++u) {
         want_h[s0 + u] = h[u], want_c[s0 + u] = c[u];
-        dh[u] = dh_n[s0 + u], dc[u] = dc_n[s0 + u];
+        dh[u] = dh_n[s0 + u], dc[u] = gru ? 0 : double(dc_n[s0 + u]);
       }
       for (int64_t s = lengths[b] - 1; s >= 0; --s) {
         const int64_t r = row(s), step = r / D;  // step counts (t, b)
-        double* dz = &want_dz[r * 4 * H];
+        const auto saved = [&](int64_t value, int64_t u) { return double(gates[(r * V + value) * H + u]); };
+        double* dz = &want_dz[r * G * H];
         for (int64_t u = 0; u < H; ++u) {
-          const double i = double(gates[r * 4 * H + u]), f = gates[r * 4 * H + H + u], g = gates[r * 4 * H + 2 * H + u],
-                       o = gates[r * 4 * H + 3 * H + u], tanh_c = std::tanh(double(cells[r * H + u]));
           const double c_before = s > 0 ? double(cells[row(s - 1) * H + u]) : state ? double(c0[s0 + u]) : 0;
-          const double dh_u = dh[u] + dy[r * H + u], dc_u = dc[u] + dh_u * o * (1 - tanh_c * tanh_c);
-          dz[u] = dc_u * g * i * (1 - i);
-          dz[H + u] = dc_u * c_before * f * (1 - f);
-          dz[2 * H + u] = dc_u * i * (1 - g * g);
-          dz[3 * H + u] = dh_u * tanh_c * o * (1 - o);
-          dc[u] = dc_u * f;
+          const double dh_u = dh[u] + dy[r * H + u];
+          if (gru) {
+            const double reset = saved(0, u), keep = saved(1, u), n = saved(2, u);
+            dz[2 * H + u] = dh_u * (1 - keep) * (1 - n * n);
+            want_dq[r * H + u] = dz[2 * H + u] * reset;
+            dz[u] = dz[2 * H + u] * saved(3, u) * reset * (1 - reset);
+            dz[H + u] = dh_u * (c_before - n) * keep * (1 - keep);
+            dh[u] = dh_u * keep;
+          } else {
+            const double i = saved(0, u), f = saved(1, u), g = saved(2, u), o = saved(3, u),
+                         tanh_c = std::tanh(double(cells[r * H + u])), dc_u = dc[u] + dh_u * o * (1 - tanh_c * tanh_c);
+            dz[u] = dc_u * g * i * (1 - i);
+            dz[H + u] = dc_u * c_before * f * (1 - f);
+            dz[2 * H + u] = dc_u * i * (1 - g * g);
+            dz[3 * H + u] = dh_u * tanh_c * o * (1 - o);
+            dc[u] = dc_u * f;
+            dh[u] = 0;
+          }
         }
-        for (int64_t k = 0; k < H; ++k) dh[k] = 0;
-        for (int64_t j = 0; j < 4 * H; ++j) {
-          const int64_t weight = d * 4 * H + j;
-          want_bias[weight] += dz[j];
+        for (int64_t j = 0; j < G * H; ++j) {
+          const int64_t weight = d * G * H + j;
+          const double recurrent = gru && j >= 2 * H ? want_dq[r * H + j - 2 * H] : dz[j];
+          want_bias_ih[weight] += dz[j];
+          want_bias_hh[weight] += recurrent;
           for (int64_t k = 0; k < H; ++k) {
-            dh[k] += double(w_hh[weight * H + k]) * dz[j];
+            dh[k] += double(w_hh[weight * H + k]) * recurrent;
             const double h_before = s > 0 ? double(y[row(s - 1) * H + k]) : state ? double(h0[s0 + k]) : 0;
-            want_dw_hh[weight * H + k] += dz[j] * h_before;
+            want_dw_hh[weight * H + k] += recurrent * h_before;
           }
           for (int64_t k = 0; k < I; ++k) {
             want_dx[step * I + k] += double(w_ih[weight * I + k]) * dz[j];
@@ -222,11 +260,15 @@ void check(DType dtype, double tolerance, bool as_layer = false) {
       for (int64_t u = 0; u < H; ++u) want_dh[s0 + u] = dh[u], want_dc[s0 + u] = dc[u];
     }
   compare("y", y.get(), want_y, tolerance);
+  compare("y without saving", unsaved_y.get(), std::vector<double>(y.get(), y.get() + rows * H), 0);
   compare("h_n", h_n.get(), want_h, tolerance);
-  compare("c_n", c_n.get(), want_c, tolerance);
+  compare("c_n", c_n, want_c, tolerance);
   compare("dh0", dh0.get(), want_dh, tolerance);
-  compare("dc0", dc0.get(), want_dc, tolerance);
-  if (!as_layer) return compare("d_gates_x", d_gates_x.get(), want_dz, tolerance);
+  if (!gru) compare("dc0", dc0.get(), want_dc, tolerance);
+  if (!as_layer) {
+    if (gru) compare("d_q", d_q.get(), want_dq, tolerance);
+    return compare("d_gates_x", d_gates_x.get(), want_dz, tolerance);
+  }
   const auto compare_sums = [&](const char* name, const S* found, const std::vector<double>& expected) {
     double largest = 1;  // these are sums over all steps and sequences
     for (double value : expected) largest = std::max(largest, std::fabs(value));
@@ -235,7 +277,8 @@ void check(DType dtype, double tolerance, bool as_layer = false) {
   compare_sums("dx", dx.get(), want_dx);
   compare_sums("dw_ih", dw_ih.get(), want_dw_ih);
   compare_sums("dw_hh", dw_hh.get(), want_dw_hh);
-  compare_sums("d_bias", d_bias.get(), want_bias);
+  compare_sums("d_bias_ih", d_bias_ih.get(), want_bias_ih);
+  compare_sums("d_bias_hh", d_bias_hh.get(), want_bias_hh);
 }
 
 }  // namespace
@@ -245,22 +288,17 @@ int main(int argc, char** argv) {
     for (const std::string& isa : birnn::cpu::runnable_isas()) std::printf("%s\n", isa.c_str());
     return 0;
   }
-  failures += birnn::cpu::of_three_gates::failures();
+  failures += birnn::cell_failures();
   const int rounds = argc > 1 ? std::atoi(argv[1]) : 40;
-  for (int round = 0; round < rounds; ++round) {
-    check<double, double>(DType::f64, 1e-12);
-    check<double, double>(DType::f64, 1e-12, true);
-    check<float, float>(DType::f32, 2e-5);
-    check<float, float>(DType::f32, 2e-5, true);
-    for (const bool as_layer : {false, true}) {
-      check<float16, float>(DType::f16, 4e-3, as_layer);
-      check<bfloat16, float>(DType::bf16, 3e-2, as_layer);
-    }
-    if (birnn::cpu::has_high_precision()) {
-      check<float, float>(DType::f32_high, 1e-4);
-      check<float, float>(DType::f32_high, 1e-4, true);
-    }
-  }
+  for (int round = 0; round < rounds; ++round)
+    for (const CellKind cell : {CellKind::lstm, CellKind::gru})
+      for (const bool as_layer : {false, true}) {
+        check<double, double>(cell, DType::f64, 1e-12, as_layer);
+        check<float, float>(cell, DType::f32, 2e-5, as_layer);
+        check<float16, float>(cell, DType::f16, 4e-3, as_layer);
+        check<bfloat16, float>(cell, DType::bf16, 3e-2, as_layer);
+        if (birnn::cpu::has_high_precision()) check<float, float>(cell, DType::f32_high, 1e-4, as_layer);
+      }
   std::printf("%s: %d rounds, %d failures\n", birnn::cpu::chosen_isa().c_str(), rounds, failures);
   return failures != 0;
 }

@@ -1,16 +1,18 @@
 // The LSTM cell, forward and backward. The equations stand only here: every kernel, CPU or CUDA, calls them with its
 // own value type V (a scalar on the GPU, a SIMD vector on the CPU) and its own M::sigmoid and M::tanh.
 //
-// A cell is a type such as Lstm below. Kernels use the following of it:
-// - A unit has kGates pre-activations, in the order of the rows of W_ih and W_hh. Each has an input part (W_ih x and
-//   biases) and a recurrent part (W_hh h). combine() puts both into the kValues values that the cell starts from. If
-//   kAddsParts, each value is the sum of a gate's parts, and a kernel may accumulate one part onto the other. A gate
-//   that needs its parts separately (a GRU's candidate, tanh(input + r * recurrent)) takes one value more.
-// - forward() turns these values, in place, into those that the backward pass needs. A step saves them and the state,
-//   which a unit carries from step to step in the accumulation type (for a GRU that is h).
-// - backward() computes dz, the gradients of the input parts, which go to d_gates_x. recurrent() computes from them the
-//   gradient of a gate's recurrent part, which W_hh^T multiplies. Both are the same if kAddsParts, but differ for a
-//   GRU's candidate.
+// A cell is a type such as Lstm below or Gru. Kernels use the following of it:
+// - A unit has kGates pre-activations, in the order of the rows of W_ih and W_hh. Each has an input part, W_ih x and
+//   b_ih, and a recurrent part, W_hh h and b_hh, which go to the values input_value(gate) and recurrent_value(gate). If
+//   both are one value, it is the sum of the parts, and a kernel may accumulate one onto the other.
+// - Of the kValues values, the first kGates are the gates' input parts. The last gates may have recurrent parts of
+//   their own behind them, as a GRU's candidate has: tanh(input + r * recurrent). So a GRU has one value more than
+//   gates.
+// - forward() turns these values, in place, into those that the backward pass needs; activate() does nothing else. A
+//   step saves them and the state c, which a unit carries from step to step in the accumulation type. If
+//   kStateIsOutput, that is h, and the gradient of h_t comes in two parts, dh and dc.
+// - backward() computes dz, the gradients of the kValues values: W_ih^T multiplies those of the input parts, W_hh^T
+//   those of the recurrent parts.
 #pragma once
 
 #include "../inline.h"
@@ -21,12 +23,10 @@ struct Lstm {
   enum Gate : int { i, f, g, o };  // nn.LSTM's order
   static constexpr int kGates = 4;
   static constexpr int kValues = 4;  // pre-activations z before the cell, activated gates after it
-  static constexpr bool kAddsParts = true;
+  static constexpr bool kStateIsOutput = false;
 
-  template <class V>
-  static BIRNN_INLINE void combine(V (&values)[kValues], int gate, V input, V recurrent) {
-    values[gate] = input + recurrent;
-  }
+  static BIRNN_INLINE constexpr int input_value(int gate) { return gate; }
+  static BIRNN_INLINE constexpr int recurrent_value(int gate) { return gate; }
 
   // --- a whole step
 
@@ -41,17 +41,11 @@ struct Lstm {
   // dh is the gradient of h_t from all its uses. dc is the gradient of c_t from step t+1, and becomes that of c_{t-1}.
   // The forward pass saved values, c and c_prev.
   template <class M, class V>
-  static BIRNN_INLINE void backward(const V (&values)[kValues], V c, V c_prev, V dh, V& dc, V (&dz)[kGates]) {
+  static BIRNN_INLINE void backward(const V (&values)[kValues], V c, V c_prev, V dh, V& dc, V (&dz)[kValues]) {
     V d_o, dc_of_h;
     output_backward<M>(values, c, dh, d_o, dc_of_h);
     dc = dc + dc_of_h;
     state_backward<M>(values, c_prev, d_o, dc, dz);
-  }
-
-  // Both parts of a gate have the same gradient.
-  template <class V>
-  static BIRNN_INLINE V recurrent(const V (&)[kValues], const V (&dz)[kGates], int gate) {
-    return dz[gate];
   }
 
   // --- its parts, between which the extended LSTM does more
@@ -88,7 +82,7 @@ struct Lstm {
 
   // d_o is the gradient of the gate o. dc is the gradient of c_t from all its uses, and becomes that of c_{t-1}.
   template <class M, class V>
-  static BIRNN_INLINE void state_backward(const V (&values)[kValues], V c_prev, V d_o, V& dc, V (&dz)[kGates]) {
+  static BIRNN_INLINE void state_backward(const V (&values)[kValues], V c_prev, V d_o, V& dc, V (&dz)[kValues]) {
     using S = typename M::Scalar;
     dz[i] = dc * values[g] * (values[i] * (S(1) - values[i]));
     dz[f] = dc * c_prev * (values[f] * (S(1) - values[f]));

@@ -157,7 +157,6 @@ struct Parts {
   template <class S>
   static __device__ void begin(Sums<S> (&sums)[2][Row::kEights], const float (&z)[Row::kCells][Lstm::kGates],
                                const ForwardBiases& biases) {
-    static_assert(Lstm::kAddsParts, "a cell that sees a gate's parts apart keeps z for itself");
 #pragma unroll
     for (int c = 0; c < 2 * Row::kEights; ++c) {
       const int n = c / 2, e = c % 2, i = c / Row::kSplits, distance = c % Row::kSplits;

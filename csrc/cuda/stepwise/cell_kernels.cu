@@ -7,6 +7,7 @@
 // values, c and the c before, and writes dc and the gates' gradients twice: for the next product, and as d_gates_x.
 #include <initializer_list>
 
+#include "../../core/cells/gru.h"
 #include "../../core/cells/lstm.h"
 #include "../../core/step_order.h"
 #include "../cell_math.cuh"
@@ -61,11 +62,11 @@ __device__ Place place(const RecurrenceSizes& sizes) {
 
 // Value v of N units, which hold their values side by side.
 template <class T, int N, int values, class A>
-__device__ void load_value(A (&to)[N][values], int v, const void* base, int64_t offset) {
+__device__ void add_value(A (&to)[N][values], int v, const void* base, int64_t offset) {
   A units[N];
   load<T, N>(units, base, offset);
 #pragma unroll
-  for (int k = 0; k < N; ++k) to[k][v] = units[k];
+  for (int k = 0; k < N; ++k) to[k][v] += units[k];
 }
 
 template <class T, int N, int values, class A>
@@ -87,7 +88,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const CellForward p) 
   const int64_t state = (d * p.B + b) * p.H + unit;          // in (D, B, H)
   const int64_t gate = (d * p.B + b) * kGates * p.H + unit;  // in (D, B, kGates * H)
   const int64_t row = (t * p.B + b) * p.D + d;               // of (T, B, D)
-  A input[N], recurrent[N], values[N][kValues], c[N], h[N];
+  A values[N][kValues] = {}, c[N], h[N];
   if (p.lengths && !order.active(t, p.lengths[b])) {
 #pragma unroll
     for (int k = 0; k < N; ++k) h[k] = A(0);
@@ -99,16 +100,10 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const CellForward p) 
   }
 #pragma unroll
   for (int g = 0; g < kGates; ++g) {
-    load<S, N>(input, p.gates_x, (row * kGates + g) * p.H + unit);
-    load<A, N>(recurrent, p.gates_h, gate + g * p.H);
-    for (const void* bias : {p.input.bias_ih[d], p.input.bias_hh[d]}) {
-      A added[N];
-      load<S, N>(added, bias, g * p.H + unit);
-#pragma unroll
-      for (int k = 0; k < N; ++k) input[k] += added[k];
-    }
-#pragma unroll
-    for (int k = 0; k < N; ++k) Cell::combine(values[k], g, input[k], recurrent[k]);
+    add_value<S>(values, Cell::input_value(g), p.gates_x, (row * kGates + g) * p.H + unit);
+    add_value<S>(values, Cell::input_value(g), p.input.bias_ih[d], g * p.H + unit);
+    add_value<S>(values, Cell::recurrent_value(g), p.input.bias_hh[d], g * p.H + unit);
+    add_value<A>(values, Cell::recurrent_value(g), p.gates_h, gate + g * p.H);
   }
   load<A, N>(c, p.c, state);
 #pragma unroll
@@ -136,9 +131,10 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const CellBackward p
     const A zeros[N] = {};
 #pragma unroll
     for (int g = 0; g < kGates; ++g) store<S, N>(p.d_gates_x, (row * kGates + g) * p.H + unit, zeros);
+    store<S, N>(p.d_q, row * p.H + unit, zeros);
     return;
   }
-  A values[N][kValues], dz[N][kGates], recurrent[N];
+  A values[N][kValues] = {}, dz[N][kValues];
   A dh[N], more[N], dc[N], c[N], c_prev[N];
   load<A, N>(dh, p.dh, state);
   load<S, N>(more, p.dy, t * p.dy_stride_t + b * p.dy_stride_b + d * p.H + unit);
@@ -156,17 +152,16 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const CellBackward p
   load<A, N>(c, p.cells, row * p.H + unit);
   load<A, N>(dc, p.dc, state);
 #pragma unroll
-  for (int v = 0; v < kValues; ++v) load_value<S>(values, v, p.gates, (row * kValues + v) * p.H + unit);
+  for (int v = 0; v < kValues; ++v) add_value<S>(values, v, p.gates, (row * kValues + v) * p.H + unit);
 #pragma unroll
   for (int k = 0; k < N; ++k) Cell::template backward<Math<A>>(values[k], c[k], c_prev[k], dh[k], dc[k], dz[k]);
   store<A, N>(p.dc, state, dc);
 #pragma unroll
   for (int g = 0; g < kGates; ++g) {
-#pragma unroll
-    for (int k = 0; k < N; ++k) recurrent[k] = Cell::recurrent(values[k], dz[k], g);
-    store<S, N>(p.dz, gate + g * p.H, recurrent);
-    store_value<S>(p.d_gates_x, (row * kGates + g) * p.H + unit, dz, g);
+    store_value<S>(p.dz, gate + g * p.H, dz, Cell::recurrent_value(g));
+    store_value<S>(p.d_gates_x, (row * kGates + g) * p.H + unit, dz, Cell::input_value(g));
   }
+  store_value<S>(p.d_q, row * p.H + unit, dz, Cell::recurrent_value(kGates - 1));
 }
 
 bool aligned(std::initializer_list<const void*> pointers) {
@@ -175,56 +170,62 @@ bool aligned(std::initializer_list<const void*> pointers) {
   return true;
 }
 
-template <class S, int N>
+template <class Cell, class S, int N>
 void launch(const CellForward& p, unsigned blocks, cudaStream_t stream) {
-  forward_kernel<Lstm, S, N><<<blocks, kThreads, 0, stream>>>(p);
+  forward_kernel<Cell, S, N><<<blocks, kThreads, 0, stream>>>(p);
 }
 
-template <class S, int N>
+template <class Cell, class S, int N>
 void launch(const CellBackward& p, unsigned blocks, cudaStream_t stream) {
-  backward_kernel<Lstm, S, N><<<blocks, kThreads, 0, stream>>>(p);
+  backward_kernel<Cell, S, N><<<blocks, kThreads, 0, stream>>>(p);
 }
 
-template <class S, class Params>
+template <class Cell, class S, class Params>
 cudaError_t launch(const Params& p, bool all_aligned, cudaStream_t stream) {
   constexpr int N = 16 / sizeof(S);
   const bool vector_aligned = all_aligned && p.H % N == 0;
   const int64_t blocks = (p.D * p.B * (vector_aligned ? p.H / N : p.H) + kThreads - 1) / kThreads;
   if (blocks == 0) return cudaSuccess;
   if (vector_aligned)
-    launch<S, N>(p, unsigned(blocks), stream);
+    launch<Cell, S, N>(p, unsigned(blocks), stream);
   else
-    launch<S, 1>(p, unsigned(blocks), stream);
+    launch<Cell, S, 1>(p, unsigned(blocks), stream);
   return cudaGetLastError();
 }
 
-template <class Params>
+template <class Cell, class Params>
 cudaError_t launch(DType dtype, const Params& p, bool all_aligned, cudaStream_t stream) {
   switch (dtype) {
     case DType::f64:
-      return launch<double>(p, all_aligned, stream);
+      return launch<Cell, double>(p, all_aligned, stream);
     case DType::f32:
-      return launch<float>(p, all_aligned, stream);
+      return launch<Cell, float>(p, all_aligned, stream);
     case DType::f16:
-      return launch<__half>(p, all_aligned, stream);
+      return launch<Cell, __half>(p, all_aligned, stream);
     case DType::bf16:
-      return launch<__nv_bfloat16>(p, all_aligned, stream);
+      return launch<Cell, __nv_bfloat16>(p, all_aligned, stream);
   }
   return cudaErrorInvalidValue;
 }
 
-}  // namespace
-
-cudaError_t cell_forward(DType dtype, const CellForward& p, cudaStream_t stream) {
-  const bool all_aligned = aligned({p.gates_x, p.gates_h, p.y, p.h, p.c, p.gates, p.cells}) &&
-                           aligned({p.input.bias_ih[0], p.input.bias_ih[1], p.input.bias_hh[0], p.input.bias_hh[1]});
-  return launch(dtype, p, all_aligned, stream);
+template <class Params>
+cudaError_t launch(CellKind cell, DType dtype, const Params& p, bool all_aligned, cudaStream_t stream) {
+  const auto run = cell == CellKind::lstm ? launch<Lstm, Params> : launch<Gru, Params>;
+  return run(dtype, p, all_aligned, stream);
 }
 
-cudaError_t cell_backward(DType dtype, const CellBackward& p, cudaStream_t stream) {
+}  // namespace
+
+cudaError_t cell_forward(CellKind cell, DType dtype, const CellForward& p, cudaStream_t stream) {
+  const bool all_aligned = aligned({p.gates_x, p.gates_h, p.y, p.h, p.c, p.gates, p.cells}) &&
+                           aligned({p.input.bias_ih[0], p.input.bias_ih[1], p.input.bias_hh[0], p.input.bias_hh[1]});
+  return launch(cell, dtype, p, all_aligned, stream);
+}
+
+cudaError_t cell_backward(CellKind cell, DType dtype, const CellBackward& p, cudaStream_t stream) {
   const bool rows_aligned = (p.dy_stride_t | p.dy_stride_b) * size_of(dtype) % 16 == 0;
-  const bool all_aligned = aligned({p.c0, p.gates, p.cells, p.dy, p.dh_n, p.d_gates_x, p.dh, p.dc, p.dz});
-  return launch(dtype, p, all_aligned && rows_aligned, stream);
+  const bool all_aligned = aligned({p.c0, p.gates, p.cells, p.dy, p.dh_n, p.d_gates_x, p.d_q, p.dh, p.dc, p.dz});
+  return launch(cell, dtype, p, all_aligned && rows_aligned, stream);
 }
 
 }  // namespace birnn::cuda

@@ -11,8 +11,8 @@ namespace birnn::cuda {
 // Iteration s (0 .. T-1) of the forward pass: each direction is at its own step (core/step_order.h).
 struct CellForward : ForwardParams {
   int64_t s;
-  const void* gates_h;  // A (D, B, 4H): W_hh h_{t-1}, or null: zeros
-  void* h;              // S (D, B, H): h_t is written here; sequences without this step keep theirs
+  const void* gates_h;  // A (D, B, gates * H): W_hh h_{t-1}, or null: zeros
+  void* h;              // S (D, B, H), or null if c is it: h_t is written here; sequences without this step keep theirs
   void* c;              // A (D, B, H): c_{t-1} -> c_t, likewise
 };
 
@@ -21,10 +21,10 @@ struct CellBackward : BackwardParams {
   int64_t s;
   const void* dh;  // A (D, B, H): W_hh^T dz of the step before, or null: zeros
   void* dc;        // A (D, B, H): gradient of c_t -> of c_{t-1}; sequences without this step keep theirs
-  void* dz;        // S (D, B, 4H): gradient of W_hh h_{t-1}, which for the LSTM is d_gates_x, too; likewise
+  void* dz;        // S (D, B, gates * H): gradient of W_hh h_{t-1}, which for the LSTM is d_gates_x, too; likewise
 };
 
-cudaError_t cell_forward(DType dtype, const CellForward& params, cudaStream_t stream);
-cudaError_t cell_backward(DType dtype, const CellBackward& params, cudaStream_t stream);
+cudaError_t cell_forward(CellKind cell, DType dtype, const CellForward& params, cudaStream_t stream);
+cudaError_t cell_backward(CellKind cell, DType dtype, const CellBackward& params, cudaStream_t stream);
 
 }  // namespace birnn::cuda

@@ -1,5 +1,6 @@
-// birnn_ext::lstm, a stack of layers that calls lstm_layer for each, and the gradients of both. They are in C++
-// because, for a single sequence, Python would take longer than the kernels.
+// birnn_ext::lstm and birnn_ext::gru, stacks of layers that call lstm_layer or gru_layer for each, and the gradients of
+// all four. They are in C++ because, for a single sequence, Python would take longer than the kernels. Where a function
+// is for any cell, a GRU has no c0, and an undefined tensor for c_n.
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/_foreach_copy.h>
 #include <ATen/ops/alias.h>
@@ -18,69 +19,85 @@
 #include <optional>
 #include <vector>
 
+#include "cell_op.h"
 #include "layer_weights.h"
 
 namespace {
 
 using at::Tensor;
+using birnn::CellKind;
+using birnn::FiveTensors;
+using birnn::LayerGradients;
 using birnn::LayerWeights;
+using birnn::OptionalTensor;
+using birnn::ThreeTensors;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-using OptionalTensor = std::optional<Tensor>;
-using ThreeTensors = std::tuple<Tensor, Tensor, Tensor>;
-using FiveTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
-FiveTensors call_layer(const Tensor& x, at::TensorList weights, bool bias, const OptionalTensor& h0,
+// The operators' implementation for autograd's dispatch key, see cell_op.h.
+struct Autograd;
+
+template <class Function>
+auto find(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Function>();
+}
+
+FiveTensors call_layer(CellKind cell, const Tensor& x, at::TensorList weights, bool bias, const OptionalTensor& h0,
                        const OptionalTensor& c0, const OptionalTensor& lengths, c10::string_view save) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("birnn_ext::lstm_layer", "")
-                             .typed<FiveTensors(const Tensor&, at::TensorList, bool, const OptionalTensor&,
-                                                const OptionalTensor&, const OptionalTensor&, c10::string_view)>();
-  return op.call(x, weights, bias, h0, c0, lengths, save);
+  static const auto lstm = find<decltype(birnn::lstm_layer<Autograd>)>("birnn_ext::lstm_layer");
+  static const auto gru = find<decltype(birnn::gru_layer<Autograd>)>("birnn_ext::gru_layer");
+  if (cell == CellKind::lstm) return lstm.call(x, weights, bias, h0, c0, lengths, save);
+  auto [y, h_n, gates, cells] = gru.call(x, weights, bias, h0, lengths, save);
+  return {y, h_n, Tensor(), gates, cells};
 }
 
-std::tuple<Tensor, std::vector<Tensor>, Tensor, Tensor> call_backward(
-    const Tensor& x, at::TensorList weights, bool bias, const OptionalTensor& h0, const OptionalTensor& c0,
-    const OptionalTensor& lengths, const Tensor& y, const Tensor& gates, const Tensor& cells, const OptionalTensor& dy,
-    const OptionalTensor& dh_n, const OptionalTensor& dc_n, bool x_grad, bool weight_grads, bool state_grads) {
-  static const auto op =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("birnn_ext::lstm_layer_backward", "")
-          .typed<std::tuple<Tensor, std::vector<Tensor>, Tensor, Tensor>(
-              const Tensor&, at::TensorList, bool, const OptionalTensor&, const OptionalTensor&, const OptionalTensor&,
-              const Tensor&, const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
-              const OptionalTensor&, bool, bool, bool)>();
-  return op.call(x, weights, bias, h0, c0, lengths, y, gates, cells, dy, dh_n, dc_n, x_grad, weight_grads, state_grads);
+LayerGradients call_backward(CellKind cell, const Tensor& x, at::TensorList weights, bool bias,
+                             const OptionalTensor& h0, const OptionalTensor& c0, const OptionalTensor& lengths,
+                             const Tensor& y, const Tensor& gates, const Tensor& cells, const OptionalTensor& dy,
+                             const OptionalTensor& dh_n, const OptionalTensor& dc_n, bool x_grad, bool weight_grads,
+                             bool state_grads) {
+  static const auto lstm = find<decltype(birnn::lstm_layer_backward<Autograd>)>("birnn_ext::lstm_layer_backward");
+  static const auto gru = find<decltype(birnn::gru_layer_backward<Autograd>)>("birnn_ext::gru_layer_backward");
+  if (cell == CellKind::lstm)
+    return lstm.call(x, weights, bias, h0, c0, lengths, y, gates, cells, dy, dh_n, dc_n, x_grad, weight_grads,
+                     state_grads);
+  auto [dx, d_weights, dh0] =
+      gru.call(x, weights, bias, h0, lengths, y, gates, cells, dy, dh_n, x_grad, weight_grads, state_grads);
+  return {dx, d_weights, dh0, Tensor()};
 }
 
-// Computes a layer as an input projection and birnn_ext::lstm_recurrence, which autograd can differentiate repeatedly.
-ThreeTensors differentiable_layer(const Tensor& x, at::TensorList weights, bool bias, const OptionalTensor& h0,
-                                  const OptionalTensor& c0, const OptionalTensor& lengths) {
-  static const auto recurrence =
-      c10::Dispatcher::singleton()
-          .findSchemaOrThrow("birnn_ext::lstm_recurrence", "")
-          .typed<FiveTensors(const Tensor&, const Tensor&, const OptionalTensor&, const OptionalTensor&,
-                             const OptionalTensor&, c10::string_view)>();
+// Computes a layer as an input projection and the cell's recurrence, which autograd can differentiate repeatedly.
+ThreeTensors differentiable_layer(CellKind cell, const Tensor& x, at::TensorList weights, bool bias,
+                                  const OptionalTensor& h0, const OptionalTensor& c0, const OptionalTensor& lengths) {
+  static const auto lstm = find<decltype(birnn::lstm_recurrence<Autograd>)>("birnn_ext::lstm_recurrence");
+  static const auto gru = find<decltype(birnn::gru_recurrence<Autograd>)>("birnn_ext::gru_recurrence");
   const LayerWeights layer{weights, bias};
-  std::vector<Tensor> w_ih, w_hh, biases;
+  std::vector<Tensor> w_ih, w_hh, biases_x, biases_hh;
   for (size_t d = 0; d < layer.directions(); ++d) {
     w_ih.push_back(layer.w_ih(d));
     w_hh.push_back(layer.w_hh(d));
-    if (bias) biases.push_back(layer.bias_ih(d) + layer.bias_hh(d));
+    if (!bias) continue;
+    biases_x.push_back(cell == CellKind::lstm ? layer.bias_ih(d) + layer.bias_hh(d) : layer.bias_ih(d));
+    biases_hh.push_back(layer.bias_hh(d));
   }
   const auto directions = static_cast<int64_t>(w_ih.size());
   const Tensor used = birnn::without_padding(x, lengths);
-  const Tensor gates_x = at::linear(used, at::cat(w_ih), bias ? OptionalTensor(at::cat(biases)) : std::nullopt);
-  auto [y, h_n, c_n, gates, cells] =
-      recurrence.call(gates_x.unflatten(-1, {directions, -1}), at::stack(w_hh), h0, c0, lengths, "all");
-  return {y, h_n, c_n};
+  const Tensor gates_x = at::linear(used, at::cat(w_ih), bias ? OptionalTensor(at::cat(biases_x)) : std::nullopt)
+                             .unflatten(-1, {directions, -1});
+  if (cell == CellKind::lstm) {
+    auto [y, h_n, c_n, gates, cells] = lstm.call(gates_x, at::stack(w_hh), h0, c0, lengths, "all");
+    return {y, h_n, c_n};
+  }
+  const OptionalTensor bias_hh = bias ? OptionalTensor(at::stack(biases_hh)) : std::nullopt;
+  auto [y, h_n, gates, cells] = gru.call(gates_x, at::stack(w_hh), bias_hh, h0, lengths, "all");
+  return {y, h_n, Tensor()};
 }
 
 OptionalTensor defined(const Tensor& t) { return t.defined() ? OptionalTensor(t) : std::nullopt; }
 
 // --- a stack of layers ----------------------------------------------------------------------------------------------
 
-// A call of lstm_layer: a layer, or one direction of it.
+// A call of lstm_layer or gru_layer: a layer, or one direction of it.
 struct Part {
   int64_t layer, direction, directions;
   bool of_last;    // one direction of a final layer of which only the last outputs are wanted
@@ -92,8 +109,9 @@ struct Part {
   }
 };
 
-// A stack of layers, as the operator lstm is given it.
+// A stack of layers, as the operators lstm and gru are given it.
 struct Stack {
+  CellKind cell;
   at::TensorList weights;  // each layer's, one after the other
   bool bias;
   int64_t layers;
@@ -162,9 +180,10 @@ ThreeTensors run_stack(const Stack& stack, const Tensor& x, const OptionalTensor
     }
   }
   if (stack.last) output = at::cat(last_outputs, -1);
-  if (stack.last && stack.directions() == 2) return {output, x.new_empty({0}), x.new_empty({0})};
+  const bool gru = stack.cell == CellKind::gru;
+  if (stack.last && stack.directions() == 2) return {output, x.new_empty({0}), gru ? Tensor() : x.new_empty({0})};
   if (stack.layers == 1) return {output, h_ns[0], c_ns[0]};
-  return {output, at::cat(h_ns), at::cat(c_ns)};
+  return {output, at::cat(h_ns), gru ? Tensor() : at::cat(c_ns)};
 }
 
 // --- autograd -------------------------------------------------------------------------------------------------------
@@ -178,7 +197,7 @@ bool transformed(const variable_list& grads) {
     if (!grad.defined()) continue;
     TORCH_CHECK_NOT_IMPLEMENTED(!grad.key_set().has(c10::DispatchKey::FuncTorchGradWrapper),
                                 "birnn_ext: torch.func's grad, vjp and jvp can't follow a graph that was made outside "
-                                "of them; call the LSTM within the function that they transform");
+                                "of them; call the layer within the function that they transform");
     found |= grad.key_set().has_any(batched) || grad._fw_grad(/*level=*/0).defined();
   }
   return found;
@@ -186,15 +205,14 @@ bool transformed(const variable_list& grads) {
 
 struct StackFunction : torch::autograd::Function<StackFunction> {
   // The places of the arguments of forward, and of their gradients.
-  static constexpr size_t kX = 0, kH0 = 1, kC0 = 2, kWeights = 8;
+  static constexpr size_t kX = 0, kH0 = 1, kC0 = 2, kWeights = 6;
   static constexpr size_t kSavedOfPart = 4;  // tensors: its x, y, gates and cells
 
-  // Returns y, h_n and c_n, then the gates and cells of the last part.
+  // Returns y, h_n and, of an LSTM, c_n, then the gates and cells of the last part. weights are those of the stack.
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const OptionalTensor& h0,
-                               const OptionalTensor& c0, const OptionalTensor& lengths, bool bias, int64_t layers,
-                               bool last, c10::string_view save, at::TensorList weights) {
+                               const OptionalTensor& c0, const OptionalTensor& lengths, const Stack& stack,
+                               c10::string_view save, at::TensorList weights) {
     const at::AutoDispatchBelowADInplaceOrView below;
-    const Stack stack{weights, bias, layers, last};
     variable_list saved = {h0.value_or(Tensor()), c0.value_or(Tensor()), lengths.value_or(Tensor())};
     Tensor last_gates, last_cells;
     bool wanted = x.requires_grad() || (h0 && h0->requires_grad()) || (c0 && c0->requires_grad());
@@ -202,8 +220,8 @@ struct StackFunction : torch::autograd::Function<StackFunction> {
                               const OptionalTensor& part_c0, const OptionalTensor& part_lengths) -> ThreeTensors {
       // Layers below the first that is trained keep nothing.
       for (const Tensor& w : stack.weights_of(part)) wanted |= w.requires_grad();
-      auto [y, h_n, c_n, gates, cells] =
-          call_layer(part_x, stack.weights_of(part), bias, part_h0, part_c0, part_lengths, wanted ? save : "none");
+      auto [y, h_n, c_n, gates, cells] = call_layer(stack.cell, part_x, stack.weights_of(part), stack.bias, part_h0,
+                                                    part_c0, part_lengths, wanted ? save : "none");
       if (wanted)
         saved.insert(saved.end(), {part_x, y, gates, cells});
       else  // x alone, with which all is computed again if there is a second derivative
@@ -214,16 +232,15 @@ struct StackFunction : torch::autograd::Function<StackFunction> {
     const auto [y, h_n, c_n] = run_stack(stack, x, h0, c0, lengths, run_part);
     saved.insert(saved.end(), weights.begin(), weights.end());
     ctx->save_for_backward(saved);
-    ctx->saved_data["weights"] = static_cast<int64_t>(weights.size());
-    ctx->saved_data["bias"] = bias;
-    ctx->saved_data["layers"] = layers;
-    ctx->saved_data["last"] = last;
-    if (last && stack.directions() == 2)
-      ctx->mark_non_differentiable({h_n, c_n, last_gates, last_cells});
-    else
-      ctx->mark_non_differentiable({last_gates, last_cells});
+    ctx->saved_data["stack"] =
+        std::vector<int64_t>{int64_t(stack.cell), int64_t(weights.size()), stack.bias, stack.layers, stack.last};
+    variable_list results = {y, h_n}, ours = {last_gates, last_cells};
+    if (c_n.defined()) results.push_back(c_n);
+    if (stack.last && stack.directions() == 2) ours.insert(ours.end(), results.begin() + 1, results.end());
+    results.insert(results.end(), {last_gates, last_cells});
+    ctx->mark_non_differentiable(ours);
     ctx->set_materialize_grads(false);
-    return {y, h_n, c_n, last_gates, last_cells};
+    return results;
   }
 
   // What forward was given, and has kept.
@@ -235,9 +252,8 @@ struct StackFunction : torch::autograd::Function<StackFunction> {
 
     explicit Saved(AutogradContext* ctx) : all(ctx->get_saved_variables()) {
       h0 = defined(all[0]), c0 = defined(all[1]), lengths = defined(all[2]);
-      const size_t weights = ctx->saved_data["weights"].toInt();
-      stack = {at::TensorList(all).slice(all.size() - weights), ctx->saved_data["bias"].toBool(),
-               ctx->saved_data["layers"].toInt(), ctx->saved_data["last"].toBool()};
+      const std::vector<int64_t> kept = ctx->saved_data["stack"].toIntVector();
+      stack = {CellKind(kept[0]), at::TensorList(all).slice(all.size() - kept[1]), kept[2] != 0, kept[3], kept[4] != 0};
       parts = stack.parts();
     }
     Saved(const Saved&) = delete;  // stack points into `all`
@@ -246,6 +262,7 @@ struct StackFunction : torch::autograd::Function<StackFunction> {
     const Tensor& of_part(size_t n, size_t k) const { return all[3 + kSavedOfPart * n + k]; }
   };
 
+  // grads[2] is that of c_n, or undefined for a GRU, whose gates are third.
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const Saved saved(ctx);
     variable_list result(kWeights + saved.stack.weights.size());
@@ -328,9 +345,9 @@ struct StackFunction : torch::autograd::Function<StackFunction> {
       const bool weight_grads = any_weight(first, first + weights.size()), state_grads = h0_grad || c0_grad;
       if (!input_grad && !weight_grads && !state_grads) continue;
       auto [dx, d_weights, part_dh0, part_dc0] = call_backward(
-          saved.of_part(n, 0), weights, stack.bias, stack.share(saved.h0, part), stack.share(saved.c0, part),
-          part.lengths(saved.lengths), saved.of_part(n, 1), saved.of_part(n, 2), saved.of_part(n, 3), dy, dh_n, dc_n,
-          input_grad, weight_grads, state_grads);
+          stack.cell, saved.of_part(n, 0), weights, stack.bias, stack.share(saved.h0, part),
+          stack.share(saved.c0, part), part.lengths(saved.lengths), saved.of_part(n, 1), saved.of_part(n, 2),
+          saved.of_part(n, 3), dy, dh_n, dc_n, input_grad, weight_grads, state_grads);
       for (size_t k = 0; k < weights.size(); ++k)
         if (ctx->needs_input_grad(weights_at + first + k)) result[kWeights + first + k] = d_weights[k];
       dh0[n] = part_dh0, dc0[n] = part_dc0;
@@ -368,10 +385,11 @@ struct StackFunction : torch::autograd::Function<StackFunction> {
     const OptionalTensor h0 = optional_input(saved.h0, kH0), c0 = optional_input(saved.c0, kC0);
     std::vector<Tensor> weights;
     for (const Tensor& w : saved.stack.weights) weights.push_back(input(w, kWeights + weights.size()));
-    const Stack stack{weights, saved.stack.bias, saved.stack.layers, saved.stack.last};
+    const Stack stack{saved.stack.cell, weights, saved.stack.bias, saved.stack.layers, saved.stack.last};
     const auto run_part = [&](const Part& part, const Tensor& part_x, const OptionalTensor& part_h0,
                               const OptionalTensor& part_c0, const OptionalTensor& part_lengths) {
-      return differentiable_layer(part_x, stack.weights_of(part), stack.bias, part_h0, part_c0, part_lengths);
+      return differentiable_layer(stack.cell, part_x, stack.weights_of(part), stack.bias, part_h0, part_c0,
+                                  part_lengths);
     };
     const auto [y, h_n, c_n] = run_stack(stack, x, h0, c0, saved.lengths, run_part);
     const variable_list all = {y, h_n, c_n};
@@ -430,59 +448,81 @@ bool differentiates(const Tensor& x, at::TensorList weights, const OptionalTenso
   return wanted && at::GradMode::is_enabled();
 }
 
-FiveTensors lstm_layer(const Tensor& x, at::TensorList weights, bool bias, const OptionalTensor& h0,
-                       const OptionalTensor& c0, const OptionalTensor& lengths, c10::string_view save) {
-  if (!differentiates(x, weights, h0, c0)) {
-    const at::AutoDispatchBelowADInplaceOrView below;
-    return call_layer(x, weights, bias, h0, c0, lengths, save);
+struct Autograd {
+  static FiveTensors layer(CellKind cell, const Tensor& x, at::TensorList weights, bool bias, const OptionalTensor& h0,
+                           const OptionalTensor& c0, const OptionalTensor& lengths, c10::string_view save) {
+    if (!differentiates(x, weights, h0, c0)) {
+      const at::AutoDispatchBelowADInplaceOrView below;
+      return call_layer(cell, x, weights, bias, h0, c0, lengths, save);
+    }
+    LayerWeights{weights, bias}.check_count(cell);
+    const Stack stack{cell, weights, bias, /*layers=*/1, /*last=*/false};
+    const auto out = StackFunction::apply(x, h0, c0, lengths, stack, save, weights);
+    if (cell == CellKind::gru) return {out[0], out[1], Tensor(), out[2], out[3]};
+    return {out[0], out[1], out[2], out[3], out[4]};
   }
-  LayerWeights{weights, bias}.check_count();
-  const auto out = StackFunction::apply(x, h0, c0, lengths, bias, /*layers=*/1, /*last=*/false, save, weights);
-  return {out[0], out[1], out[2], out[3], out[4]};
-}
+};
 
 void check_stack(const Tensor& x, const Stack& stack, const OptionalTensor& h0, const OptionalTensor& c0) {
-  TORCH_CHECK_VALUE(stack.layers > 0, "lstm: layers must be at least 1, got ", stack.layers);
-  TORCH_CHECK_VALUE(stack.weights.size() % stack.layers == 0, "lstm: weights must be those of ", stack.layers,
+  const char* op = name_of(stack.cell);
+  TORCH_CHECK_VALUE(stack.layers > 0, op, ": layers must be at least 1, got ", stack.layers);
+  TORCH_CHECK_VALUE(stack.weights.size() % stack.layers == 0, op, ": weights must be those of ", stack.layers,
                     " layers, got ", stack.weights.size(), " tensors");
-  stack.layer(0).check_count();
-  TORCH_CHECK_VALUE(x.dim() == 3, "lstm: x must have shape (T, B, I), got ", x.sym_sizes());
+  stack.layer(0).check_count(stack.cell);
+  TORCH_CHECK_VALUE(x.dim() == 3, op, ": x must have shape (T, B, I), got ", x.sym_sizes());
   const int64_t states = stack.layers * stack.directions();
   for (const auto& [state, name] : {std::pair(&h0, "h0"), std::pair(&c0, "c0")})
     if (*state)
-      TORCH_CHECK_VALUE((*state)->dim() == 3 && (*state)->sym_size(0) == states, "lstm: ", name, " must have shape (",
+      TORCH_CHECK_VALUE((*state)->dim() == 3 && (*state)->sym_size(0) == states, op, ": ", name, " must have shape (",
                         states, ", B, H), got ", (*state)->sym_sizes());
 }
 
-ThreeTensors lstm(const Tensor& x, at::TensorList given, bool bias, const OptionalTensor& h0, const OptionalTensor& c0,
-                  const OptionalTensor& lengths, int64_t layers, bool last, bool recompute) {
-  check_stack(x, {given, bias, layers, last}, h0, c0);
+ThreeTensors run(const Stack& given_stack, const Tensor& x, const OptionalTensor& h0, const OptionalTensor& c0,
+                 const OptionalTensor& lengths, bool recompute) {
+  check_stack(x, given_stack, h0, c0);
+  const auto& [cell, given, bias, layers, last] = given_stack;
   const c10::impl::ExcludeDispatchKeyGuard no_autocast(c10::autocast_dispatch_keyset);  // all has x's type
   const bool differentiate = differentiates(x, given, h0, c0);
   std::vector<Tensor> cast;
   if (x.element_size() < 4 && given[0].scalar_type() != x.scalar_type())
     cast = differentiate ? CastFunction::apply(x.scalar_type(), given) : CastFunction::cast(given, x.scalar_type());
-  const at::TensorList weights = cast.empty() ? given : at::TensorList(cast);
+  const Stack stack{cell, cast.empty() ? given : at::TensorList(cast), bias, layers, last};
   if (!differentiate) {
     const at::AutoDispatchBelowADInplaceOrView below;
-    const Stack stack{weights, bias, layers, last};
     const auto run_part = [&](const Part& part, const Tensor& part_x, const OptionalTensor& part_h0,
                               const OptionalTensor& part_c0, const OptionalTensor& part_lengths) -> ThreeTensors {
       auto [y, h_n, c_n, gates, cells] =
-          call_layer(part_x, stack.weights_of(part), bias, part_h0, part_c0, part_lengths, "none");
+          call_layer(stack.cell, part_x, stack.weights_of(part), stack.bias, part_h0, part_c0, part_lengths, "none");
       return {y, h_n, c_n};
     };
     const auto [y, h_n, c_n] = run_stack(stack, x, h0, c0, lengths, run_part);
-    return {last ? y : y.flatten(2), h_n, c_n};
+    return {stack.last ? y : y.flatten(2), h_n, c_n};
   }
   // As nn.LSTM's backward pass, ours keeps a copy of what is a view with the batch first, and of y. Users may then
   // change theirs in place.
   const auto out =
-      StackFunction::apply(x.contiguous(), h0, c0, lengths, bias, layers, last, recompute ? "cells" : "all", weights);
-  return {last ? out[0] : out[0].flatten(2).clone(), out[1], out[2]};
+      StackFunction::apply(x.contiguous(), h0, c0, lengths, stack, recompute ? "cells" : "all", stack.weights);
+  return {last ? out[0] : out[0].flatten(2).clone(), out[1], cell == CellKind::gru ? Tensor() : out[2]};
+}
+
+ThreeTensors lstm(const Tensor& x, at::TensorList weights, bool bias, const OptionalTensor& h0,
+                  const OptionalTensor& c0, const OptionalTensor& lengths, int64_t layers, bool last, bool recompute) {
+  return run({CellKind::lstm, weights, bias, layers, last}, x, h0, c0, lengths, recompute);
+}
+
+std::tuple<Tensor, Tensor> gru(const Tensor& x, at::TensorList weights, bool bias, const OptionalTensor& h0,
+                               const OptionalTensor& lengths, int64_t layers, bool last, bool recompute) {
+  const auto [y, h_n, none] = run({CellKind::gru, weights, bias, layers, last}, x, h0, {}, lengths, recompute);
+  return {y, h_n};
 }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(birnn_ext, Autograd, m) { m.impl("lstm_layer", lstm_layer); }
-TORCH_LIBRARY_IMPL(birnn_ext, CompositeImplicitAutograd, m) { m.impl("lstm", lstm); }
+TORCH_LIBRARY_IMPL(birnn_ext, Autograd, m) {
+  m.impl("lstm_layer", birnn::lstm_layer<Autograd>);
+  m.impl("gru_layer", birnn::gru_layer<Autograd>);
+}
+TORCH_LIBRARY_IMPL(birnn_ext, CompositeImplicitAutograd, m) {
+  m.impl("lstm", lstm);
+  m.impl("gru", gru);
+}
