@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import TypeVar
 
 sys.path.extend(str(Path(__file__).parents[1] / folder) for folder in ("tests", "tests/fuzz"))
+from cells import GRU_CELL, LSTM_CELL, Cell
 from helpers import TutorialBiRNN, error, twins
 
-__all__ = ["TutorialBiRNN", "alone", "error", "markdown", "memory", "twins"]
+__all__ = ["GRU_CELL", "LSTM_CELL", "Cell", "TutorialBiRNN", "alone", "error", "markdown", "memory", "twins"]
 
 T = TypeVar("T")
 

@@ -27,12 +27,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from measuring import TutorialBiRNN, alone, error, markdown, memory, twins
+from measuring import GRU_CELL, LSTM_CELL, Cell, TutorialBiRNN, alone, error, markdown, memory, twins
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import birnn_ext
-from birnn_ext import LSTM, BiRNN
+from birnn_ext import LSTM, BiRNN, restore
 from birnn_ext.mnist.training import device_name
 
 Shape = tuple[int, int, int, int, int]  # B, T, I, H, layers; all are bidirectional
@@ -96,20 +96,25 @@ def installed() -> list[str]:
 # --- peers ------------------------------------------------------------------------------------------------------------
 
 
-def onnx_model(lstm: nn.LSTM) -> bytes:
-    """Returns a bidirectional, batch-first nn.LSTM as a graph of ONNX's LSTM operators: x (B, T, I) -> y (B, T, 2H)."""
+def onnx_model(rnn: nn.RNNBase) -> bytes:
+    """Returns a bidirectional, batch-first nn.LSTM or nn.GRU as an ONNX graph: x (B, T, I) -> y (B, T, 2H)."""
     from onnx import TensorProto, helper, numpy_helper
 
     nodes, constants = [], []
+    # torch's i, f, g, o becomes i, o, f, g, and its r, z, n becomes z, r, n
+    order = [0, 3, 1, 2] if isinstance(rnn, nn.LSTM) else [1, 0, 2]
+    attributes = {"hidden_size": rnn.hidden_size, "direction": "bidirectional"}
+    if isinstance(rnn, nn.GRU):
+        attributes["linear_before_reset"] = 1
 
     def constant(name: str, value: np.ndarray) -> str:
         constants.append(numpy_helper.from_array(value, name))
         return name
 
     def stacked(name: str, layer: int) -> np.ndarray:
-        """Returns (2, 4H, ...): both directions, with gates reordered from torch's i, f, g, o to ONNX's i, o, f, g."""
-        both = [getattr(lstm, f"{name}_l{layer}{suffix}").detach() for suffix in ("", "_reverse")]
-        return torch.stack(both).unflatten(1, (4, -1))[:, [0, 3, 1, 2]].flatten(1, 2).numpy()
+        """Returns (2, gates * H, ...): both directions, with gates in ONNX's order."""
+        both = [getattr(rnn, f"{name}_l{layer}{suffix}").detach() for suffix in ("", "_reverse")]
+        return torch.stack(both).unflatten(1, (len(order), -1))[:, order].flatten(1, 2).numpy()
 
     def node(operator: str, inputs: list[str], output: str, **attributes: object) -> str:
         nodes.append(helper.make_node(operator, inputs, [output], **attributes))
@@ -117,35 +122,35 @@ def onnx_model(lstm: nn.LSTM) -> bytes:
 
     x = node("Transpose", ["x"], "x_time_major", perm=[1, 0, 2])
     merged = constant("merged", np.array([0, 0, -1]))  # (T, B, 2, H) -> (T, B, 2H)
-    for k in range(lstm.num_layers):
+    for k in range(rnn.num_layers):
         biases = np.concatenate([stacked("bias_ih", k), stacked("bias_hh", k)], axis=1)
         weights = [constant(f"W{k}", stacked("weight_ih", k)), constant(f"R{k}", stacked("weight_hh", k))]
         inputs = [x, *weights, constant(f"B{k}", biases)]
-        y = node("LSTM", inputs, f"lstm{k}", hidden_size=lstm.hidden_size, direction="bidirectional")  # (T, 2, B, H)
+        y = node(rnn.mode, inputs, f"rnn{k}", **attributes)  # (T, 2, B, H)
         x = node("Reshape", [node("Transpose", [y], f"swapped{k}", perm=[0, 2, 1, 3]), merged], f"y{k}")
     node("Transpose", [x], "y", perm=[1, 0, 2])
     x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [None, None, None]) for name in "xy")
-    graph = helper.make_graph(nodes, "lstm", [x], [y], constants)
+    graph = helper.make_graph(nodes, "rnn", [x], [y], constants)
     opset = helper.make_opsetid("", 17)
     return helper.make_model(graph, opset_imports=[opset], ir_version=8).SerializeToString()
 
 
-def onnxruntime_inference(lstm: nn.LSTM, x: Tensor) -> Work:
+def onnxruntime_inference(rnn: nn.RNNBase, x: Tensor) -> Work:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(onnx_model(lstm), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(onnx_model(rnn), options, providers=["CPUExecutionProvider"])
     feed = {"x": x.numpy()}
     return lambda: session.run(None, feed)
 
 
-def openvino_inference(lstm: nn.LSTM, x: Tensor, precision: str = "f32") -> Work:
+def openvino_inference(rnn: nn.RNNBase, x: Tensor, precision: str = "f32") -> Work:
     sys.modules["openvino_telemetry"] = None  # otherwise importing openvino forks, and sends telemetry
     import openvino
 
     core = openvino.Core()
-    model = core.read_model(onnx_model(lstm))
+    model = core.read_model(onnx_model(rnn))
     model.reshape(list(x.shape))
     config = {
         "PERFORMANCE_HINT": "LATENCY",
@@ -218,13 +223,13 @@ def jax_forward_backward(lstm: nn.LSTM, x: Tensor, dy: Tensor, last: bool) -> Wo
 # --- rows: what is timed ----------------------------------------------------------------------------------------------
 
 
-def lstm_twins(shape: Shape) -> tuple[LSTM, nn.LSTM]:
+def modules(shape: Shape, cell: Cell = LSTM_CELL) -> tuple[nn.RNNBase, nn.RNNBase]:
     _, _, features, hidden, layers = shape
-    return twins(features, hidden, layers, batch_first=True, bidirectional=True)
+    return twins(features, hidden, layers, cell=cell, batch_first=True, bidirectional=True)
 
 
-def inference(shape: Shape, peers: Sequence[str], dtype: torch.dtype = torch.float32) -> Works:
-    ours, theirs = (lstm.eval().to(dtype) for lstm in lstm_twins(shape))
+def inference(shape: Shape, peers: Sequence[str], dtype: torch.dtype = torch.float32, cell: Cell = LSTM_CELL) -> Works:
+    ours, theirs = (rnn.eval().to(dtype) for rnn in modules(shape, cell))
     x = torch.randn(shape[:3]).to(dtype)
     makers: dict[str, Callable[..., Work]] = {}
     if dtype == torch.float32:
@@ -235,23 +240,25 @@ def inference(shape: Shape, peers: Sequence[str], dtype: torch.dtype = torch.flo
         OURS: torch.inference_mode()(lambda: [ours(x)[0]]),
         TORCH: torch.inference_mode()(lambda: [theirs(x)[0]]),
     }
+    if cell is not LSTM_CELL:
+        makers.pop("JAX", None)  # its scan is written for the LSTM
     rounded = copy.deepcopy(theirs).float()  # NumPy and the ONNX file have no bfloat16
     return works | {peer: makers[peer](rounded, x.float()) for peer in peers if peer in makers}
 
 
-def backward_of(lstm: nn.LSTM, run: Callable[[], Tensor], dy: Tensor) -> Work:
+def backward_of(rnn: nn.RNNBase, run: Callable[[], Tensor], dy: Tensor) -> Work:
     def work() -> list[Tensor]:
-        lstm.zero_grad()
+        rnn.zero_grad()
         y = run()
         y.backward(dy)
-        return [y, *(parameter.grad for parameter in lstm.parameters())]
+        return [y, *(parameter.grad for parameter in rnn.parameters())]
 
     return work
 
 
-def forward_backward(shape: Shape, peers: Sequence[str], last: bool = False) -> Works:
+def forward_backward(shape: Shape, peers: Sequence[str], last: bool = False, cell: Cell = LSTM_CELL) -> Works:
     """Runs forward + backward of all outputs or, many-to-one, of the last one."""
-    ours, theirs = lstm_twins(shape)
+    ours, theirs = modules(shape, cell)
     batch, steps, features, hidden, _ = shape
     x = torch.randn(batch, steps, features)
     dy = torch.randn((batch, 2 * hidden) if last else (batch, steps, 2 * hidden))
@@ -259,13 +266,13 @@ def forward_backward(shape: Shape, peers: Sequence[str], last: bool = False) -> 
         OURS: backward_of(ours, lambda: ours(x, output="last" if last else "all")[0], dy),
         TORCH: backward_of(theirs, lambda: theirs(x)[0][:, -1] if last else theirs(x)[0], dy),
     }
-    if "JAX" in peers:
+    if "JAX" in peers and cell is LSTM_CELL:
         works["JAX"] = jax_forward_backward(theirs, x, dy, last)
     return works
 
 
 def ragged(shape: Shape, peers: Sequence[str]) -> Works:
-    ours, theirs = lstm_twins(shape)
+    ours, theirs = modules(shape)
     batch, steps, features, hidden, _ = shape
     x, dy = torch.randn(batch, steps, features), torch.randn(batch, steps, 2 * hidden)
     lengths = torch.randint(steps // 2, steps + 1, (batch,))
@@ -281,15 +288,23 @@ def ragged(shape: Shape, peers: Sequence[str]) -> Works:
 
 
 def training_step(
-    shape: Shape, peers: Sequence[str], dtype: torch.dtype = torch.float32, precision: str = "highest"
+    shape: Shape,
+    peers: Sequence[str],
+    dtype: torch.dtype = torch.float32,
+    precision: str = "highest",
+    cell: Cell = LSTM_CELL,
 ) -> Works:
     """Trains the tutorial's many-to-one classifier with cross entropy and fused Adam. precision is for ours only."""
     if precision != "highest" and "amx_tile" not in Path("/proc/cpuinfo").read_text():
         raise NotHereError("no AMX here")
     batch, steps, features, hidden, layers = shape
-    theirs = TutorialBiRNN(features, hidden, layers, 10).to(dtype)
-    ours = BiRNN(features, hidden, layers, 10).to(dtype)
-    ours.load_state_dict(theirs.state_dict())
+    ours = BiRNN(features, hidden, layers, 10, cell=cell.name).to(dtype)
+    theirs: nn.Module = TutorialBiRNN(features, hidden, layers, 10).to(dtype)
+    if cell is LSTM_CELL:
+        theirs.load_state_dict(ours.state_dict())
+    else:  # the same with an nn.GRU
+        theirs = copy.deepcopy(ours)
+        restore(theirs)
     images, labels = torch.rand(batch, steps, features, dtype=dtype), torch.arange(batch) % 10
 
     def step_of(model: nn.Module, precision: str) -> Work:
@@ -326,6 +341,13 @@ ROWS: list[tuple[str, Callable[..., Works], Shape, dict[str, Any]]] = [
     ("forward + backward, many-to-one", forward_backward, WIDE, {"last": True}),
     ("forward + backward, ragged", ragged, RAGGED, {}),
     ("forward + backward, the same padded", forward_backward, RAGGED, {}),
+    # beside nn.GRU, in the column of nn.LSTM
+    ("GRU, training step", training_step, MNIST, {"cell": GRU_CELL}),
+    ("GRU, forward + backward", forward_backward, MNIST, {"cell": GRU_CELL}),
+    ("GRU, inference", inference, MNIST, {"cell": GRU_CELL}),
+    ("GRU, inference", inference, BATCH, {"cell": GRU_CELL}),
+    ("GRU, inference", inference, SINGLE, {"cell": GRU_CELL}),
+    ("GRU, training step", training_step, SINGLE, {"cell": GRU_CELL}),
 ]
 
 

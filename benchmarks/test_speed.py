@@ -1,7 +1,8 @@
-"""Times birnn_ext beside torch.nn.LSTM: forward, forward + backward, and a training step of the MNIST model.
+"""Times birnn_ext beside torch.nn.LSTM and torch.nn.GRU.
 
-`make bench` or `python -m pytest benchmarks` runs it. A group has both contestants on the same work. Times include all
-that a user pays for: packing of weights, allocation, Python.
+What is timed is forward, forward + backward, and a training step of the MNIST model. `make bench` or
+`python -m pytest benchmarks` runs it. A group has both contestants on the same work. Times include all that a user
+pays for: packing of weights, allocation, Python.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from birnn_ext import LSTM, BiRNN, op_calls
+from birnn_ext import GRU, LSTM, BiRNN, op_calls
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from helpers import TutorialBiRNN
@@ -48,36 +49,36 @@ def device(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-@pytest.fixture(params=[LSTM, nn.LSTM], ids=["birnn_ext", "nn.LSTM"])
-def cls(request: pytest.FixtureRequest) -> type[nn.LSTM]:
+@pytest.fixture(params=[LSTM, nn.LSTM, GRU, nn.GRU], ids=["birnn_ext", "nn.LSTM", "birnn_ext.GRU", "nn.GRU"])
+def cls(request: pytest.FixtureRequest) -> type[nn.RNNBase]:
     return request.param
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_forward(benchmark, shape, dtype, device, cls):
-    benchmark.group = f"forward, no grad, {device} {dtype} B,T,I,H,layers={shape}"
+    benchmark.group = f"{cls.__name__}, forward, no grad, {device} {dtype} B,T,I,H,layers={shape}"
     batch, steps, features, hidden, layers = shape
-    lstm = cls(features, hidden, layers, batch_first=True, bidirectional=True, device=device, dtype=dtype)
+    rnn = cls(features, hidden, layers, batch_first=True, bidirectional=True, device=device, dtype=dtype)
     x = torch.randn(batch, steps, features, device=device, dtype=dtype)
     with torch.no_grad():
-        measure(benchmark, lambda: lstm(x), device, cls is LSTM)
+        measure(benchmark, lambda: rnn(x), device, cls in (LSTM, GRU))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_forward_backward(benchmark, shape, dtype, device, cls):
-    benchmark.group = f"forward + backward, all outputs, {device} {dtype} B,T,I,H,layers={shape}"
+    benchmark.group = f"{cls.__name__}, forward + backward, all outputs, {device} {dtype} B,T,I,H,layers={shape}"
     batch, steps, features, hidden, layers = shape
-    lstm = cls(features, hidden, layers, batch_first=True, bidirectional=True, device=device, dtype=dtype)
+    rnn = cls(features, hidden, layers, batch_first=True, bidirectional=True, device=device, dtype=dtype)
     x = torch.randn(batch, steps, features, device=device, dtype=dtype)
     dy = torch.randn(batch, steps, 2 * hidden, device=device, dtype=dtype)
 
     def work() -> None:
-        lstm.zero_grad()
-        lstm(x)[0].backward(dy)
+        rnn.zero_grad()
+        rnn(x)[0].backward(dy)
 
-    measure(benchmark, work, device, cls is LSTM)
+    measure(benchmark, work, device, cls in (LSTM, GRU))
 
 
 @pytest.mark.parametrize("model", [BiRNN, TutorialBiRNN], ids=["birnn_ext", "nn.LSTM"])

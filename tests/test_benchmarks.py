@@ -18,6 +18,7 @@ import peers
 import pytest
 import report
 import torch
+from cells import GRU_CELL, LSTM_CELL
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
@@ -61,6 +62,9 @@ def test_mnist_end_to_end():
         (peers.ragged, {}),
         (peers.training_step, {}),
         (peers.training_step, {"dtype": torch.bfloat16}),
+        (peers.inference, {"cell": GRU_CELL}),
+        (peers.forward_backward, {"cell": GRU_CELL}),
+        (peers.training_step, {"cell": GRU_CELL}),
     ],
 )
 def test_row_without_peers(make, options):
@@ -73,7 +77,8 @@ def test_row_without_peers(make, options):
 def test_peer_computes_what_torch_does(peer):
     if peer not in peers.installed():
         pytest.skip(f"{peer} is not installed")
-    peers.check(peers.inference(TINY, [peer]), torch.float32)
+    for cell in (LSTM_CELL, GRU_CELL):
+        peers.check(peers.inference(TINY, [peer], cell=cell), torch.float32)
     peers.check(peers.inference(TINY, [peer], dtype=torch.bfloat16), torch.bfloat16)
     peers.check(peers.forward_backward(TINY, [peer], last=True), torch.float32)
 

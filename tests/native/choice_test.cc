@@ -26,7 +26,7 @@ int main(int count, char** arguments) {
           for (int64_t H = 1; H <= 1040; H += 11)
             for (const auto algorithm :
                  {Algorithm::persistent_cta, Algorithm::persistent_grid, Algorithm::persistent_cluster}) {
-              const Layer layer{dtype, 1, B, D, H};
+              const Layer layer{CellKind::lstm, dtype, 1, B, D, H};
               const Choice choice = best_of(algorithm, layer, gpu);
               if (gpu.capability < (algorithm == Algorithm::persistent_cluster ? 90 : 80)) continue;
               const auto forward = forward_candidates(exchange_of(algorithm), layer, gpu);
