@@ -339,7 +339,7 @@ def _check_sizes(module: Base, x: Tensor, states: States | None) -> None:
     if x.is_quantized:
         raise TypeError(
             f"{name}: input must not be quantized, got {x.dtype}; to have {cell.article} {name} quantized, make it an "
-            f"nn.{name} by birnn_ext.restore(model) before torch.ao.quantization.prepare"
+            f"nn.{name} by birnn_ext.restore(model) before torch.ao.quantization"
         )
     if x.dtype != weight.dtype and not _autocast(x, weight):
         raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -295,49 +296,17 @@ def no_kernel(device: torch.device) -> str:
     return f"has no compiled kernel for device '{device.type}': the extension was built {built}"
 
 
-@torch.library.impl("birnn_ext::lstm_recurrence", "CompositeExplicitAutograd")
-def _(
-    gates_x: Tensor, w_hh: Tensor, h0: Tensor | None, c0: Tensor | None, lengths: Tensor | None, save: str
-) -> Tensors5:
-    count_reference("lstm_recurrence", "reference_forward", no_kernel(gates_x.device))
-    return reference.lstm_recurrence(gates_x, w_hh, h0, c0, lengths, save)
+def _fall_back_to_reference(name: str, kind: str) -> None:
+    """Makes the reference's function of an operator's name serve it on devices without kernels."""
+
+    @torch.library.impl(f"birnn_ext::{name}", "CompositeExplicitAutograd")
+    def _(*args: Any) -> tuple[Tensor, ...]:
+        device = next(arg.device for arg in args if isinstance(arg, Tensor))
+        count_reference(name, kind, no_kernel(device))
+        results: tuple[Tensor, ...] = getattr(reference, name)(*args)
+        return results
 
 
-@torch.library.impl("birnn_ext::lstm_recurrence_backward", "CompositeExplicitAutograd")
-def _(
-    w_hh: Tensor,
-    c0: Tensor | None,
-    lengths: Tensor | None,
-    gates: Tensor,
-    cells: Tensor,
-    dy: Tensor | None,
-    dh_n: Tensor | None,
-    dc_n: Tensor | None,
-    state_grads: bool,
-) -> Tensors3:
-    count_reference("lstm_recurrence_backward", "reference_backward", no_kernel(gates.device))
-    return reference.lstm_recurrence_backward(w_hh, c0, lengths, gates, cells, dy, dh_n, dc_n, state_grads)
-
-
-@torch.library.impl("birnn_ext::gru_recurrence", "CompositeExplicitAutograd")
-def _(
-    gates_x: Tensor, w_hh: Tensor, bias_hh: Tensor | None, h0: Tensor | None, lengths: Tensor | None, save: str
-) -> Tensors4:
-    count_reference("gru_recurrence", "reference_forward", no_kernel(gates_x.device))
-    return reference.gru_recurrence(gates_x, w_hh, bias_hh, h0, lengths, save)
-
-
-@torch.library.impl("birnn_ext::gru_recurrence_backward", "CompositeExplicitAutograd")
-def _(
-    w_hh: Tensor,
-    h0: Tensor | None,
-    lengths: Tensor | None,
-    y: Tensor,
-    gates: Tensor,
-    cells: Tensor,
-    dy: Tensor | None,
-    dh_n: Tensor | None,
-    state_grads: bool,
-) -> Tensors3:
-    count_reference("gru_recurrence_backward", "reference_backward", no_kernel(y.device))
-    return reference.gru_recurrence_backward(w_hh, h0, lengths, y, gates, cells, dy, dh_n, state_grads)
+for _cell in ("lstm", "gru"):
+    _fall_back_to_reference(f"{_cell}_recurrence", "reference_forward")
+    _fall_back_to_reference(f"{_cell}_recurrence_backward", "reference_backward")

@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from cells import every_cell
 from helpers import assert_near, projected_by_pytorch, twins
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
 
 import birnn_ext
-from birnn_ext import LSTM, BiRNN
+from birnn_ext import GRU, LSTM, BiRNN
 from birnn_ext.ops import lstm_layer, lstm_recurrence
 from birnn_ext.variants import Weights, lstm_variant_layer
 
@@ -105,7 +106,7 @@ OPTIONS = [
     Wrong("lengths 5 of 4, zoneout", lambda: LSTM(3, 5, zoneout=0.1)(x(), lengths=integers(1, 5)), ValueError, "lengths must be between 0 and T = 4, got lengths[1] = 5"),
 ]  # fmt: skip
 
-# Calls of LSTM(3, 5), and the same ones of nn.LSTM(3, 5).
+# Calls of LSTM(3, 5), and the same ones of nn.LSTM(3, 5). Most of those without hx are of GRUs, too.
 CALLS = [
     Wrong("features 5", lambda m: m(ok(4, 2, 5)), RuntimeError, "input.size(-1) must be equal to input_size. Expected 3, got 5"),
     Wrong("features 0", lambda m: m(ok(4, 2, 0)), RuntimeError, "input.size(-1) must be equal to input_size. Expected 3, got 0"),
@@ -183,6 +184,20 @@ CALLS = [
     Wrong("lengths packed", lambda m: m(pack_sequence([ok(2, 3)]), lengths=integers(2)), ValueError, "lengths must be None with a PackedSequence", TypeError),
     Wrong("requires_grad on integers", lambda m: m(x(dtype=torch.int64).requires_grad_()), RuntimeError, "floating point"),
     Wrong("unknown argument", lambda m: m(x(), mask=x()), TypeError, "mask"),
+]  # fmt: skip
+
+GRU_CALLS = [wrong for wrong in CALLS if "hx" not in wrong.name and wrong.name != "packed dtype"] + [
+    Wrong("packed dtype", lambda m: m(pack_sequence([ok(2, 3).double()])), ValueError, "input dtype (torch.float64) does not match weight dtype"),
+    Wrong("hx size", lambda m: m(x(), ok(1, 2, 6)), RuntimeError, "Expected hidden size (1, 2, 5), got [1, 2, 6]"),
+    Wrong("hx layers", lambda m: m(x(), ok(2, 2, 5)), RuntimeError, "Expected hidden size (1, 2, 5), got [2, 2, 5]"),
+    Wrong("hx 2-D", lambda m: m(x(), ok(1, 5)), RuntimeError, "For batched 3-D input, hx should also be 3-D but got 2-D tensor"),
+    Wrong("hx 3-D unbatched", lambda m: m(ok(4, 3), ok(1, 2, 5)), RuntimeError, "For unbatched 2-D input, hx should also be 2-D but got 3-D tensor"),
+    Wrong("hx float64", lambda m: m(x(), ok(1, 2, 5).double()), RuntimeError, "hidden must be torch.float32 as the input, got torch.float64"),
+    Wrong("hx meta", lambda m: m(x(), ok(1, 2, 5, device="meta")), RuntimeError, "hidden must be on the input's device cpu, got meta"),
+    Wrong("hx pair", lambda m: m(x(), hx()), TypeError, "hx must be None or a tensor h_0, got tuple", AttributeError),
+    Wrong("hx number", lambda m: m(x(), 5), TypeError, "hx must be None or a tensor h_0, got int", AttributeError),
+    Wrong("packed hx 2-D", lambda m: m(pack_sequence([ok(2, 3)]), ok(1, 5)), RuntimeError, "Expected hidden size (1, 1, 5), got [1, 5]"),
+    Wrong("return_cell_states", lambda m: m(x(), return_cell_states=True), TypeError, "return_cell_states"),
 ]  # fmt: skip
 
 
@@ -325,6 +340,28 @@ def test_call(wrong):
     check_theirs(raised_by(wrong.call, nn.LSTM(3, 5)), wrong)
 
 
+@parametrize([wrong for wrong in CONSTRUCTORS if "proj_size" not in wrong.name])
+def test_constructor_of_a_gru(wrong):
+    ours, theirs = (raised_by(wrong.call, cls) for cls in (GRU, nn.GRU))
+    assert type(ours) is type(theirs)
+    if wrong.message in str(theirs):
+        check(ours, wrong)
+    else:  # as above
+        assert "input_size" in wrong.name
+
+
+def test_a_gru_has_no_projection():
+    for size in (0, 2):
+        ours, theirs = (raised_by(lambda cls: cls(3, 5, proj_size=size), cls) for cls in (GRU, nn.GRU))  # noqa: B023
+        assert (type(ours), str(ours)) == (type(theirs), str(theirs))
+
+
+@parametrize(GRU_CALLS)
+def test_call_of_a_gru(wrong):
+    check(raised_by(wrong.call, GRU(3, 5)), wrong)
+    check_theirs(raised_by(wrong.call, nn.GRU(3, 5)), wrong)
+
+
 @parametrize(OPTIONS + OTHERS)
 def test_others(wrong):
     check(raised_by(wrong.call), wrong)
@@ -336,10 +373,11 @@ def test_the_table_is_long():
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
 @pytest.mark.parametrize("where", ["weight_ih_l0", "weight_hh_l0", "bias_hh_l0", "x", "h_0"])
-def test_nan_and_infinity_raise_no_error(where, value, device):
-    """The same outputs become NaN as in nn.LSTM. On CUDA an infinity may make more outputs NaN: a float32 is the sum of
+@every_cell
+def test_nan_and_infinity_raise_no_error(cell, where, value, device):
+    """The same outputs become NaN as in PyTorch's module. On CUDA an infinity may make more outputs NaN: a float32 is the sum of
     two TF32 values there, and the second part of infinity is NaN (docs/cuda.md)."""
-    ours, theirs = twins(3, 5, bidirectional=True, device=device)
+    ours, theirs = twins(3, 5, bidirectional=True, device=device, cell=cell)
     given, state = torch.rand(4, 2, 3, device=device), torch.rand(2, 2, 5, device=device)
     if where in ("x", "h_0"):
         {"x": given, "h_0": state}[where][0, 0, 0] = value
@@ -347,7 +385,7 @@ def test_nan_and_infinity_raise_no_error(where, value, device):
         for module in (ours, theirs):
             with torch.no_grad():
                 getattr(module, where).view(-1)[0] = value
-    results = [module(given, (state, state))[0] for module in (ours, theirs)]
+    results = [module(given, cell.hx((state, state)[: cell.states]))[0] for module in (ours, theirs)]
     nans = [y.isnan() for y in results]
     if device == "cuda" and value == float("inf"):
         assert (nans[0] | ~nans[1]).all()

@@ -588,10 +588,10 @@ def test_wrong_wishes_fail_loudly(monkeypatch):
     with pytest.raises(ValueError, match=r"BIRNN_CUDA_ALGO must name some of stepwise, persistent-cta.* got 'quick'"):
         forward_op(gates_x, w_hh, None, None, None, "none")
     monkeypatch.setenv("BIRNN_CUDA_ALGO", "persistent-grid")
-    with pytest.raises(RuntimeError, match="BIRNN_CUDA_ALGO=persistent-grid can't run this layer: hidden_size 2"):
+    with pytest.raises(RuntimeError, match="BIRNN_CUDA_ALGO=persistent-grid can't run this layer: lstm, hidden_size 2"):
         forward_op(gates_x.double(), w_hh.double(), None, None, None, "none")
     monkeypatch.setenv("BIRNN_CUDA_ALGO", "persistent-cta")
-    with pytest.raises(RuntimeError, match="can't run this layer: hidden_size 200"):
+    with pytest.raises(RuntimeError, match="can't run this layer: lstm, hidden_size 200"):
         forward_op(
             torch.zeros(2, 2, 1, 800, device="cuda"), torch.zeros(1, 800, 200, device="cuda"), None, None, None, "none"
         )

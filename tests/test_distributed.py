@@ -85,7 +85,7 @@ for _ in range(int(runs)):
             sys.argv[1:] = arguments
             status = main()
             names = [open(f"/proc/self/task/{thread}/comm").read().strip() for thread in os.listdir("/proc/self/task")]
-            print("threads:", *names, flush=True)
+            print("\\nthreads:", *names, flush=True)  # the other process may have left a line unfinished
             sys.exit(status)
     print("statuses:", *(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children), flush=True)
 """

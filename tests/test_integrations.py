@@ -65,7 +65,7 @@ def test_after_import(tmp_path, monkeypatch):
 
 def test_a_package_that_has_changed_is_still_imported(monkeypatch):
     monkeypatch.setitem(sys.modules, "other_tool", types.ModuleType("other_tool"))
-    with pytest.warns(UserWarning, match="other_tool of this version does not know birnn_ext's LSTM .*'rules'"):
+    with pytest.warns(UserWarning, match="other_tool of this version does not know birnn_ext's modules .*'rules'"):
         birnn_ext.integrations._when_imported("other_tool", lambda module: module.rules)
 
 

@@ -162,7 +162,7 @@ def test_16_bit_error_is_no_worse_than_torch(size, draws, dtype, cell, device):
         errors[0] += norm_error(results[1])
         errors[1] += norm_error(results[2])
     ratio = errors[0] / errors[1]
-    assert (ratio <= WORSE_THAN_TORCH).all(), f"errors of y, states, gradients in terms of nn.LSTM's: {ratio.tolist()}"
+    assert (ratio <= WORSE_THAN_TORCH).all(), f"errors of y, states, gradients in terms of PyTorch's: {ratio.tolist()}"
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

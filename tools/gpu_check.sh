@@ -99,7 +99,7 @@ part_tests() {
 
 # Runs the tests of a layer's results with one algorithm, or stepwise if the choice prefers it.
 part_tests_of() {
-  local tests=(tests/test_{recurrence,layer,lstm,birnn,variants}.py)
+  local tests=(tests/test_{recurrence,layer,modules,birnn,variants}.py)
   if [ "$quick" = 1 ]; then tests=(tests/test_recurrence.py -k "aligned or repeatable"); fi
   check "tests, $1" env BIRNN_CUDA_ALGO="$1,stepwise" "$python" -m pytest -q -m 'cuda and not slow' "${tests[@]}"
 }

@@ -51,7 +51,7 @@ def _when_imported(name: str, register: Callable[[ModuleType], None]) -> None:
             register(module)
         except Exception as error:
             warnings.warn(
-                f"birnn_ext.integrations: {name} of this version does not know birnn_ext's LSTM ({error!r}); "
+                f"birnn_ext.integrations: {name} of this version does not know birnn_ext's modules ({error!r}); "
                 "birnn_ext.restore gives it PyTorch's",
                 stacklevel=2,
             )

@@ -54,7 +54,7 @@ struct InputProjection {
 };
 
 struct ForwardParams : RecurrenceSizes {
-  InputProjection input;  // used if gates_x is null
+  InputProjection input;  // x and w_ih are used if gates_x is null
   const void* gates_x;  // S (T, B, D, 4H): input projection, gate order i, f, g, o, with both biases added; for a GRU,
                         // and on CUDA, without those that `input` has
   const void* w_hh[2];  // S (4H, H), one per direction
