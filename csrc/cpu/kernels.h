@@ -71,7 +71,8 @@ struct WeightGradient {
 
 struct Kernels {
   int64_t (*lanes)(DType);
-  int64_t rows;  // sequences, or columns, of a register tile
+  int64_t rows;             // sequences, or columns, of a register tile
+  int64_t (*depth)(DType);  // products that an instruction adds up in each lane
   int64_t (*accumulate_bytes)(DType);
   int64_t (*factor_bytes)(DType);  // of a value as a factor, in all its planes
 

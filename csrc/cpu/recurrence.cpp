@@ -38,12 +38,12 @@ struct Plan {
   Barrier all;
   std::vector<Buffer> scratch;
 
-  Plan(const RecurrenceSizes& sizes, const int64_t* lengths, int64_t threads, int64_t tile_rows) {
+  Plan(const RecurrenceSizes& sizes, const int64_t* lengths, int64_t threads, const Kernels& kernels, DType dtype) {
     order.resize(sizes.B);
     std::iota(order.begin(), order.end(), 0);
     if (lengths)
       std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return lengths[a] > lengths[b]; });
-    const int64_t parts = best_parts(sizes, threads, tile_rows);
+    const int64_t parts = best_parts(sizes, threads, kernels, dtype);
     rows.resize(sizes.B);
     for (int64_t part = 0, next = 0; part < parts; ++part) {
       // With lengths, a part takes every parts-th sequence, so that all parts have about as many steps. Without, it
@@ -60,15 +60,18 @@ struct Plan {
     barriers = std::make_unique<Barrier[]>(teams);
   }
 
-  // Returns the number of parts that gives the busiest thread the fewest register tiles. Threads that share a chain
-  // meet at every step, so sharing has to save more than a tenth of the time.
-  static int64_t best_parts(const RecurrenceSizes& sizes, int64_t threads, int64_t tile_rows) {
+  // Returns the number of parts that gives the busiest thread the least work, in rows times blocks of units. Threads
+  // that share a chain meet at every step, and what a tile costs beside its product falls to each of them. This is the
+  // larger, the shorter a product: 6 / H is between what was measured for both passes (DESIGN.md).
+  static int64_t best_parts(const RecurrenceSizes& sizes, int64_t threads, const Kernels& kernels, DType dtype) {
+    const int64_t blocks = divide_up(sizes.H, kernels.lanes(dtype));
+    const double shared = 1 + 6.0 * static_cast<double>(kernels.depth(dtype)) / static_cast<double>(sizes.H);
     int64_t best = 1;
     double least = 0;
-    for (int64_t parts = 1; parts <= std::clamp<int64_t>(sizes.B / tile_rows, 1, threads); ++parts) {
+    for (int64_t parts = 1; parts <= std::clamp<int64_t>(sizes.B / kernels.rows, 1, threads); ++parts) {
       const int64_t chains = parts * sizes.D, team = std::max<int64_t>(threads / chains, 1);
-      const int64_t turns = divide_up(chains, threads / team), tiles = divide_up(divide_up(sizes.B, parts), tile_rows);
-      const double cost = static_cast<double>(turns * tiles) / static_cast<double>(team) * (team > 1 ? 1.1 : 1.0);
+      const int64_t turns = divide_up(chains, threads / team), rows = divide_up(sizes.B, parts);
+      const double cost = static_cast<double>(turns * rows * divide_up(blocks, team)) * (team > 1 ? shared : 1.0);
       if (parts == 1 || cost < least) best = parts, least = cost;
     }
     return best;
@@ -350,7 +353,7 @@ void recurrence_forward(CellKind cell, DType dtype, const ForwardParams& params,
     packing.add(params.input.w_ih, params.input.I, false, &Panels::ih);
 
   with_threads(params, max_threads, kernels, dtype, [&](int64_t threads) {
-    Plan plan(params, params.lengths, threads, kernels.rows);
+    Plan plan(params, params.lengths, threads, kernels, dtype);
     const int64_t steps = projected_steps(plan, params);
     plan.allocate_scratch([&](int64_t rows) { return kernels.forward_scratch(cell, dtype, params, rows, steps); });
     return parallel(threads, [&](int64_t thread) {
@@ -378,7 +381,7 @@ void recurrence_backward(CellKind cell, DType dtype, const BackwardParams& param
     packing.add(params.input.w_ih, params.input.I, true, &Panels::ih_t);
 
   with_threads(params, max_threads, kernels, dtype, [&](int64_t threads) {
-    Plan plan(params, params.lengths, threads, kernels.rows);
+    Plan plan(params, params.lengths, threads, kernels, dtype);
     const int64_t steps = projected_steps(plan, params);
     plan.allocate_scratch([&](int64_t rows) { return kernels.backward_scratch(cell, dtype, params, rows, steps); });
     std::unique_ptr<LayerBackward> layer;

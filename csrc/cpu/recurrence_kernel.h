@@ -112,6 +112,12 @@ void with_cell(CellKind cell, DType dtype, const F& f) {
 
 int64_t lanes(DType dtype) { return dtype == DType::f64 ? kLanes<double> : kLanes<float>; }
 
+int64_t depth(DType dtype) {
+  int64_t depth = 0;
+  with_storage(dtype, [&]<class S>(S) { depth = kStep<S>; });
+  return depth;
+}
+
 int64_t accumulate_bytes(DType dtype) { return dtype == DType::f64 ? sizeof(double) : sizeof(float); }
 
 int64_t factor_bytes(DType dtype) {
@@ -271,6 +277,7 @@ extern const Kernels kernels;
 const Kernels kernels = {
     .lanes = lanes,
     .rows = BIRNN_ISA_AMX ? 16 : kRows,
+    .depth = depth,
     .accumulate_bytes = accumulate_bytes,
     .factor_bytes = factor_bytes,
     .panel_bytes = panel_bytes,
