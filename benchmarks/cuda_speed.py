@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -35,7 +34,7 @@ from statistics import median
 from typing import Any, NamedTuple
 
 import torch
-from measuring import error, markdown, twins
+from measuring import commit, error, markdown, twins
 from torch import Tensor, nn
 
 import birnn_ext
@@ -367,13 +366,6 @@ def table(measured: dict[str, Any], shapes: set[Shape] | None = None) -> str:
     names = contestants_of(rows)
     head = f"{measured['card']}, {measured['date']}, {measured['commit']}; {measured['software']}"
     return f"{head}\n\n{markdown([heading(names), *(line(row, names) for row in rows)])}"
-
-
-def commit() -> str:
-    said = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
-    return f"commit {said.stdout.strip()}" if said.returncode == 0 else f"birnn_ext {birnn_ext.__version__}"
 
 
 def facts() -> dict[str, Any]:

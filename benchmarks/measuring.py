@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import TypeVar
@@ -14,7 +16,7 @@ sys.path.extend(str(Path(__file__).parents[1] / folder) for folder in ("tests", 
 from cells import GRU_CELL, LSTM_CELL, Cell
 from helpers import TutorialBiRNN, error, twins
 
-__all__ = ["GRU_CELL", "LSTM_CELL", "Cell", "TutorialBiRNN", "alone", "error", "markdown", "memory", "twins"]
+__all__ = ["GRU_CELL", "LSTM_CELL", "Cell", "TutorialBiRNN", "alone", "commit", "error", "markdown", "memory", "twins"]
 
 T = TypeVar("T")
 
@@ -28,6 +30,13 @@ def alone(work: Callable[..., T], *arguments: object) -> T:
 def memory(field: str = "VmHWM") -> float:
     """Returns MiB of this process: VmHWM is its peak, VmRSS is now. (getrusage's ru_maxrss starts at the parent's.)"""
     return int(re.search(rf"^{field}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)[1]) / 1024
+
+
+def commit() -> str:
+    """Returns "commit" and that of these files, or the version of the package if they are in no repository."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
+    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+    return f"commit {done.stdout.strip()}" if done.returncode == 0 else f"birnn_ext {version('birnn_ext')}"
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:

@@ -18,6 +18,7 @@ import time
 import timeit
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import date
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -27,7 +28,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from measuring import GRU_CELL, LSTM_CELL, Cell, TutorialBiRNN, alone, error, markdown, memory, twins
+from measuring import GRU_CELL, LSTM_CELL, Cell, TutorialBiRNN, alone, commit, error, markdown, memory, twins
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
@@ -487,7 +488,7 @@ def draw(rows: Sequence[Row], title: str, path: Path) -> None:
         loc="outside upper center",
         ncols=len(names) + 1,
         frameon=False,
-        title=f"Bidirectional LSTM: speed relative to {TORCH}, on {title}",
+        title=f"Speed relative to {TORCH} (GRU: nn.GRU), bidirectional, on {title}",
         title_fontsize="large",
     )
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -510,7 +511,8 @@ class Comparison:
     def text(self) -> str:
         versions = ", ".join(f"{name} {number}" for name, number in self.machine["versions"].items())
         return (
-            f"{self.title}; {versions}; float32 if nothing else is said, bidirectional\n\n{table(self.rows)}\n\n"
+            f"{self.title}, {self.machine['date']}, {self.machine['commit']}; {versions}; float32 if nothing else is "
+            f"said, bidirectional; rows of the GRU have nn.GRU in nn.LSTM's place\n\n{table(self.rows)}\n\n"
             f"Recurrence, forward, {','.join(map(str, MNIST))}, one layer: {self.recurrence_gflops:.0f} GFLOP/s of "
             f"products, {100 * self.recurrence_gflops / self.sgemm_gflops:.0f} % of torch's 1024 x 1024 x 1024 product "
             f"({self.sgemm_gflops:.0f} GFLOP/s)."
@@ -547,6 +549,8 @@ def compare(threads: int, rounds: int, only: str = "", load: float | None = None
     packages = ["torch", "birnn_ext", *dict.fromkeys(module for peer in peers for module in PEERS[peer])]
     found = Comparison(
         {
+            "date": date.today().isoformat(),
+            "commit": commit(),
             "cpu": device_name(torch.device("cpu")),
             "cpu_isa": birnn_ext.build_info()["cpu_isa"],
             "threads": threads,

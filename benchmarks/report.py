@@ -24,7 +24,7 @@ import correctness
 import mnist_end_to_end
 import peers
 import torch
-from measuring import markdown
+from measuring import commit, markdown
 
 import birnn_ext
 from birnn_ext.mnist.data import SOURCES
@@ -54,7 +54,7 @@ def machine() -> str:
         "threads": str(torch.get_num_threads()),
         "system": f"{platform.system()} {platform.release()}, Python {platform.python_version()}",
         "torch": torch.__version__,
-        "birnn_ext": f"{birnn_ext.__version__}, commit {commit()}",
+        "birnn_ext": f"{birnn_ext.__version__}, {commit()}",
     }
     return markdown([["", ""], *map(list, facts.items())])
 
@@ -62,11 +62,6 @@ def machine() -> str:
 def method(script: ModuleType) -> str:
     """Returns a script's account of how it measures: the second paragraph of its docstring."""
     return (script.__doc__ or "").split("\n\n")[1].strip()
-
-
-def commit() -> str:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip() or "unknown"
 
 
 def pytest_benchmarks(select: str) -> str:

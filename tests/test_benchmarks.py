@@ -148,7 +148,7 @@ def test_the_chart_of_the_report_explains_itself(figures):
     found = texts(figures[0])
     assert "training step\nbatch 100, 28 steps, 28 features, 128 units, 2 layers" in found
     assert "forward + backward, ragged\nbatch 32, 400 steps, 64 features, 128 units, 1 layer" in found
-    assert f"Bidirectional LSTM: speed relative to nn.LSTM, on {comparison.title}" in found
+    assert f"Speed relative to nn.LSTM (GRU: nn.GRU), bidirectional, on {comparison.title}" in found
     for row in comparison.rows:
         if row.unit == "ms" and row.figures:
             assert f"{row.advantage(peers.TORCH):.2f}" in found
