@@ -1,16 +1,18 @@
-"""LSTM and BiRNN work in CUDA graphs that PyTorch's own functions make, with lengths that change between replays."""
+"""LSTM, GRU and BiRNN work in CUDA graphs that PyTorch's own functions make, with lengths that change between replays."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
-from helpers import all_near, skip_without_triton_on_cuda
+from cells import GRU_CELL, LSTM_CELL, Cell
+from helpers import all_near, leaves, skip_without_triton_on_cuda
 from torch import Tensor, nn
 
-from birnn_ext import LSTM, BiRNN, op_calls
+from birnn_ext import BiRNN, op_calls
 
 pytestmark = pytest.mark.cuda
 BATCH, STEPS = 5, 7
@@ -20,33 +22,36 @@ LENGTHS = [[7, 3, 0, 5, 1], [1, 1, 7, 7, 7], [7] * 5, [2, 0, 0, 3, 4]]
 class ManyToOne(nn.Module):
     """The classifier of docs/speed.md."""
 
-    def __init__(self) -> None:
+    def __init__(self, cell: Cell) -> None:
         super().__init__()
-        self.lstm = LSTM(6, 8, batch_first=True, bidirectional=True)
+        self.rnn = cell.module(6, 8, batch_first=True, bidirectional=True)
         self.fc = nn.Linear(16, 3)
 
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
-        last, _ = self.lstm(x, lengths=lengths, output="last")
+        last, _ = self.rnn(x, lengths=lengths, output="last")
         return self.fc(last)
 
 
 class Outputs(nn.Module):
     """Two layers in both directions; all outputs and states."""
 
-    def __init__(self) -> None:
+    def __init__(self, cell: Cell) -> None:
         super().__init__()
-        self.lstm = LSTM(6, 8, 2, batch_first=True, bidirectional=True)
+        self.rnn = cell.module(6, 8, 2, batch_first=True, bidirectional=True)
 
-    def forward(self, x: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        y, (h_n, c_n) = self.lstm(x, lengths=lengths)
-        return y, h_n, c_n
+    def forward(self, x: Tensor, lengths: Tensor | None = None) -> tuple[Tensor, ...]:
+        return tuple(leaves(self.rnn(x, lengths=lengths)))
 
 
 KINDS = [
-    pytest.param(lambda: BiRNN(6, 8, 2, 3), False, id="BiRNN"),
-    pytest.param(Outputs, False, id="LSTM"),
-    pytest.param(Outputs, True, id="LSTM_with_lengths"),
-    pytest.param(ManyToOne, True, id="many_to_one_with_lengths"),
+    pytest.param(partial(make, cell), ragged, id=f"{cell.name}: {name}")
+    for cell in (LSTM_CELL, GRU_CELL)
+    for name, make, ragged in (
+        ("BiRNN", lambda cell: BiRNN(6, 8, 2, 3, cell=cell.name), False),
+        ("outputs", Outputs, False),
+        ("outputs with lengths", Outputs, True),
+        ("many to one with lengths", ManyToOne, True),
+    )
 ]
 
 

@@ -14,6 +14,7 @@ from threading import Event
 
 import pytest
 import torch
+from cells import every_cell
 from helpers import all_near, twins
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -114,10 +115,11 @@ def one_process(tmp_path):
     torch.distributed.destroy_process_group()
 
 
+@every_cell
 @pytest.mark.parametrize("wrap", [nn.parallel.DistributedDataParallel, fully_shard])
-def test_wrappers_that_replace_parameters(wrap, one_process):
+def test_wrappers_that_replace_parameters(wrap, cell, one_process):
     """Nothing is flattened, so wrappers may shard or replace the weights."""
-    ours, theirs = twins(3, 8, 2, batch_first=True, bidirectional=True)
+    ours, theirs = twins(3, 8, 2, batch_first=True, bidirectional=True, cell=cell)
     x = torch.randn(4, 5, 3)
     model = wrap(ours)
     y, _ = model(x)
@@ -129,14 +131,15 @@ def test_wrappers_that_replace_parameters(wrap, one_process):
     all_near(grads, [p.grad for p in theirs.parameters()])
 
 
+@every_cell
 @pytest.mark.parametrize("first", ["accelerated", "sharded"])
-def test_fully_shard_and_accelerate_in_any_order(first, one_process):
-    theirs = nn.Sequential(nn.LSTM(3, 8, 2, batch_first=True, bidirectional=True))
+def test_fully_shard_and_accelerate_in_any_order(first, cell, one_process):
+    theirs = nn.Sequential(cell.theirs(3, 8, 2, batch_first=True, bidirectional=True))
     model = copy.deepcopy(theirs)
     steps = [accelerate, lambda model: fully_shard(model[0]) and fully_shard(model)]
     for step in steps if first == "accelerated" else reversed(steps):
         step(model)
-    assert type(model[0]).__name__ == "FSDPLSTM"
+    assert type(model[0]).__name__ == f"FSDP{cell.theirs.__name__}"
     x = torch.randn(4, 5, 3)
 
     def results(model: nn.Module) -> list[torch.Tensor]:

@@ -19,7 +19,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import birnn_ext
-from birnn_ext import LSTM, op_calls
+from birnn_ext import op_calls
 
 
 def composite(cell, x, weights, bias, *states_and_lengths):
@@ -154,16 +154,27 @@ class NoBatchedProduct(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("options", [{}, {"dtype": torch.bfloat16}, {"proj_size": 4}, {"layer_norm": True}], ids=str)
-def test_an_input_projection_is_one_product(options, device):
+@pytest.mark.parametrize(
+    ("cell", "options"),
+    [
+        (LSTM_CELL, {}),
+        (LSTM_CELL, {"dtype": torch.bfloat16}),
+        (LSTM_CELL, {"proj_size": 4}),
+        (LSTM_CELL, {"layer_norm": True}),
+        (GRU_CELL, {}),
+        (GRU_CELL, {"dtype": torch.bfloat16}),
+    ],
+    ids=str,
+)
+def test_an_input_projection_is_one_product(cell, options, device):
     """PyTorch would copy the weights for each sequence if the batch is first and they need no gradient."""
-    lstm = LSTM(6, 8, 2, batch_first=True, bidirectional=True, device=device, **options)
+    rnn = cell.module(6, 8, 2, batch_first=True, bidirectional=True, device=device, **options)
     x = torch.randn(3, 5, 6, device=device, dtype=options.get("dtype"))
     with projected_by_pytorch(), NoBatchedProduct():
         with torch.no_grad():
-            lstm(x)
-        lstm.requires_grad_(False)
-        lstm(x.requires_grad_())[0].sum().backward()
+            rnn(x)
+        rnn.requires_grad_(False)
+        rnn(x.requires_grad_())[0].sum().backward()
 
 
 @every_cell
@@ -328,13 +339,14 @@ def test_infinite_weights_reach_the_same_sequences_for_any_number_of_threads(cel
     assert all(torch.equal(seen[0], other) for other in seen)
 
 
-def test_errors_of_sums_do_not_grow_with_their_length():
+@every_cell
+def test_errors_of_sums_do_not_grow_with_their_length(cell):
     """The weights' gradients are sums over 128,000 steps of sequences."""
-    lstm = LSTM(8, 16)
-    wide = LSTM(8, 16, dtype=torch.float64)
-    wide.load_state_dict(lstm.state_dict())
+    rnn = cell.module(8, 16)
+    wide = cell.module(8, 16, dtype=torch.float64)
+    wide.load_state_dict(rnn.state_dict())
     x = torch.randn(2000, 64, 8)
-    grads = [torch.autograd.grad(m(x.to(m.weight_ih_l0.dtype))[0].square().sum(), m.parameters()) for m in (lstm, wide)]
+    grads = [torch.autograd.grad(m(x.to(m.weight_ih_l0.dtype))[0].square().sum(), m.parameters()) for m in (rnn, wide)]
     for a, e in zip(*grads, strict=True):
         assert error(a, e) < 2e-6
 
@@ -349,16 +361,17 @@ def test_batch_of_gradients(cell):
         all_near([g[k] for g in batch], torch.autograd.grad(y, [x, *weights], v[k], retain_graph=True))
 
 
-def test_second_order_within_autocast():
+@every_cell
+def test_second_order_within_autocast(cell):
     """A graph that was made outside autocast keeps its types."""
-    lstm = LSTM(3, 5)
+    rnn = cell.module(3, 5)
     x = torch.randn(4, 2, 3, requires_grad=True)
-    y = lstm(x)[0]
+    y = rnn(x)[0]
     with torch.autocast("cpu", torch.bfloat16):
         (grad,) = torch.autograd.grad(y.sum(), x, create_graph=True)
-    second = torch.autograd.grad(grad.square().sum(), list(lstm.parameters()))
+    second = torch.autograd.grad(grad.square().sum(), list(rnn.parameters()))
     (grad,) = torch.autograd.grad(y.sum(), x, create_graph=True)
-    all_near(second, torch.autograd.grad(grad.square().sum(), list(lstm.parameters())))
+    all_near(second, torch.autograd.grad(grad.square().sum(), list(rnn.parameters())))
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
@@ -417,32 +430,34 @@ def test_saved_state_for_the_backward_pass(cell, dtype):
         assert saved_floats(plain, x) == 0
 
 
-def test_recompute_gives_the_same():
+@every_cell
+def test_recompute_gives_the_same(cell):
     torch.manual_seed(1)
-    plain = LSTM(5, 12, 3, bidirectional=True, batch_first=True)
-    frugal = LSTM(5, 12, 3, bidirectional=True, batch_first=True, recompute=True)
+    plain = cell.module(5, 12, 3, bidirectional=True, batch_first=True)
+    frugal = cell.module(5, 12, 3, bidirectional=True, batch_first=True, recompute=True)
     frugal.load_state_dict(plain.state_dict())
     x = torch.randn(4, 9, 5)
     grads = []
-    for lstm in (plain, frugal):
-        y, _ = lstm(x, lengths=torch.tensor([9, 2, 0, 5]))
-        grads.append([y, *torch.autograd.grad(y.square().sum(), lstm.parameters())])
+    for rnn in (plain, frugal):
+        y, _ = rnn(x, lengths=torch.tensor([9, 2, 0, 5]))
+        grads.append([y, *torch.autograd.grad(y.square().sum(), rnn.parameters())])
     all_near(*grads)
 
 
-def test_vanished_gradients_are_zero_and_cheap():
+@every_cell
+def test_vanished_gradients_are_zero_and_cheap(cell):
     """Gradients of the last output vanish over many steps. One that is 0 in one sequence must not stop another's."""
-    lstm = LSTM(3, 16, bidirectional=True)
+    rnn = cell.module(3, 16, bidirectional=True)
     with torch.no_grad():
-        for p in lstm.parameters():
+        for p in rnn.parameters():
             p.mul_(0.1)
     steps, batch = 400, 13
     x = torch.randn(steps, batch, 3, requires_grad=True)
     dy = torch.zeros(steps, batch, 32)
     dy[-1, :7], dy[250, 9] = 1, 1
-    (dx,) = torch.autograd.grad(lstm(x)[0], x, dy)
-    double = LSTM(3, 16, bidirectional=True, dtype=torch.float64)
-    double.load_state_dict(lstm.state_dict())
+    (dx,) = torch.autograd.grad(rnn(x)[0], x, dy)
+    double = cell.module(3, 16, bidirectional=True, dtype=torch.float64)
+    double.load_state_dict(rnn.state_dict())
     wide = x.detach().double().requires_grad_()
     (expected,) = torch.autograd.grad(double(wide)[0], wide, dy.double())
     assert_near(dx, expected, dtype=torch.float32)
@@ -451,10 +466,11 @@ def test_vanished_gradients_are_zero_and_cheap():
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="denormals are flushed on x86 only")
-def test_only_the_kernels_flush_denormals():
-    lstm = LSTM(3, 16, bidirectional=True)
+@every_cell
+def test_only_the_kernels_flush_denormals(cell):
+    rnn = cell.module(3, 16, bidirectional=True)
     x = torch.randn(5, 4, 3, requires_grad=True)
-    y = lstm(x)[0]
+    y = rnn(x)[0]
     assert (torch.autograd.grad(y, x, torch.full_like(y, 1e-40))[0] == 0).all()
     assert (torch.full((100,), 1e-30) * 1e-10 != 0).all()  # the calling thread does not flush
 
@@ -481,9 +497,10 @@ def test_matmul_precision_high(recompute, cell):
     assert 1e-7 < max(errors) < 1e-4, errors
 
 
-def test_counts_as_a_call_of_the_kernels():
+@every_cell
+def test_counts_as_a_call_of_the_kernels(cell):
     before = op_calls()
-    LSTM(3, 5, bidirectional=True)(torch.randn(4, 2, 3))[0].sum().backward()
+    cell.module(3, 5, bidirectional=True)(torch.randn(4, 2, 3))[0].sum().backward()
     after = op_calls()
     assert (after["cpu_forward"] - before["cpu_forward"], after["cpu_backward"] - before["cpu_backward"]) == (1, 1)
 
