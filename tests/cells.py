@@ -79,3 +79,7 @@ LSTM_CELL = Cell(
 GRU_CELL = Cell("gru", nn.GRU, 3, 1, ("bias_hh", "h0"), ("y", "h_n", "gates", "cells"), ("d_gates_x", "d_q", "dh0"))
 
 every_cell = pytest.mark.parametrize("cell", [LSTM_CELL, GRU_CELL], ids=lambda cell: cell.name)
+# For tests of more than two seconds, of which the fast ones run the LSTM's case alone.
+every_cell_the_gru_slow = pytest.mark.parametrize(
+    "cell", [LSTM_CELL, pytest.param(GRU_CELL, marks=pytest.mark.slow)], ids=lambda cell: cell.name
+)

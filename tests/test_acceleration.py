@@ -97,14 +97,15 @@ def test_forward_that_was_replaced_is_left(cell):
     assert "forward has been replaced" in accelerate(module).left[""]
 
 
-def test_restore_says_what_it_leaves():
+@every_cell
+def test_restore_says_what_it_leaves(cell):
     """A class that was derived at run time becomes what it was before."""
-    model = nn.Sequential(nn.LSTM(3, 4))
+    model = nn.Sequential(cell.theirs(3, 4))
     accelerate(model)
-    model[0].__class__ = type("Wrapped", (birnn_ext.LSTM,), {})
+    model[0].__class__ = type("Wrapped", (cell.module,), {})
     with pytest.warns(UserWarning, match="restore: 0 is left, as its class Wrapped is not one"):
         assert restore(model) == []
-    model[0].__class__ = birnn_ext.LSTM
+    model[0].__class__ = cell.module
     assert restore(model) == ["0"]
 
 
@@ -395,9 +396,10 @@ def test_parametrizations(norm, first, cls):
 @pytest.mark.parametrize("first", ["accelerated", "normed"])
 @pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.spectral_norm])
 @pytest.mark.filterwarnings("ignore:.*deprecated")
-def test_norms_by_hooks(norm, first):
+@every_cell
+def test_norms_by_hooks(cell, norm, first):
     """The older functions replace a weight before each call, in a hook."""
-    module = nn.LSTM(4, 6).double().eval()
+    module = cell.theirs(4, 6).double().eval()
     steps = [accelerate, lambda module: norm(module, "weight_hh_l0")]
     for step in steps if first == "accelerated" else reversed(steps):
         step(module)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from cells import Cell, every_cell
+from cells import LSTM_CELL, Cell, every_cell, every_cell_the_gru_slow
 from helpers import TutorialBiRNN, all_near, assert_near
 from torch import nn
 
@@ -28,6 +30,11 @@ class OnTheirs(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.fc(getattr(self, self.name)(x)[0][:, -1])
+
+
+def theirs_on(cell: Cell) -> Callable[..., nn.Module]:
+    """Returns what makes the classifier on PyTorch's module: for the LSTM it is the tutorial's own class."""
+    return TutorialBiRNN if cell is LSTM_CELL else partial(OnTheirs, cell=cell)
 
 
 @every_cell
@@ -57,10 +64,12 @@ def digits() -> tuple[torch.Tensor, torch.Tensor]:
     return train.images.float() / 255, train.labels
 
 
-def test_checkpoints_both_ways(tmp_path, device):
+@every_cell
+def test_checkpoints_both_ways(tmp_path, cell, device):
     """BiRNN reads the tutorial's model.ckpt, and the tutorial's class reads ours."""
     x = torch.randn(5, 28, 28, device=device)
-    for make_source, make_target in ((BiRNN, TutorialBiRNN), (TutorialBiRNN, BiRNN)):
+    ours, theirs = partial(BiRNN, cell=cell.name), theirs_on(cell)
+    for make_source, make_target in ((ours, theirs), (theirs, ours)):
         source, target = make_source(*SIZES).to(device), make_target(*SIZES).to(device)
         torch.save(source.state_dict(), tmp_path / "model.ckpt")
         target.load_state_dict(torch.load(tmp_path / "model.ckpt", weights_only=True))
@@ -87,14 +96,15 @@ def test_gradients(device):
     all_near(*grads)
 
 
-def test_training_follows_the_tutorial_step_by_step(digits, device):
-    """In 20 steps of Adam on real digits, from the same seed, every loss stays within 1e-4 of nn.LSTM's."""
+@every_cell_the_gru_slow
+def test_training_follows_the_tutorial_step_by_step(digits, cell, device):
+    """In 20 steps of Adam on real digits, from the same seed, every loss stays within 1e-4 of PyTorch's."""
     images, labels = (t.to(device) for t in digits)
     # an emulated device is slow, so it learns two small batches by heart
     steps, batch, batches, sizes = (20, 100, 20, (28, 128, 2, 10)) if device == "cpu" else (20, 10, 2, SIZES)
     before = op_calls()
     losses = []
-    for make in (BiRNN, TutorialBiRNN):
+    for make in (partial(BiRNN, cell=cell.name), theirs_on(cell)):
         torch.manual_seed(0)
         model = make(*sizes).to(device)
         optimizer = torch.optim.Adam(model.parameters(), lr=0.003)

@@ -10,12 +10,14 @@ import shlex
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
 import setuptools
 import torch
 import torch.utils.cpp_extension
+from cells import GRU_CELL, LSTM_CELL
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import birnn_ext
@@ -179,13 +181,17 @@ def no_nvcc(monkeypatch):
     return missing
 
 
-def recurrence(gates_x, w_hh):
+def recurrence(cell, gates_x, w_hh):
     """Runs the operator's implementation for devices without a kernel."""
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.XLA)
-    torch.ops.birnn_ext.lstm_recurrence.default.redispatch(keys, gates_x, w_hh, None, None, None, "none")
+    cell.forward.redispatch(keys, gates_x, w_hh, None, None, None, "none")
 
 
-@pytest.mark.parametrize("run", [recurrence, variants.lstm_variant])
+@pytest.mark.parametrize(
+    "run",
+    [partial(recurrence, LSTM_CELL), partial(recurrence, GRU_CELL), variants.lstm_variant],
+    ids=["lstm", "gru", "variant"],
+)
 def test_a_cuda_tensor_in_a_cpu_only_build_is_an_error_that_says_why_and_what_to_do(no_nvcc, run):
     assert "no nvcc of CUDA 13.x" in no_nvcc and "pip install 'nvidia-cuda-nvcc==13.*'" in no_nvcc
     with FakeTensorMode():  # it makes tensors "on a GPU" without one

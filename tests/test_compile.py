@@ -96,15 +96,16 @@ def test_a_module_compiles_into_one_graph_once_for_all_sizes(
     check(lstm, arguments, device, train=train)
 
 
-def test_autocast_compiles_into_one_graph(device):
+@every_cell
+def test_autocast_compiles_into_one_graph(cell, device):
     class Model(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.lstm = LSTM(10, 8, bidirectional=True, device=device)
+            self.rnn = cell.module(10, 8, bidirectional=True, device=device)
 
         def forward(self, x: Tensor) -> Tensor:
             with torch.autocast(device, torch.bfloat16):
-                return self.lstm(x)[0]
+                return self.rnn(x)[0]
 
     check(Model(), lambda batch, steps: ((torch.randn(steps, batch, 10, device=device),), {}), device, train=False)
 
@@ -127,7 +128,11 @@ def graphs(module: nn.Module, dynamic: bool | None, sizes: list[tuple[int, int]]
 
 
 @pytest.mark.parametrize("dynamic", [None, True])
-@pytest.mark.parametrize("module", [LSTM(10, 8, batch_first=True), BiRNN(10, 8, 1, 2)], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize(
+    "module",
+    [LSTM(10, 8, batch_first=True), GRU(10, 8, batch_first=True), BiRNN(10, 8, 1, 2)],
+    ids=lambda m: type(m).__name__,
+)
 def test_there_are_as_many_graphs_as_of_nn_linear(module, dynamic):
     """PyTorch has its own rules for sizes, for 1 too. We add no graphs to those that they make."""
     sizes = [(3, 7), (5, 6), (9, 2), (1, 4), (4, 1), (6, 11)]
@@ -137,14 +142,15 @@ def test_there_are_as_many_graphs_as_of_nn_linear(module, dynamic):
         assert expected == [(3, 7), (1, 4), (4, 1)]
 
 
-def test_lists_of_lengths_compile():
+@every_cell
+def test_lists_of_lengths_compile(cell):
     """Their values are constants of the graph or become its variables, and the results equal a tensor's."""
-    lstm = LSTM(10, 8, batch_first=True)
-    compiled = torch.compile(lstm, fullgraph=True, backend="eager")
+    rnn = cell.module(10, 8, batch_first=True)
+    compiled = torch.compile(rnn, fullgraph=True, backend="eager")
     x = torch.randn(3, 7, 10)
     with torch._dynamo.config.patch(error_on_recompile=False):
         for lengths in ([3, 7, 1], [7, 2, 5], [4, 4, 0]):
-            assert torch.equal(compiled(x, lengths=lengths)[0], lstm(x, lengths=torch.tensor(lengths))[0])
+            assert torch.equal(compiled(x, lengths=lengths)[0], rnn(x, lengths=torch.tensor(lengths))[0])
     counters.clear()
 
 
@@ -235,9 +241,10 @@ assert torch.equal(torch.compile(lstm, fullgraph=True, backend="eager")(x)[0], l
     assert run.returncode == 0, run.stderr
 
 
+@every_cell
 @pytest.mark.slow
-def test_the_classifier_of_the_tutorial_compiles_within_30_seconds():
-    model = BiRNN(28, 128, 2, 10)
+def test_the_classifier_of_the_tutorial_compiles_within_30_seconds(cell):
+    model = BiRNN(28, 128, 2, 10, cell=cell.name)
     torch.compile(lambda x: x + 1)(torch.ones(3))  # starts the compiler
     torch._dynamo.reset()
     counters.clear()

@@ -45,11 +45,12 @@ def test_against_float64(case, dtype, cell):
         assert_near(a.cpu(), e, f"result {k}", dtype)
 
 
-def test_gradients_are_aligned():
+@every_cell
+def test_gradients_are_aligned(cell):
     """Kernels that torch.compile makes read an operator's results as aligned to 16 bytes."""
-    lstm = LSTM(3, 5, bidirectional=True, dtype=torch.bfloat16, device="cuda")
-    y, _ = lstm(torch.randn(4, 2, 3, dtype=torch.bfloat16, device="cuda"))
-    for gradient in torch.autograd.grad(y.sum(), list(lstm.parameters())):
+    rnn = cell.module(3, 5, bidirectional=True, dtype=torch.bfloat16, device="cuda")
+    y, _ = rnn(torch.randn(4, 2, 3, dtype=torch.bfloat16, device="cuda"))
+    for gradient in torch.autograd.grad(y.sum(), list(rnn.parameters())):
         assert gradient.data_ptr() % 16 == 0
 
 
@@ -140,9 +141,10 @@ class Computing(TorchDispatchMode):
         return out
 
 
-def test_operators_of_the_tutorials_step():
+@every_cell
+def test_operators_of_the_tutorials_step(cell):
     """Of the tutorial's model, forward, and forward and backward."""
-    model = BiRNN(28, 128, 2, 10).cuda()
+    model = BiRNN(28, 128, 2, 10, cell=cell.name).cuda()
     x, target = torch.randn(100, 28, 28, device="cuda"), torch.randint(10, (100,), device="cuda")
     with Computing() as forward:
         outputs = model(x)

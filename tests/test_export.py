@@ -84,10 +84,11 @@ def test_exported_program_can_be_trained(cell):
         all_near([parameter.grad], [ours[name].grad], name)
 
 
+@every_cell
 @pytest.mark.slow
-def test_aotinductor_package_freezes_neither_batch_nor_time(tmp_path):
+def test_aotinductor_package_freezes_neither_batch_nor_time(tmp_path, cell):
     """The model is compiled ahead of time, and a process runs it that has only the package and the extension."""
-    model = BiRNN(28, 16, 2, 10)
+    model = BiRNN(28, 16, 2, 10, cell=cell.name)
     shapes = {"x": {0: Dim("batch", min=1), 1: Dim("time", min=1)}}
     with torch.no_grad():
         program = torch.export.export(model, (torch.randn(3, 7, 28),), dynamic_shapes=shapes)

@@ -25,7 +25,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.flop_counter import FlopCounterMode
 
 import birnn_ext
-from birnn_ext import LSTM, accelerate
+from birnn_ext import accelerate
 from birnn_ext._after_import import after_import
 
 STEPS, BATCH, FEATURES, HIDDEN, LAYERS = 5, 4, 6, 8, 2
@@ -273,14 +273,15 @@ def test_opacus_per_sample_gradients_of_variants(call, reference_operators):
 
 
 @needs_third_party
+@every_cell
 @pytest.mark.parametrize("mode", ["hooks", "functorch", "ghost"])
 @pytest.mark.parametrize("made", ["ours", "accelerated", "parametrized"])
 @pytest.mark.filterwarnings("ignore:Secure RNG turned off")
-def test_opacus_trains_differentially_private(made, mode):
+def test_opacus_trains_differentially_private(made, mode, cell):
     opacus = third_party("opacus")
-    model = Private("plain", True)
+    model = Private("plain", True, cell)
     if made != "ours":
-        model.lstm = nn.LSTM(FEATURES, HIDDEN, LAYERS, batch_first=True, bidirectional=True, **F64)
+        model.lstm = cell.theirs(FEATURES, HIDDEN, LAYERS, batch_first=True, bidirectional=True, **F64)
         if made == "parametrized":
             nn.utils.parametrizations.weight_norm(model.lstm, "weight_hh_l0")
         assert accelerate(model).replaced == ["lstm"]
@@ -344,10 +345,11 @@ def test_opacus_is_told_of_dropout(cell, options):
 
 
 @needs_third_party
-def test_opacus_is_told_of_a_forward_that_is_not_ours():
+@every_cell
+def test_opacus_is_told_of_a_forward_that_is_not_ours(cell):
     opacus = third_party("opacus")
 
-    class Mine(nn.LSTM):
+    class Mine(cell.theirs):
         def forward(self, x: Tensor) -> tuple:
             return super().forward(x * 2)
 
@@ -358,7 +360,8 @@ def test_opacus_is_told_of_a_forward_that_is_not_ours():
 
 
 @needs_third_party
-def test_opacus_is_told_that_samples_need_a_batch():
+@every_cell
+def test_opacus_is_told_that_samples_need_a_batch(cell):
     opacus = third_party("opacus")
     with pytest.raises(ValueError, match="input must be batched, 3-D, got 2-D"):
-        opacus.GradSampleModule(LSTM(3, 4))(torch.randn(5, 3))
+        opacus.GradSampleModule(cell.module(3, 4))(torch.randn(5, 3))

@@ -403,12 +403,16 @@ def test_recompute(dtype, cell, device):
     assert sizes[1] <= 4 * 12
 
 
-@pytest.mark.parametrize("options", [{}, {"proj_size": 2}], ids=["plain", "projected"])
-def test_meta_device(options):
-    ours = LSTM(3, 5, 2, bidirectional=True, device="meta", **options)
+@pytest.mark.parametrize(
+    ("cell", "options"),
+    [(LSTM_CELL, {}), (LSTM_CELL, {"proj_size": 2}), (GRU_CELL, {})],
+    ids=["lstm", "projected", "gru"],
+)
+def test_meta_device(cell, options):
+    ours = cell.module(3, 5, 2, bidirectional=True, device="meta", **options)
     outputs = options.get("proj_size", 5)
-    y, (h_n, c_n) = ours(torch.empty(4, 2, 3, device="meta"))
-    assert (y.shape, h_n.shape, c_n.shape) == ((4, 2, 2 * outputs), (4, 2, outputs), (4, 2, 5))
+    y, *states = leaves(ours(torch.empty(4, 2, 3, device="meta")))
+    assert [y.shape, *(s.shape for s in states)] == [(4, 2, 2 * outputs), (4, 2, outputs), (4, 2, 5)][: 1 + cell.states]
     y.sum().backward()
     assert all(p.grad is not None and p.grad.shape == p.shape for p in ours.parameters())
 
@@ -775,18 +779,19 @@ def test_errors(cell, call, kind, message):
     assert cell is LSTM_CELL or "LSTM: " not in str(raised.value)
 
 
-def test_the_oracle_is_not_cudnn(device):
+@every_cell
+def test_the_oracle_is_not_cudnn(cell, device):
     """On a GPU cuDNN would be off by 1e-3, and refuse these states and this backward pass (plain_torch)."""
-    theirs = nn.LSTM(3, 5, 2, bidirectional=True).eval()
+    theirs = cell.theirs(3, 5, 2, bidirectional=True).eval()
     x = torch.randn(4, 2, 3)
-    state = [torch.randn(4, 2, 10)[..., ::2] for _ in "hc"]
+    state = [torch.randn(4, 2, 10)[..., ::2] for _ in range(cell.states)]
     results = []
     for module, to in (
         (copy.deepcopy(theirs).to(device), {"device": device}),
         (theirs.double(), {"dtype": torch.float64}),
     ):
         leaf = x.to(**to).requires_grad_()
-        y, *states = leaves(module(leaf, tuple(s.to(**to) for s in state)))
+        y, *states = leaves(module(leaf, cell.hx(tuple(s.to(**to) for s in state))))
         y = y.mul_(2)
         results.append([y, *states, *gradients(module, (y, *states), (leaf,))])
     for a, e in zip(*results, strict=True):
@@ -811,13 +816,14 @@ def test_error_function_of_the_tests_can_fail():
         assert_near(torch.tensor([float("nan")]), torch.tensor([1.0]), "x")
 
 
+@every_cell
 @pytest.mark.cuda
-def test_wrong_lengths_on_cuda_stop_the_program():
+def test_wrong_lengths_on_cuda_stop_the_program(cell):
     """The lengths are on the device, whose assertion ruins the CUDA context, so this needs a new process."""
-    code = """
-import torch, birnn_ext
-lstm = birnn_ext.LSTM(3, 5, device="cuda")
-lstm(torch.randn(4, 2, 3, device="cuda"), lengths=torch.tensor([1, LENGTH], device="cuda"))
+    code = f"""
+import torch
+from birnn_ext import {cell.module.__name__} as Module
+Module(3, 5, device="cuda")(torch.randn(4, 2, 3, device="cuda"), lengths=torch.tensor([1, LENGTH], device="cuda"))
 torch.cuda.synchronize()
 print("went through")
 """

@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 import torch
-from cells import every_cell
+from cells import LSTM_CELL, Cell, every_cell, every_cell_the_gru_slow
 from helpers import assert_near, leaves, random_state
 from torch import nn
 
@@ -93,23 +93,24 @@ def test_export_of_a_module_freezes_neither_batch_nor_time(
 
 
 class Tagger(nn.Module):
-    """A model as users write it, with an nn.LSTM between other layers."""
+    """A model as users write it, with PyTorch's module of a cell between other layers."""
 
-    def __init__(self) -> None:
+    def __init__(self, cell: Cell) -> None:
         super().__init__()
         self.embedding = nn.Embedding(20, 6)
-        self.lstm = nn.LSTM(6, 8, 2, batch_first=True, bidirectional=True, dropout=0.5)
+        self.rnn = cell.theirs(6, 8, 2, batch_first=True, bidirectional=True, dropout=0.5)
         self.head = nn.Linear(16, 3)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        return self.head(self.lstm(self.embedding(tokens))[0]).log_softmax(-1)
+        return self.head(self.rnn(self.embedding(tokens))[0]).log_softmax(-1)
 
 
-def test_export_of_somebody_elses_model_once_accelerated(tmp_path):
-    model = Tagger()
+@every_cell_the_gru_slow
+def test_export_of_somebody_elses_model_once_accelerated(cell, tmp_path):
+    model = Tagger(cell)
     birnn_ext.accelerate(model)
     program = birnn_ext.onnx.export(model, tmp_path / "tagger.onnx", (torch.zeros(2, 3, dtype=torch.int64),))
-    assert operators(program)["LSTM"] == 2
+    assert operators(program)[cell.name.upper()] == 2
     assert all(module.training for module in model.modules())  # export uses evaluation mode, then restores the mode
     model.eval()
     for batch, steps in SIZES:
@@ -118,10 +119,11 @@ def test_export_of_somebody_elses_model_once_accelerated(tmp_path):
         assert_near(y, model(tokens))
 
 
-def test_plain_torch_onnx_export_finds_the_operator_too(tmp_path):
-    lstm = LSTM(5, 8, bidirectional=True).eval()
-    program = torch.onnx.export(lstm, (torch.randn(7, 3, 5),), tmp_path / "lstm.onnx", dynamo=True, verbose=False)
-    assert operators(program)["LSTM"] == 1
+@every_cell
+def test_plain_torch_onnx_export_finds_the_operator_too(cell, tmp_path):
+    rnn = cell.module(5, 8, bidirectional=True).eval()
+    program = torch.onnx.export(rnn, (torch.randn(7, 3, 5),), tmp_path / "m.onnx", dynamo=True, verbose=False)
+    assert operators(program)[cell.name.upper()] == 1
 
 
 @every_cell
@@ -134,14 +136,15 @@ def test_float16(cell, tmp_path):
         assert_near(actual, expected)
 
 
-def test_bfloat16_computes_in_float32(tmp_path):
+@every_cell
+def test_bfloat16_computes_in_float32(cell, tmp_path):
     class InFloat32(nn.Module):  # the tensors travel as numpy arrays, which have no bfloat16
         def __init__(self) -> None:
             super().__init__()
-            self.lstm = LSTM(5, 8, 2, bidirectional=True, dtype=torch.bfloat16)
+            self.rnn = cell.module(5, 8, 2, bidirectional=True, dtype=torch.bfloat16)
 
         def forward(self, x):
-            return self.lstm(x.bfloat16())[0].float()
+            return self.rnn(x.bfloat16())[0].float()
 
     model = InFloat32()
     birnn_ext.onnx.export(model, tmp_path / "lstm.onnx", (torch.randn(3, 2, 5),))
@@ -182,7 +185,7 @@ def test_resets_of_a_gru_are_refused(tmp_path):
 
 def test_other_modules_need_example_arguments(tmp_path):
     with pytest.raises(TypeError, match="args must be example arguments of Tagger, got None"):
-        birnn_ext.onnx.export(Tagger(), tmp_path / "tagger.onnx")
+        birnn_ext.onnx.export(Tagger(LSTM_CELL), tmp_path / "tagger.onnx")
 
 
 def test_missing_packages_are_named(tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from birnn_ext import LSTM, accelerate, restore
+from birnn_ext import accelerate, restore
 
 
 def results(module: nn.Module, x: Tensor, hx=None) -> list[Tensor]:
@@ -195,14 +195,25 @@ def test_wrong_sizes_raise_as_pytorchs_module_does(cell, call):
 
 
 @pytest.mark.parametrize("enforce_sorted", [True, False])
-@pytest.mark.parametrize("shapes", [((4, 1, 5), (4, 1, 5)), ((4, 2, 5), (4, 3, 5)), ((3, 2, 5), (4, 2, 5))], ids=str)
-def test_wrong_sizes_with_a_packed_sequence(shapes, enforce_sorted):
-    """nn.LSTM does not check these: it raises unrelated errors for some, and accepts states of a larger batch."""
-    ours = LSTM(3, 5, 2, bidirectional=True)
+@pytest.mark.parametrize(
+    ("cell", "shapes"),
+    [
+        (LSTM_CELL, [(4, 1, 5), (4, 1, 5)]),
+        (LSTM_CELL, [(4, 2, 5), (4, 3, 5)]),
+        (LSTM_CELL, [(3, 2, 5), (4, 2, 5)]),
+        (GRU_CELL, [(4, 1, 5)]),
+        (GRU_CELL, [(4, 3, 5)]),
+        (GRU_CELL, [(3, 2, 5)]),
+    ],
+    ids=str,
+)
+def test_wrong_sizes_with_a_packed_sequence(cell, shapes, enforce_sorted):
+    """PyTorch does not check these: it raises unrelated errors for some, and accepts states of a larger batch."""
+    ours = cell.module(3, 5, 2, bidirectional=True)
     packed = pack_sequence([torch.zeros(2, 3), torch.zeros(2, 3)], enforce_sorted=enforce_sorted)
     wrong = next(list(shape) for shape in shapes if shape != (4, 2, 5))
-    with pytest.raises(RuntimeError, match=rf"Expected hidden\[.\] size \(4, 2, 5\), got {re.escape(str(wrong))}"):
-        ours(packed, tuple(map(torch.zeros, shapes)))
+    with pytest.raises(RuntimeError, match=rf"Expected hidden\S* size \(4, 2, 5\), got {re.escape(str(wrong))}"):
+        ours(packed, cell.hx(tuple(map(torch.zeros, shapes))))
     with pytest.raises(RuntimeError, match=r"input.size\(-1\) must be equal to input_size. Expected 3, got 5"):
         ours(pack_sequence([torch.zeros(4, 5)], enforce_sorted=enforce_sorted))
 
@@ -374,14 +385,17 @@ def test_attributes_and_representation(args, kwargs, cell):
     assert all(a is b for a, b in zip(ours._flat_weights, ours.parameters(), strict=True))
 
 
-def test_inherited_checks_and_sizes():
-    ours, theirs = twins(3, 5, 2, bidirectional=True, batch_first=True)
+@every_cell
+def test_inherited_checks_and_sizes(cell):
+    ours, theirs = twins(3, 5, 2, bidirectional=True, batch_first=True, cell=cell)
+    states = cell.hx((torch.zeros(4, 2, 5),) * cell.states)
     packed = pack_sequence([torch.zeros(4, 3), torch.zeros(2, 3)])
     for module in (ours, theirs):
         assert module.get_expected_hidden_size(torch.zeros(7, 4, 3), None) == (4, 7, 5)
-        assert module.get_expected_cell_size(packed.data, packed.batch_sizes) == (4, 2, 5)
+        if cell is LSTM_CELL:
+            assert module.get_expected_cell_size(packed.data, packed.batch_sizes) == (4, 2, 5)
         module.check_input(torch.zeros(7, 4, 3), None)
-        module.check_forward_args(packed.data, (torch.zeros(4, 2, 5), torch.zeros(4, 2, 5)), packed.batch_sizes)
+        module.check_forward_args(packed.data, states, packed.batch_sizes)
         with pytest.raises(RuntimeError, match="input must have 3 dimensions, got 2"):
             module.check_input(torch.zeros(4, 3), None)
         with pytest.raises(ValueError, match=r"does not match weight dtype|input must have the type"):

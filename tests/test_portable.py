@@ -11,8 +11,8 @@ from collections import Counter
 
 import pytest
 import torch
-from cells import GRU_CELL, LSTM_CELL, every_cell
-from helpers import TutorialBiRNN, all_near, leaves, random_state
+from cells import GRU_CELL, LSTM_CELL, every_cell, every_cell_the_gru_slow
+from helpers import all_near, leaves, random_state
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
@@ -33,6 +33,13 @@ SIZES = [(1, 1), (7, 9), (2, 30)]  # B, T; none is the example's
 
 class Scaled(nn.LSTM):
     """A subclass that scales its input."""
+
+    def forward(self, input, hx=None):
+        return super().forward(input * 2, hx)
+
+
+class ScaledGRU(nn.GRU):
+    """The same of a GRU."""
 
     def forward(self, input, hx=None):
         return super().forward(input * 2, hx)
@@ -137,10 +144,11 @@ def test_tracing_a_plain_call_records_what_pytorchs_module_does(cell):
     assert graphs[0] == graphs[1]
 
 
+@every_cell_the_gru_slow
 @pytest.mark.parametrize("trainable", [True, False])
 @pytest.mark.parametrize("training", [True, False])
-def test_a_traced_model_can_be_trained(trainable, training):
-    model = Tagger().requires_grad_(trainable).train(training)
+def test_a_traced_model_can_be_trained(trainable, training, cell):
+    model = Tagger(cell.module).requires_grad_(trainable).train(training)
     args = arguments(4, 5)
     traced = torch.jit.trace(model, args)
     x, lengths = arguments(7, 9)
@@ -152,21 +160,22 @@ def test_a_traced_model_can_be_trained(trainable, training):
     all_near(*gradients)
 
 
-def test_a_trace_keeps_parametrizations():
-    lstm = nn.utils.parametrizations.weight_norm(LSTM(6, 8), "weight_hh_l0")
-    traced = torch.jit.trace(lstm, torch.randn(5, 4, 6))
+@every_cell
+def test_a_trace_keeps_parametrizations(cell):
+    rnn = nn.utils.parametrizations.weight_norm(cell.module(6, 8), "weight_hh_l0")
+    traced = torch.jit.trace(rnn, torch.randn(5, 4, 6))
     x = torch.randn(9, 7, 6)
     with torch.no_grad():
-        lstm.parametrizations.weight_hh_l0.original1.mul_(2)
-    all_near([traced(x)[0]], [lstm(x)[0]])
+        rnn.parametrizations.weight_hh_l0.original1.mul_(2)
+    all_near([traced(x)[0]], [rnn(x)[0]])
 
 
-@pytest.mark.parametrize("cls", [Scaled, Initialised])
+@pytest.mark.parametrize("cls", [Scaled, Initialised, ScaledGRU])
 def test_an_accelerated_subclass_is_recorded_with_its_own_code(cls):
     model = Plain(cls)
     accelerate(model)
     traced = torch.jit.trace(model, torch.randn(4, 5, 6))
-    assert operators(traced.inlined_graph)["aten::lstm"] == 1
+    assert operators(traced.inlined_graph)[f"aten::{'gru' if issubclass(cls, nn.GRU) else 'lstm'}"] == 1
     x = torch.randn(7, 9, 6)
     ours, calls = model(x), birnn_ext.op_calls()
     with as_nn_lstm():
@@ -190,15 +199,16 @@ for file in sys.argv[2:]:
     assert done.returncode == 0, done.stderr
 
 
+@every_cell
 @pytest.mark.slow  # it starts another process with PyTorch
-def test_files_run_in_a_process_without_birnn_ext(tmp_path):
-    model = Tagger(nn.LSTM).eval()
+def test_files_run_in_a_process_without_birnn_ext(tmp_path, cell):
+    model = Tagger(cell.theirs).eval()
     accelerate(model)
     torch.jit.trace(model, arguments(4, 5)).save(tmp_path / "traced.pt")
     with torch.no_grad():
         cases = [(args, model(*args)[0]) for args in itertools.starmap(arguments, SIZES)]
     run_without_birnn_ext([tmp_path / "traced.pt"], cases, tmp_path)
-    scripted = BiRNN(6, 8, 2, 3)
+    scripted = BiRNN(6, 8, 2, 3, cell=cell.name)
     with torch.no_grad():
         cases = [((x,), scripted(x)[0]) for x, _ in itertools.starmap(arguments, SIZES)]
     torch.jit.script(scripted).save(tmp_path / "scripted.pt")
@@ -248,12 +258,13 @@ def test_recurrent_dropout_does_nothing_in_evaluation_and_can_be_recorded():
     all_near([torch.jit.trace(lstm, x)(x)[0]], [lstm(x)[0]])
 
 
+@every_cell
 @pytest.mark.slow  # it starts another process with PyTorch
-def test_our_own_checks_of_sizes_do_not_warn_in_a_trace():
-    code = """
+def test_our_own_checks_of_sizes_do_not_warn_in_a_trace(cell):
+    code = f"""
 import torch, birnn_ext
-lstm = birnn_ext.LSTM(6, 8).requires_grad_(False)
-torch.jit.trace(lambda x, lengths: lstm(x, lengths=lengths)[0], (torch.randn(5, 4, 6), torch.full((4,), 5)))
+rnn = birnn_ext.{cell.module.__name__}(6, 8).requires_grad_(False)
+torch.jit.trace(lambda x, lengths: rnn(x, lengths=lengths)[0], (torch.randn(5, 4, 6), torch.full((4,), 5)))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and "TracerWarning" not in done.stderr, done.stderr
@@ -318,17 +329,18 @@ def test_torch_fx_sees_a_leaf(name, cell):
         all_near(*([t for t in tensors if t is not None] for tensors in (result, expected)))
 
 
-def test_torch_fx_sees_a_leaf_where_only_the_state_is_symbolic():
+@every_cell
+def test_torch_fx_sees_a_leaf_where_only_the_state_is_symbolic(cell):
     class Decoder(nn.Module):
         def __init__(self):
             super().__init__()
-            self.rnn = LSTM(6, 8)
+            self.rnn = cell.module(6, 8)
             self.register_buffer("start", torch.zeros(1, 4, 6))
 
-        def forward(self, h, c):
-            return self.rnn(self.start, (h, c))[0]
+        def forward(self, h, c=None):
+            return self.rnn(self.start, cell.hx((h, c)))[0]
 
-    model, state = Decoder(), random_state(1, 4, 8)
+    model, state = Decoder(), random_state(1, 4, 8, cell)
     all_near([torch.fx.symbolic_trace(model)(*state)], [model(*state)])
 
 
@@ -414,15 +426,16 @@ def test_script_says_what_it_cannot_compile():
 # --- torch.export without operators of ours ---------------------------------------------------------------------------
 
 
+@every_cell
 @pytest.mark.slow  # test_docs.py runs the page's code by default
 @pytest.mark.parametrize("name", ["plain", "lengths, last"])
 @pytest.mark.parametrize("strict", [False, True])
-def test_a_program_exported_as_nn_lstm_ends_in_aten_operators_alone(name, strict):
-    model = Tagger(call=CALLS[name][0]).eval()
+def test_a_program_exported_as_nn_lstm_ends_in_aten_operators_alone(name, strict, cell):
+    model = Tagger(cell.module, call=CALLS[name][0]).eval()
     batch = torch.export.Dim("batch", min=1)
     with torch.no_grad(), as_nn_lstm():
         program = torch.export.export(model, arguments(4, 3), dynamic_shapes=({0: batch}, {0: batch}), strict=strict)
-    assert torch.ops.aten.lstm.input in {node.target for node in program.graph.nodes}
+    assert getattr(torch.ops.aten, cell.name).input in {node.target for node in program.graph.nodes}
     program = program.run_decompositions()
     targets = [node.target for node in program.graph.nodes if node.op == "call_function"]
     assert {target.namespace for target in targets if isinstance(target, torch._ops.OpOverload)} == {"aten"}
@@ -472,20 +485,22 @@ def test_restore_turns_models_written_with_ours_where_they_use_nothing_beyond_nn
         assert restore(model) == []
 
 
-def test_restore_keeps_parametrizations_of_models_written_with_ours():
-    lstm, x = nn.utils.parametrizations.weight_norm(LSTM(6, 8), "weight_hh_l0"), torch.randn(5, 4, 6)
-    expected = lstm(x)[0]
-    assert restore(lstm) == [""]
-    assert not isinstance(lstm, LSTM)
-    all_near([lstm(x)[0]], [expected])
-    nn.utils.parametrize.remove_parametrizations(lstm, "weight_hh_l0")
-    assert type(lstm) is nn.LSTM and accelerate(lstm).left == {}
+@every_cell
+def test_restore_keeps_parametrizations_of_models_written_with_ours(cell):
+    rnn, x = nn.utils.parametrizations.weight_norm(cell.module(6, 8), "weight_hh_l0"), torch.randn(5, 4, 6)
+    expected = rnn(x)[0]
+    assert restore(rnn) == [""]
+    assert not isinstance(rnn, cell.module)
+    all_near([rnn(x)[0]], [expected])
+    nn.utils.parametrize.remove_parametrizations(rnn, "weight_hh_l0")
+    assert type(rnn) is cell.theirs and accelerate(rnn).left == {}
 
 
-def test_restore_leaves_a_class_derived_from_ours():
-    lstm = type("Derived", (LSTM,), {})(6, 8)
+@every_cell
+def test_restore_leaves_a_class_derived_from_ours(cell):
+    rnn = type("Derived", (cell.module,), {})(6, 8)
     with pytest.warns(UserWarning, match="restore: the model itself is left, as its class Derived is not one that acc"):
-        assert restore(lstm) == []
+        assert restore(rnn) == []
 
 
 @every_cell
@@ -549,11 +564,12 @@ else:
 # --- tools of others --------------------------------------------------------------------------------------------------
 
 
+@every_cell
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["trace", "export"])
-def test_openvino(way):
+def test_openvino(way, cell):
     openvino = pytest.importorskip("openvino", reason="openvino is not installed")
-    model = TutorialBiRNN(6, 8, 2, 3).eval()
+    model = Plain(cell.theirs).eval()
     accelerate(model)
     example = torch.randn(4, 5, 6)
     if way == "trace":
@@ -567,11 +583,12 @@ def test_openvino(way):
         all_near([torch.from_numpy(run(x.numpy())[0])], [model(x).detach()])
 
 
+@every_cell
 @pytest.mark.slow
-def test_executorch():
+def test_executorch(cell):
     exir = pytest.importorskip("executorch.exir", reason="executorch is not installed")
     runtime = pytest.importorskip("executorch.runtime", reason="executorch is not installed")
-    model, x = BiRNN(6, 8, 1, 3).eval(), torch.randn(4, 3, 6)
+    model, x = BiRNN(6, 8, 1, 3, cell=cell.name).eval(), torch.randn(4, 3, 6)
     with torch.no_grad(), as_nn_lstm():
         program = torch.export.export(model, (x,))
     written = exir.to_edge_transform_and_lower(program).to_executorch()
@@ -579,15 +596,16 @@ def test_executorch():
     all_near(method.execute((x,)), [model(x).detach()])
 
 
+@every_cell
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["last", "lengths, last"])
-def test_core_ml_converts(name):
-    """It becomes Core ML's LSTM operator. Core ML runs on macOS only, so the test stops at the conversion."""
+def test_core_ml_converts(name, cell):
+    """It becomes Core ML's operator of the cell. Core ML runs on macOS only, so the test stops at the conversion."""
     coremltools = pytest.importorskip("coremltools", reason="coremltools is not installed")
-    model = Tagger(call=lambda *args: CALLS[name][0](*args)[0]).eval()
+    model = Tagger(cell.module, call=lambda *args: CALLS[name][0](*args)[0]).eval()
     traced = torch.jit.trace(model, arguments(4, 5))
     shape = coremltools.Shape((4, coremltools.RangeDim(1, 64), 6))
     inputs = [coremltools.TensorType(shape=shape), coremltools.TensorType(shape=(4,), dtype=int)]
     used = len(list(traced.graph.inputs())[1:])
     converted = coremltools.convert(traced, inputs=inputs[:used], convert_to="mlprogram")
-    assert "lstm" in {op.op_type for op in converted._mil_program.functions["main"].operations}
+    assert cell.name in {op.op_type for op in converted._mil_program.functions["main"].operations}

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cells import GRU_CELL, LSTM_CELL, Cell, every_cell
+from cells import GRU_CELL, LSTM_CELL, Cell, every_cell, every_cell_the_gru_slow
 from helpers import all_near, as_double, assert_near
 
 import birnn_ext
@@ -221,13 +221,14 @@ def test_bitwise_the_same_for_any_number_of_threads(ragged, cell):
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads in /proc, which this system lacks")
-def test_runs_on_as_many_threads_as_torch_is_told():
-    code = """
+@every_cell_the_gru_slow
+def test_runs_on_as_many_threads_as_torch_is_told(cell):
+    code = f"""
 import os, torch, birnn_ext
 torch.set_num_threads(3)
 before = len(os.listdir("/proc/self/task"))
-gates_x, w_hh = torch.zeros(2, 40, 2, 256), torch.zeros(2, 256, 64)
-torch.ops.birnn_ext.lstm_recurrence(gates_x, w_hh, None, None, None, "none")
+gates_x, w_hh = torch.zeros(2, 40, 2, {64 * cell.gates}), torch.zeros(2, {64 * cell.gates}, 64)
+torch.ops.birnn_ext.{cell.name}_recurrence(gates_x, w_hh, None, None, None, "none")
 print("started", len(os.listdir("/proc/self/task")) - before)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

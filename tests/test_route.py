@@ -7,9 +7,10 @@ from unittest import mock
 
 import pytest
 import torch
+from cells import GRU_CELL, LSTM_CELL
 from torch.autograd import forward_ad
 
-from birnn_ext import LSTM, as_nn_lstm, layer, recurrent
+from birnn_ext import as_nn_lstm, layer, recurrent
 from birnn_ext.route import Route, Way, choose_route
 
 
@@ -64,21 +65,28 @@ def test_routes(choose, way, save, why):
 
 
 @pytest.mark.parametrize(
-    ("options", "output", "calls"),
-    [({}, "all", 1), ({}, "last", 1), ({"layer_norm": True}, "all", 3), ({"layer_norm": True}, "last", 4)],
+    ("cell", "options", "output", "calls"),
+    [
+        (LSTM_CELL, {}, "all", 1),
+        (LSTM_CELL, {}, "last", 1),
+        (LSTM_CELL, {"layer_norm": True}, "all", 3),
+        (LSTM_CELL, {"layer_norm": True}, "last", 4),
+        (GRU_CELL, {}, "all", 1),
+        (GRU_CELL, {}, "last", 1),
+    ],
     ids=str,
 )
-def test_the_route_is_chosen_once(options, output, calls):
+def test_the_route_is_chosen_once(cell, options, output, calls):
     """It is chosen for a stack that is one operator, and else for each layer.
 
     With output="last" the last layer's directions are two layers, of different steps.
     """
-    lstm = LSTM(4, 5, 3, bidirectional=True, **options)
+    rnn = cell.module(4, 5, 3, bidirectional=True, **options)
     x = torch.randn(3, 2, 4, dtype=options.get("dtype"))
     chooses = mock.Mock(wraps=choose_route)
     with mock.patch.object(layer, "choose_route", chooses), mock.patch.object(recurrent, "choose_route", chooses):
-        lstm(x, lengths=[3, 1], output=output)
+        rnn(x, lengths=[3, 1], output=output)
         assert chooses.call_count == calls
         with as_nn_lstm():
-            LSTM(4, 5, 3)(x.float(), lengths=[3, 1])
+            cell.module(4, 5, 3)(x.float(), lengths=[3, 1])
         assert chooses.call_count == calls + 3
