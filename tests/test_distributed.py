@@ -14,7 +14,7 @@ from threading import Event
 
 import pytest
 import torch
-from cells import every_cell
+from cells import every_cell, every_cell_the_gru_slow
 from helpers import all_near, twins
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -36,12 +36,16 @@ def test_shares_make_up_the_batch():
         assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-def test_two_processes_reach_the_model_of_one(tmp_path):
+@every_cell_the_gru_slow
+def test_two_processes_reach_the_model_of_one(tmp_path, cell):
     """Steps have 4,999 digits and 1 digit, so shares are 2,500 and 2,499, then 1 and none."""
-    hp = Hyperparameters(hidden_size=8, batch_size=4999, num_epochs=2, learning_rate=0.01)
-    arguments = ["--batch-size", "4999", "--num-epochs", "2", "--learning-rate", "0.01", "--out", tmp_path]
+    hp = Hyperparameters(hidden_size=8, batch_size=4999, num_epochs=2, learning_rate=0.01, cell=cell.name)
+    arguments = ["--batch-size", "4999", "--num-epochs", "2", "--learning-rate", "0.01", "--cell", cell.name]
     run = subprocess.run(
-        [sys.executable, *TORCHRUN, *TRAIN, *arguments], capture_output=True, text=True, env=ENVIRONMENT
+        [sys.executable, *TORCHRUN, *TRAIN, *arguments, "--out", tmp_path],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
     )
     assert run.returncode == 0, run.stderr
     metrics = json.loads((tmp_path / "metrics.json").read_text())

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Callable
+from functools import partial
 from types import ModuleType
 
 import pytest
@@ -35,17 +36,18 @@ def demucs(package: ModuleType) -> Model:
     return model, lambda model: model(audio)
 
 
-def asteroid(package: ModuleType) -> Model:
+def asteroid(package: ModuleType, cell: str = "LSTM") -> Model:
     """Returns a speech separator of dual-path RNNs, which have many short sequences."""
     features = torch.randn(2, 16, 50)
-    model = package.DPRNN(16, n_src=2, bn_chan=12, hid_size=10, chunk_size=10, n_repeats=2, rnn_type="LSTM")
+    model = package.DPRNN(16, n_src=2, bn_chan=12, hid_size=10, chunk_size=10, n_repeats=2, rnn_type=cell)
     return model, lambda model: model(features)
 
 
-def espnet(package: ModuleType) -> Model:
+def espnet(package: ModuleType, cell: str = "LSTM") -> Model:
     """Returns a speech recogniser's encoder: packed sequences, with projections and subsampling between layers."""
     features, lengths = torch.randn(3, 21, 12), torch.tensor([21, 17, 6])
-    model = package.RNNEncoder(12, num_layers=3, hidden_size=10, output_size=8, subsample=(2, 1, 1))
+    options = {"num_layers": 3, "hidden_size": 10, "output_size": 8, "subsample": (2, 1, 1)}
+    model = package.RNNEncoder(12, rnn_type=cell.lower(), **options)
     return model, lambda model: model(features, lengths)[0]
 
 
@@ -66,13 +68,33 @@ def stanza(package: ModuleType) -> Model:
     return model, lambda model: model(words, [12, 12, 5, 1])[0].data
 
 
-MODELS = {
-    "openunmix.model": openunmix,
-    "demucs.demucs": demucs,
-    "asteroid.masknn.recurrent": asteroid,
-    "espnet2.asr.encoder.rnn_encoder": espnet,
-    "espnet.nets.pytorch_backend.tacotron2.encoder": espnet_tacotron2,
-    "stanza.models.common.packed_lstm": stanza,
+def espnet_cbhg(package: ModuleType) -> Model:
+    """Returns the part of Tacotron that makes a linear spectrogram of a mel one: a GRU after convolutions."""
+    spectrogram, lengths = torch.randn(3, 15, 8), [15, 9, 2]
+    sizes = {"conv_bank_layers": 3, "conv_bank_chans": 8, "conv_proj_chans": 8, "highway_layers": 1}
+    model = package.CBHG(8, 6, highway_units=8, gru_units=12, **sizes)
+    return model, lambda model: model(spectrogram, lengths)[0]
+
+
+def torchaudio(package: ModuleType) -> Model:
+    """Returns a vocoder that makes samples of a spectrogram, one after another: two GRUs of one direction."""
+    samples, spectrogram = torch.randn(2, 1, 4 * (9 - 4)), torch.randn(2, 1, 6, 9)
+    sizes = {"n_res_block": 1, "n_rnn": 16, "n_fc": 12, "kernel_size": 5, "n_freq": 6, "n_hidden": 8, "n_output": 8}
+    model = package.WaveRNN(upsample_scales=[2, 2], n_classes=5, hop_length=4, **sizes)
+    return model, lambda model: model(samples, spectrogram)
+
+
+MODELS = {  # the module that has the class, what makes the model, and PyTorch's module in it
+    "openunmix": ("openunmix.model", openunmix, nn.LSTM),
+    "demucs": ("demucs.demucs", demucs, nn.LSTM),
+    "asteroid": ("asteroid.masknn.recurrent", asteroid, nn.LSTM),
+    "asteroid, GRU": ("asteroid.masknn.recurrent", partial(asteroid, cell="GRU"), nn.GRU),
+    "espnet": ("espnet2.asr.encoder.rnn_encoder", espnet, nn.LSTM),
+    "espnet, GRU": ("espnet2.asr.encoder.rnn_encoder", partial(espnet, cell="GRU"), nn.GRU),
+    "espnet's Tacotron 2": ("espnet.nets.pytorch_backend.tacotron2.encoder", espnet_tacotron2, nn.LSTM),
+    "espnet's CBHG, GRU": ("espnet.nets.pytorch_backend.tacotron2.cbhg", espnet_cbhg, nn.GRU),
+    "stanza": ("stanza.models.common.packed_lstm", stanza, nn.LSTM),
+    "torchaudio, GRU": ("torchaudio.models.wavernn", torchaudio, nn.GRU),
 }
 
 
@@ -87,22 +109,24 @@ def results(model: nn.Module, call: Callable[[nn.Module], Tensor]) -> tuple[Tens
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("name", MODELS)
 def test_accelerate_keeps_outputs_and_gradients(name, training):
+    module, make, theirs = MODELS[name]
     try:
-        package = importlib.import_module(name)
+        package = importlib.import_module(module)
     except ModuleNotFoundError as error:
         if os.environ.get("BIRNN_THIRD_PARTY"):
             raise
         pytest.skip(f"{error}: pip install --no-deps -r tests/third_party.txt")
-    model, call = MODELS[name](package)
+    model, call = make(package)
     model.train(training)
     state = {key: value.clone() for key, value in model.state_dict().items()}
-    lstms = [module for module in model.modules() if isinstance(module, nn.LSTM)]
-    assert any(lstm.bidirectional for lstm in lstms)
+    rnns = [module for module in model.modules() if isinstance(module, nn.RNNBase)]
+    assert {type(rnn) for rnn in rnns} == {theirs}
+    assert any(rnn.bidirectional for rnn in rnns) or make is torchaudio
 
     output, gradients = results(model, call)
     model.load_state_dict(state)  # running means
     report = accelerate(model)
-    assert len(report.replaced) == len(lstms)
+    assert len(report.replaced) == len(rnns)
     assert report.left == {}
     calls = op_calls()
     ours, our_gradients = results(model, call)

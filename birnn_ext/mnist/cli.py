@@ -153,6 +153,7 @@ def add_training_options(train: Parser) -> None:
             "--" + one.name.replace("_", "-"),
             *ALIASES.get(one.name, []),
             type=type(one.default),
+            choices=one.metadata["choices"],
             default=argparse.SUPPRESS,  # --resume must know which options were given
             help=f"{one.metadata['help']} (default: {one.default})",
         )

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from threading import Event
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -30,8 +30,8 @@ REPORT_STEPS = 100  # the tutorial prints the loss this often
 EVALUATION_BATCH = 1000
 
 
-def _value(default: float, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
+def _value(default: float | str, help: str, choices: tuple[str, ...] | None = None) -> Any:
+    return field(default=default, metadata={"help": help, "choices": choices})
 
 
 @dataclass(frozen=True)
@@ -41,21 +41,26 @@ class Hyperparameters:
     sequence_length: int = _value(28, "steps of a digit")
     input_size: int = _value(28, "pixels of a step")
     hidden_size: int = _value(128, "units per direction")
-    num_layers: int = _value(2, "LSTM layers")
+    num_layers: int = _value(2, "recurrent layers")
     num_classes: int = _value(10, "outputs")
     batch_size: int = _value(100, "digits of a training step")
     num_epochs: int = _value(2, "passes through the training set")
     learning_rate: float = _value(0.003, "Adam's")
     seed: int = _value(3, "of weights and shuffling")
+    cell: Literal["lstm", "gru"] = _value("lstm", "cell of the recurrent layers", choices=("lstm", "gru"))
 
     def check(self) -> None:
         """Raises UserError for values that make no model of MNIST."""
         for one in fields(self):
-            value = getattr(self, one.name)
-            if one.name != "seed" and not value > 0:
-                raise UserError(f"{one.name} must be positive, got {value}")
-            if one.name != "seed" and value >= 2**31:
-                raise UserError(f"{one.name} is too large: {value}")
+            value, choices = getattr(self, one.name), one.metadata["choices"]
+            if choices:
+                if value not in choices:
+                    raise UserError(f"{one.name} must be one of {', '.join(choices)}, got {value}")
+            elif one.name != "seed":
+                if not value > 0:
+                    raise UserError(f"{one.name} must be positive, got {value}")
+                if value >= 2**31:
+                    raise UserError(f"{one.name} is too large: {value}")
         if self.sequence_length * self.input_size != 784:
             raise UserError(
                 "sequence_length * input_size must be the 784 pixels of a digit, "
@@ -67,7 +72,7 @@ class Hyperparameters:
             raise UserError(f"seed must fit 64 bits, got {self.seed}")
 
     def model(self) -> BiRNN:
-        return BiRNN(self.input_size, self.hidden_size, self.num_layers, self.num_classes)
+        return BiRNN(self.input_size, self.hidden_size, self.num_layers, self.num_classes, self.cell)
 
     def optimizer(self, model: BiRNN, capturable: bool = False) -> torch.optim.Adam:
         return torch.optim.Adam(model.parameters(), lr=self.learning_rate, fused=True, capturable=capturable)
@@ -338,7 +343,9 @@ def check_replaces(training: Training, max_steps: int | None, out: Path, log: Ca
     """
     try:
         metrics = json.loads((out / "metrics.json").read_text())
-        before, steps, source = metrics["hyperparameters"], len(metrics["loss"]), metrics["data"]["source"]
+        # before there was a choice, the cell was an LSTM
+        before = {"cell": "lstm", **metrics["hyperparameters"]}
+        steps, source = len(metrics["loss"]), metrics["data"]["source"]
         different = [
             f"{name} {before.get(name)}, not {value}"
             for name, value in asdict(training.hyperparameters).items()
@@ -453,7 +460,7 @@ def load_state(path: Path) -> dict[str, Any]:
 
 
 def load_model(path: Path, device: torch.device) -> tuple[BiRNN, Hyperparameters]:
-    """Loads a model from its model.ckpt alone, with the sizes of the tensors in it.
+    """Loads a model from its model.ckpt alone, with the cell and sizes that the tensors in it tell.
 
     Raises:
         UserError: There is no such file, or it holds something else.
@@ -461,9 +468,10 @@ def load_model(path: Path, device: torch.device) -> tuple[BiRNN, Hyperparameters
     state = _load(path)
     try:
         classes, features = state["fc.weight"].shape
-        input_size = state["lstm.weight_ih_l0"].shape[1]
-        layers = sum(str(name).startswith("lstm.weight_ih_l") and not str(name).endswith("_reverse") for name in state)
-        hp = Hyperparameters(784 // max(input_size, 1), input_size, features // 2, layers, classes)
+        cell: Literal["lstm", "gru"] = "gru" if "gru.weight_ih_l0" in state else "lstm"
+        input_size, first = state[f"{cell}.weight_ih_l0"].shape[1], f"{cell}.weight_ih_l"
+        layers = sum(str(name).startswith(first) and not str(name).endswith("_reverse") for name in state)
+        hp = Hyperparameters(784 // max(input_size, 1), input_size, features // 2, layers, classes, cell=cell)
         hp.check()
         _check_tensors(state, hp)
         model = hp.model()

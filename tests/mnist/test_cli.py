@@ -21,6 +21,7 @@ from helpers import TutorialBiRNN
 from PIL import Image
 
 import birnn_ext.mnist
+from birnn_ext import BiRNN
 from birnn_ext.mnist import cli, data, training
 from birnn_ext.mnist import pictures as pictures_module
 from birnn_ext.mnist.training import Hyperparameters, Training, load_state, save
@@ -423,6 +424,9 @@ ODD_VALUES = [  # of a training of 2 epochs, each of 100 steps
     ("hyperparameters", {"num_epochs": True}),
     ("hyperparameters", {"hidden_size": 2**31 - 1}),
     ("hyperparameters", {"num_layers": 2**31 - 1}),
+    ("hyperparameters", {"cell": "rnn"}),
+    ("hyperparameters", {"cell": "gru"}),  # the model is an LSTM's
+    ("hyperparameters", {"cell": None}),
     ("model", {"fc.bias": torch.zeros(10, dtype=torch.complex64)}),
     ("model", {"fc.bias": torch.zeros(10, dtype=torch.int64)}),
     ("optimizer", {"state": {}}),
@@ -452,6 +456,48 @@ def test_training_state_with_odd_values_is_an_error(trained, tmp_path, part, val
     torch.save({**state, part: {**state[part], **values}}, tmp_path / "state.pt")
     with pytest.raises(data.UserError, match=r"state\.pt is not a training_state\.pt$"):
         load_state(tmp_path / "state.pt")
+
+
+def test_a_gru_is_trained_resumed_and_evaluated(undrawn, tmp_path, capsys):
+    """The files tell the cell, so that only the training's first command has to."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert cli.main(["train", *TINY, "--cell", "gru", "--max-steps", "3", "--out", str(whole)]) == 0
+    assert cli.main(["train", *TINY, "--cell", "gru", "--max-steps", "1", "--out", str(parts)]) == 0
+    assert cli.main(["train", *SAMPLE, "--max-steps", "3", "--resume", str(parts)]) == 0
+    models = [torch.load(folder / "model.ckpt", weights_only=True) for folder in (whole, parts)]
+    assert list(models[0]) == list(BiRNN(28, 4, 2, 10, cell="gru").state_dict()) == list(models[1])
+    assert all(map(torch.equal, models[0].values(), models[1].values()))
+    metrics = json.loads((parts / "metrics.json").read_text())
+    assert metrics["hyperparameters"]["cell"] == "gru"
+
+    digit = data.read_sample(tmp_path)[1].images[0]
+    Image.fromarray(digit.numpy()).save(tmp_path / "digit.png")
+    capsys.readouterr()
+    assert cli.main(["evaluate", str(parts / "model.ckpt"), *SAMPLE]) == 0
+    assert f"test images: {100 * metrics['accuracy']:.2f} %" in capsys.readouterr().out
+    assert cli.main(["predict", str(parts / "model.ckpt"), str(tmp_path / "digit.png")]) == 0
+
+    assert cli.main(["train", *SAMPLE, "--resume", str(parts), "--cell", "lstm"]) == 2
+    assert "cell of the training to resume is gru, not lstm\n" in capsys.readouterr().err
+    assert cli.main(["train", *TINY, "--max-steps", "3", "--out", str(parts)]) == 2
+    assert f"{parts} holds another training (cell gru, not lstm): " in capsys.readouterr().err
+
+
+def test_files_from_before_there_was_a_choice_of_the_cell_are_an_lstms(undrawn, tmp_path, capsys):
+    command = ["train", *TINY, "--max-steps", "1", "--out", str(tmp_path)]
+    assert cli.main(command) == 0
+    state = torch.load(tmp_path / "training_state.pt", weights_only=True)
+    metrics = json.loads((tmp_path / "metrics.json").read_text())
+    assert state["hyperparameters"].pop("cell") == metrics["hyperparameters"].pop("cell") == "lstm"
+    torch.save(state, tmp_path / "training_state.pt")
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+    assert cli.main([*command, "--resume", "--cell", "gru"]) == 2
+    assert "cell of the training to resume is lstm, not gru\n" in capsys.readouterr().err
+    assert cli.main(command) == 0
+    assert f"{tmp_path} holds this training's first 1 steps" in capsys.readouterr().out
+    torch.save(state, tmp_path / "training_state.pt")
+    assert cli.main(["train", *SAMPLE, "--max-steps", "2", "--out", str(tmp_path), "--resume"]) == 0
+    assert steps_in(tmp_path) == 2
 
 
 def test_training_state_of_other_data_is_an_error(trained, tmp_path):
@@ -610,6 +656,7 @@ ERRORS = [
     (["train", "--input-size", "30"], "must be the 784 pixels of a digit, got 28 * 30 = 840"),
     (["train", "--num-classes", "9"], "num_classes must be at least 10"),
     (["train", "--seed", str(2**63)], "seed must fit 64 bits"),
+    (["train", "--cell", "rnn"], "argument --cell: invalid choice: 'rnn'"),
     (["train", "--device", "toaster"], "device 'toaster' can't be used"),
     (["train", "--device", "privateuseone"], "device 'privateuseone' can't be used"),
     (["train", "--device", "xla"], "device 'xla' can't be used: Could not run 'aten::empty.memory_format'"),
@@ -716,7 +763,16 @@ def test_help(command, capsys):
     said = capsys.readouterr().out
     expected = {
         (): ["train", "evaluate", "predict"],
-        ("train",): ["--hidden-size", "(default: 128)", "--seed", "--device", "--out", "--overwrite", "--resume"],
+        ("train",): [
+            "--hidden-size",
+            "(default: 128)",
+            "--cell {lstm,gru}",
+            "--seed",
+            "--device",
+            "--out",
+            "--overwrite",
+            "--resume",
+        ],
         ("evaluate",): ["CKPT", "--data", "--device"],
         ("predict",): ["CKPT", "IMAGE"],
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from threading import Event
 
@@ -60,6 +61,7 @@ def assert_equal(found: Training, expected: Training) -> None:
         pytest.param(SMALL, None, 3 + 1 + 3, id="three_epochs"),
         pytest.param(Hyperparameters(batch_size=7), 5, 3 + 1 + 1, id="the_tutorials_model"),
         pytest.param(Hyperparameters(hidden_size=8, num_epochs=5), None, 3 + 1, id="one_batch_an_epoch"),
+        pytest.param(replace(SMALL, cell="gru"), None, 3 + 1 + 3, id="a_gru"),
     ],
 )
 def test_losses_and_weights_are_those_without_a_graph(tmp_path, hp, max_steps, launched):
