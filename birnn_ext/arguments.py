@@ -18,7 +18,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 from birnn_ext.base import Base
 from birnn_ext.cell import Cell
 from birnn_ext.layer import Sequences
-from birnn_ext.portable import check_recordable, is_recording, zero_states
+from birnn_ext.portable import check_onnx, check_recordable, is_recording, zero_states
+from birnn_ext.route import is_writing_onnx
 
 States = tuple[Tensor, ...]
 
@@ -88,6 +89,8 @@ def read_call(
         check_recordable(module, reset, return_cell_states)
         if lengths is None and output == "all" and not module.learned_state:
             return Elsewhere(cell.theirs.forward(module, input, hx))
+    elif is_writing_onnx():
+        check_onnx(module, reset, return_cell_states)
     if isinstance(input, PackedSequence):
         sequences, states, form = _unpacked(module, input, states, lengths, reset)
     else:

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from birnn_ext.modules import LSTM, BiRNN
+from birnn_ext.modules import BiRNN
+from birnn_ext.portable import NotInOnnx, check_onnx
 from birnn_ext.recurrent import Recurrent
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def export(
     Raises:
         ImportError: onnx or onnxscript is missing; ``pip install 'birnn_ext[onnx]'``.
         NotImplementedError: a module has proj_size, zoneout or layer_norm, or is asked for reset or return_cell_states,
-            for which ONNX's operator has nothing.
+            by the model, too, for which ONNX's operator has nothing.
         TypeError: the model's LSTM or GRU is float64, for which ONNX Runtime has neither; or args are missing.
     """
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
@@ -68,7 +69,6 @@ def export(
     import onnxscript.optimizer
 
     kwargs = dict(kwargs or {})
-    _check_model(model, kwargs)
     modes = {module: module.training for module in model.modules()}
     if args is None:
         args = _example(model)
@@ -77,6 +77,7 @@ def export(
         output_names = ["output", *([] if none else [f"{name[0]}_n" for name in model.CELL.states])]
     model.eval()
     try:
+        _check_model(model, kwargs)
         with torch.no_grad():
             program: Any = torch.onnx.export(
                 model,
@@ -88,6 +89,10 @@ def export(
                 output_names=output_names,
                 **{"verbose": False, **options},
             )
+    except torch.onnx.OnnxExporterError as error:
+        if isinstance(error.__cause__, NotInOnnx):
+            raise error.__cause__ from None
+        raise
     finally:
         for module, mode in modes.items():
             module.training = mode
@@ -100,20 +105,15 @@ def export(
 
 
 def _check_model(model: nn.Module, kwargs: Mapping[str, Any]) -> None:
-    """Raises an error for what ONNX's operator can't express, or ONNX Runtime can't run."""
+    """Raises an error for what ONNX's operator can't express, or ONNX Runtime can't run, before the long export."""
     for module in model.modules():
         if not isinstance(module, Recurrent):
             continue
-        name = module.CELL.name
         if module.weight_ih_l0.dtype == torch.float64:
+            name = module.CELL.name
             raise TypeError(f"birnn_ext.onnx.export: ONNX Runtime has no {name} in float64; export model.float()")
         of_call = kwargs if module is model else {}
-        asked = ["reset"] if of_call.get("reset") is not None else []
-        asked += ["return_cell_states"] if of_call.get("return_cell_states") else []
-        asked += [key for key in ("proj_size", "layer_norm") if getattr(module, key, False)]
-        asked += ["zoneout"] if isinstance(module, LSTM) and module.zoneout != (0, 0) else []
-        if asked:
-            raise NotImplementedError(f"birnn_ext.onnx.export: ONNX's {name} operator has no {', '.join(asked)}")
+        check_onnx(module, of_call.get("reset"), bool(of_call.get("return_cell_states")))
 
 
 def _name_fixed_sizes(program: Any) -> None:

@@ -63,13 +63,29 @@ def beyond_torch(module: Base) -> list[str]:
     return [name for name, default in options if name != "recompute" and getattr(module, name) != default]
 
 
-def check_recordable(module: Base, reset: object, return_cell_states: bool) -> None:
-    """Refuses what can't be said with PyTorch's operator. A learned state can: it is the operator's hx."""
+class NotInOnnx(NotImplementedError):
+    """A module does what ONNX's operator can't express."""
+
+
+def check_onnx(module: Base, reset: object, return_cell_states: bool) -> None:
+    """Refuses what can't be said with ONNX's operator."""
+    no = _beyond_operators(module, reset, return_cell_states) + (["proj_size"] if module.proj_size else [])
+    if no:
+        raise NotInOnnx(f"{module.CELL.name}: ONNX's {module.CELL.name} operator has no {', '.join(no)}")
+
+
+def _beyond_operators(module: Base, reset: object, return_cell_states: bool) -> list[str]:
+    """Names what a call asks for that other operators have not. A learned state they have: it is their hx."""
     no = [name for name in beyond_torch(module) if name != "learned_state"]
     if not module.training and "recurrent_dropout" in no:
         no.remove("recurrent_dropout")
     no += ["reset"] if reset is not None else []
-    no += ["return_cell_states"] if return_cell_states else []
+    return no + (["return_cell_states"] if return_cell_states else [])
+
+
+def check_recordable(module: Base, reset: object, return_cell_states: bool) -> None:
+    """Refuses what can't be said with PyTorch's operator."""
+    no = _beyond_operators(module, reset, return_cell_states)
     if no:
         name = module.CELL.name
         raise NotImplementedError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -71,6 +72,20 @@ class Recurrent(Base):
 
     def flatten_parameters(self) -> None:
         """Does nothing: there is no flattened copy of the weights. Kept for code that calls it on PyTorch's module."""
+
+    def _slow_forward(self, *input: Any, **kwargs: Any) -> Any:
+        """Calls forward within a trace, where PyTorch calls this method.
+
+        torch.onnx.export(dynamo=False) adds the defaults of the arguments of the model itself by position, those of
+        keyword-only ones, too.
+        """
+        parameters = inspect.signature(self.forward).parameters.values()
+        names = [one.name for one in parameters if one.kind is one.KEYWORD_ONLY]
+        others = [one for one in parameters if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
+        beyond = input[len(others) :]
+        if torch.onnx.is_in_onnx_export() and len(beyond) == len(names):
+            input, kwargs = input[: len(others)], {**kwargs, **dict(zip(names, beyond, strict=True))}
+        return super()._slow_forward(*input, **kwargs)  # type: ignore[no-untyped-call]
 
     def __prepare_scriptable__(self) -> nn.RNNBase:
         """Returns what torch.jit.script compiles in place of this module."""

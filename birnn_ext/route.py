@@ -15,6 +15,7 @@ from torch import Tensor
 
 from birnn_ext import _C
 from birnn_ext._torch_private import (
+    call_while_tracing,
     carries_tangent,
     dynamo_is_at_work,
     functionalizes,
@@ -46,6 +47,12 @@ class Route(NamedTuple):
     save: str = "none"  # what the operator is to keep for a backward pass: csrc/schema.cpp
 
 
+@call_while_tracing  # Dynamo would say no, where torch.onnx asks it to trace what torch.export could not
+def is_writing_onnx() -> bool:
+    """Tells whether torch.onnx exports a program now, in which a module must leave ONNX's operator."""
+    return torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+
+
 def choose_route(
     x: Tensor,
     others: Sequence[Tensor | None],
@@ -70,7 +77,7 @@ def choose_route(
     if recorded:
         return Route(Way.TORCH, "PyTorch records a program that is to run without birnn_ext")
     projected = projected or extended
-    if not projected and torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export():
+    if not projected and is_writing_onnx():
         return Route(Way.ONNX, "PyTorch writes an ONNX file")
     differentiated = _differentiated(x, *others)
     transformed = within_torch_func()

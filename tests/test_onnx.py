@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 import torch
-from cells import LSTM_CELL, Cell, every_cell, every_cell_the_gru_slow
+from cells import GRU_CELL, LSTM_CELL, Cell, every_cell, every_cell_the_gru_slow
 from helpers import assert_near, leaves, random_state
 from torch import nn
 
@@ -181,6 +181,30 @@ def test_resets_of_a_gru_are_refused(tmp_path):
     reset = torch.zeros(7, 3, dtype=torch.bool)
     with pytest.raises(NotImplementedError, match="ONNX's GRU operator has no reset"):
         birnn_ext.onnx.export(GRU(5, 8), tmp_path / "m.onnx", (torch.randn(7, 3, 5),), {"reset": reset})
+
+
+@pytest.mark.parametrize(
+    ("cell", "name", "values"),
+    [
+        (LSTM_CELL, "reset", lambda x: x[..., 0] > 0),
+        (LSTM_CELL, "return_cell_states", lambda x: True),
+        (GRU_CELL, "reset", lambda x: x[..., 0] > 0),
+    ],
+    ids=["lstm: reset", "lstm: cells", "gru: reset"],
+)
+def test_what_a_model_asks_of_a_module_in_it_is_refused(tmp_path, cell, name, values):
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = cell.module(5, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.rnn(x, **{name: values(x)})[0]
+
+    model = Model()
+    with pytest.raises(NotImplementedError, match=f"ONNX's {cell.name.upper()} operator has no {name}$"):
+        birnn_ext.onnx.export(model, tmp_path / "m.onnx", (torch.randn(7, 3, 5),))
+    assert model.training  # as before
 
 
 def test_other_modules_need_example_arguments(tmp_path):

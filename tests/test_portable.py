@@ -302,6 +302,28 @@ def test_the_older_onnx_exporter_writes_the_standard_operator(name, cell):
         all_near(map(torch.from_numpy, session.run(None, given)), model(*args), f"{size}")
 
 
+@every_cell
+@pytest.mark.parametrize("ragged", [False, True], ids=["plain", "lengths"])
+def test_the_older_onnx_exporter_takes_our_module_itself(ragged, cell):
+    """It gives the model all arguments by position, and with them the defaults of those that are keywords only."""
+    onnxruntime = pytest.importorskip("onnxruntime", reason="running ONNX files needs onnxruntime")
+    pytest.importorskip("onnx", reason="writing ONNX files needs onnx")
+    module, file = cell.module(6, 8, batch_first=True, bidirectional=True).eval(), io.BytesIO()
+    x, lengths = arguments(4, 5)
+    keywords = {"lengths": lengths} if ragged else {}
+    names = ["x", "lengths"][: 1 + ragged]
+    axes = {name: {0: "batch", 1: "time"} if name == "x" else {0: "batch"} for name in names}
+    torch.onnx.export(
+        module, (x,), file, kwargs=keywords, dynamo=False, input_names=names, dynamic_axes=axes, verbose=False
+    )
+    session = onnxruntime.InferenceSession(file.getvalue())
+    for size in SIZES:
+        args = arguments(*size)[: 1 + ragged]
+        expected = leaves(module(args[0], **dict(zip(["lengths"], args[1:], strict=False))))
+        given = {name: arg.numpy() for name, arg in zip(names, args, strict=True)}
+        all_near(map(torch.from_numpy, session.run(None, given)), expected, f"{size}")
+
+
 # --- torch.fx ---------------------------------------------------------------------------------------------------------
 
 

@@ -70,7 +70,7 @@ def stanza(package: ModuleType) -> Model:
 
 def espnet_cbhg(package: ModuleType) -> Model:
     """Returns the part of Tacotron that makes a linear spectrogram of a mel one: a GRU after convolutions."""
-    spectrogram, lengths = torch.randn(3, 15, 8), [15, 9, 2]
+    spectrogram, lengths = torch.randn(3, 15, 8), torch.tensor([15, 9, 2])
     sizes = {"conv_bank_layers": 3, "conv_bank_chans": 8, "conv_proj_chans": 8, "highway_layers": 1}
     model = package.CBHG(8, 6, highway_units=8, gru_units=12, **sizes)
     return model, lambda model: model(spectrogram, lengths)[0]
