@@ -34,6 +34,7 @@ class Cell(NamedTuple):
     own_bias: bool  # whether bias_hh is an argument of the recurrence; else it is a part of gates_x
     hold: tuple[float, ...]  # of each gate: what, added to W_ih x, makes a step leave the last state as it is
     clear: tuple[float, ...] | None  # likewise, what makes it 0, if b_ih is not added; None if lstm_variant does so
+    cpu_autocast: bool  # whether CPU autocast casts PyTorch's operator, not products in it: then y has h_0's wider type
     nn_operator: Callable[..., Any]  # PyTorch's operator
     onnx_order: tuple[int, ...]  # places of the gates as ONNX's operator of the same name orders them
     onnx_attributes: Mapping[str, int]  # what it is told beside its sizes
@@ -60,6 +61,7 @@ LSTM_CELL = Cell(
     own_bias=False,
     hold=(_SHUT, _OPEN, 0, 0),
     clear=None,
+    cpu_autocast=True,
     nn_operator=nn_lstm_operator,
     onnx_order=(0, 3, 1, 2),
     onnx_attributes={},
@@ -80,6 +82,7 @@ GRU_CELL = Cell(
     own_bias=True,
     hold=(0, _OPEN, 0),
     clear=(_SHUT, _SHUT, 0),
+    cpu_autocast=False,
     nn_operator=nn_gru_operator,
     onnx_order=(1, 0, 2),
     onnx_attributes={"linear_before_reset": 1},

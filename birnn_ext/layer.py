@@ -5,6 +5,7 @@ The modules call it for each of their layers. The functions of `birnn_ext.ops` a
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -264,9 +265,17 @@ def _run_projected(
         of_recurrence = (w_hh, None if own is None else own.unflatten(0, (directions, -1)))
     if reset is None:
         return run_recurrence(cell, route, gates_x, of_recurrence, state, lengths)
+    state = _without_cleared(state, lengths, reset)
     gates_x, lengths = _with_clearing_steps(cell, gates_x, lengths, reset)
     y, final = run_recurrence(cell, route, gates_x, of_recurrence, state, lengths)
     return y[1::2], final
+
+
+def _without_cleared(state: State, lengths: Tensor | None, reset: Tensor) -> State:
+    """Clears the forward direction's initial state where the first step begins anew, also one that is not finite."""
+    at_once = reset[0] if lengths is None else reset[0] & (lengths > 0)
+    kept = ~at_once.unsqueeze(-1)
+    return tuple(s if s is None else torch.cat([torch.where(kept, s[:1], 0), s[1:]]) for s in state)
 
 
 def _with_clearing_steps(
@@ -274,13 +283,18 @@ def _with_clearing_steps(
 ) -> tuple[Tensor, Tensor | None]:
     """Puts a step before each step, which clears the state where a sequence begins anew, and else leaves it as it is.
 
-    So the kernels need to know of nothing, and all derivatives are right. It takes twice the steps.
+    So the kernels need to know of nothing, and all derivatives are right. It takes twice the steps. Its gates are
+    infinite, so that no finite state outweighs them. One that is not finite they can't clear: it is multiplied by W_hh
+    before any gate.
     """
     clears = reset[..., None, None].repeat(1, 1, gates_x.shape[2], 1)
     if gates_x.shape[2] == 2:
         clears[0, :, 1] = False  # the reverse direction is through: what lies after its last step is its final state
+    assert cell.clear is not None
     clear, hold = (
-        gates_x.new_tensor(of_gates).repeat_interleave(gates_x.shape[-1] // cell.gates)
+        gates_x.new_tensor([gate and math.copysign(math.inf, gate) for gate in of_gates]).repeat_interleave(
+            gates_x.shape[-1] // cell.gates
+        )
         for of_gates in (cell.clear, cell.hold)
     )
     between = torch.where(clears, clear, hold)

@@ -310,7 +310,7 @@ class GRU(Recurrent, nn.GRU):
             output: "all" returns every step, "last" each sequence's own last one, as for `LSTM.forward`.
             reset: bool, as for `LSTM.forward`: where it is True, that step begins a new sequence. A call with it runs
                 twice the steps, as there is a step that clears the state, or leaves it, before each. Unlike an LSTM's
-                it can't clear a state that is NaN or infinite.
+                it can't clear a state that became NaN or infinite on the way, only a given one.
 
         Returns:
             ``(output, h_n)``, as `torch.nn.GRU`, with output (T, B, D * H), arranged as the input and 0 beyond a

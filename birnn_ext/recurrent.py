@@ -104,12 +104,22 @@ class Recurrent(Base):
 
     def _run(self, call: Call) -> tuple[Tensor, States | None, Tensor | None]:
         """Runs all layers: returns y (T, B, D * P) or, with output="last", (B, D * P), the final states, and cells."""
-        cell, sequences = self.CELL, call.sequences
-        states: State = call.states or (None,) * len(cell.states)
-        dtype = autocast_dtype(sequences.x)
-        if dtype is not None:
-            sequences = sequences._replace(x=sequences.x.to(dtype))
-            states = tuple(None if s is None else s.to(dtype) for s in states)
+        x, states = call.sequences.x, call.states or (None,) * len(self.CELL.states)
+        dtype = autocast_dtype(x)
+        if dtype is None:
+            return self._run_layers(call, call.sequences, states)
+        sequences = call.sequences._replace(x=x.to(dtype))
+        y, final, cells = self._run_layers(call, sequences, tuple(None if s is None else s.to(dtype) for s in states))
+        if x.is_cpu and not self.CELL.cpu_autocast:
+            wider = torch.promote_types(dtype, (x if states[0] is None else states[0]).dtype)
+            y, final = y.to(wider), None if final is None else tuple(s.to(wider) for s in final)
+        return y, final, cells
+
+    def _run_layers(
+        self, call: Call, sequences: Sequences, states: State
+    ) -> tuple[Tensor, States | None, Tensor | None]:
+        """Does so with sequences and states that have the type to compute in."""
+        cell = self.CELL
         if not self._needs_python_between(call):
             weights = self._weights(self._flat_weights_names)
             route = choose_route(sequences.x, (*weights, *states), recompute=self.recompute)

@@ -199,7 +199,8 @@ def test_autocast(dtype, cell, device):
         results.append([y, *states, *gradients(module, (y, *states), (x,))])
     for a, e in zip(*results, strict=True):
         assert_near(a, e, dtype=dtype)
-    assert all(t.dtype == dtype for t in results[0][: 1 + cell.states])
+    expected = torch.float32 if cell is GRU_CELL and device == "cpu" else dtype
+    assert all(t.dtype == expected for t in results[0][: 1 + cell.states])
     assert all(g.dtype == torch.float32 for g in results[0][1 + cell.states :])
 
 
@@ -208,7 +209,10 @@ def test_autocast(dtype, cell, device):
 @pytest.mark.parametrize("state_dtype", [None, torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_autocast_takes_any_mixture_of_types(x_dtype, state_dtype, dtype, cell, device):
-    """Results have autocast's type, as nn.LSTM's have on CUDA. A gradient has the type of its tensor."""
+    """Results have autocast's type, as nn.LSTM's have on CUDA, and a GRU's on the CPU that of nn.GRU's.
+
+    A gradient has the type of its tensor.
+    """
     ours, theirs = twins(5, 12, 2, bidirectional=True, device=device, cell=cell)
     x = torch.randn(6, 4, 5, device=device).to(x_dtype).requires_grad_()
     state = None
@@ -217,7 +221,9 @@ def test_autocast_takes_any_mixture_of_types(x_dtype, state_dtype, dtype, cell, 
     inputs = (x, *(state or ()))
     with torch.autocast(device, dtype):
         y, *states = leaves(ours(x, cell.hx(state)))
-    assert {y.dtype, *(s.dtype for s in states)} == {dtype}
+        as_theirs = cell is GRU_CELL and device == "cpu"
+        expected = {t.dtype for t in leaves(theirs(x, cell.hx(state)))} if as_theirs else {dtype}
+    assert {y.dtype, *(s.dtype for s in states)} == expected
     grads = gradients(ours, (y, *states), inputs)
     assert [g.dtype for g in grads] == [t.dtype for t in (*inputs, *ours.parameters())]
     expected = leaves(theirs(x.float(), cell.hx(state and tuple(s.float() for s in state))))
@@ -659,6 +665,34 @@ def test_resets_of_a_gru(recompute, device):
     expected = in_pieces(theirs, x, h0, lengths, reset)
     all_near(found, expected)
     all_near(gradients(ours, found, [x, h0]), gradients(theirs, expected, [x, h0]))
+
+
+def test_resets_of_a_gru_clear_any_finite_state_and_any_given_one(device):
+    """Weights of 1 keep a state of 1e6, and add as much to every gate."""
+    ours, theirs = twins(3, 5, bidirectional=True, dtype=torch.float64, cell=GRU_CELL, device=device)
+    with torch.no_grad():
+        for module in (ours, theirs):
+            for parameter in module.parameters():
+                parameter.fill_(1)
+    x = torch.randn(6, 4, 3, dtype=torch.float64, device=device)
+    h0 = torch.full((2, 4, 5), 1e6, dtype=torch.float64, device=device)
+    lengths, reset = [6, 6, 3, 0], torch.zeros(6, 4, dtype=torch.bool, device=device)
+    for t, b in [(3, 0), (0, 1), (4, 1), (2, 2), (0, 3)]:
+        reset[t, b] = True
+    keywords = {"lengths": torch.tensor(lengths, device=device), "reset": reset}
+    y, h_n = ours(x, h0, **keywords)
+    expected = in_pieces(theirs, x, h0, lengths, reset)
+    assert y.max() == 1e6
+    all_near(
+        [y / h0.max(), y.clamp(max=2), h_n / h0.max()], [expected[0] / 1e6, expected[0].clamp(max=2), expected[1] / 1e6]
+    )
+    for value in (float("nan"), float("inf"), -float("inf")):
+        other = h0.clone()
+        other[0, 1] = value
+        other.requires_grad_()
+        found = ours(x, other, **keywords)
+        assert torch.equal(found[0], y) and torch.equal(found[1], h_n)
+        assert (torch.autograd.grad(found[0].sum(), other)[0][0, 1] == 0).all()
 
 
 @pytest.mark.parametrize("layout", ["batch_first", "unbatched", "packed", "last"])
