@@ -564,6 +564,15 @@ def test_static_quantization_names_restore_and_works_after_it(made):
     assert torch.equal(quantized(model)(x), quantized(theirs)(x))
 
 
+def test_a_gru_refuses_what_is_quantized():
+    """PyTorch has no static quantization of a GRU, so that one gets such an input by mistake."""
+    x = torch.quantize_per_tensor(torch.randn(5, 4, 6), 0.1, 0, torch.quint8)
+    with pytest.raises(
+        TypeError, match=r"GRU: input must not be quantized, got torch.quint8; .* an nn.GRU by .*restore"
+    ):
+        GRU(6, 8)(x)
+
+
 # --- birnn_ext.onnx ---------------------------------------------------------------------------------------------------
 
 
