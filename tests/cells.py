@@ -23,6 +23,9 @@ class Cell(NamedTuple):
     results: tuple[str, ...]  # of the recurrence, and of a layer; gradients arrive of y and of the states
     gradients: tuple[str, ...]  # results of the recurrence's backward operator
 
+    def __str__(self) -> str:
+        return self.name  # in the names of tests
+
     @property
     def module(self) -> type[nn.RNNBase]:
         """Our module."""
