@@ -178,7 +178,7 @@ def test_interrupted_together_and_resumed_alone(tmp_path):
         assert line or process.poll() is None, process.stderr.read()
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
-    rest, _ = process.communicate(timeout=60)
+    rest, _ = process.communicate(timeout=300)
     (steps,) = re.findall(
         r"Interrupted after (\d+) steps. To go on: torchrun --nproc-per-node 2 -m birnn_ext.mnist ", rest
     )

@@ -224,7 +224,7 @@ def test_interrupted_and_resumed_is_as_if_never_interrupted(trained, tmp_path, n
         child.send_signal(number)
         time.sleep(0.01)
         child.send_signal(number)  # a second signal, as an impatient user sends it, must do no harm
-        stdout, _ = child.communicate(timeout=60)
+        stdout, _ = child.communicate(timeout=300)
     assert child.returncode == 130
     (hint,) = re.findall(r"Interrupted after \d+ steps. To go on: birnn-mnist (train .*)", stdout)
     assert shlex.split(hint) == ["train", "--out", str(tmp_path), "--data", "data", *SAMPLE, "--resume"]
@@ -259,7 +259,7 @@ def test_reader_of_stdout_goes_away(tmp_path, bars):
     ):
         assert child.stdout.readline()
         child.stdout.close()
-        assert child.wait(timeout=60) == 0
+        assert child.wait(timeout=300) == 0
         stderr.seek(0)
         said = stderr.read()
     assert "Error" not in said
