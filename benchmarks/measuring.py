@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -33,10 +34,13 @@ def memory(field: str = "VmHWM") -> float:
 
 
 def commit() -> str:
-    """Returns "commit" and that of these files, or the version of the package if they are in no repository."""
+    """Returns "commit" and that of these files, or the version of the package without a repository or without git."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=10"]
-    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    return f"commit {done.stdout.strip()}" if done.returncode == 0 else f"birnn_ext {version('birnn_ext')}"
+    if shutil.which("git"):
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
+        if done.returncode == 0:
+            return f"commit {done.stdout.strip()}"
+    return f"birnn_ext {version('birnn_ext')}"
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:

@@ -55,6 +55,7 @@ WIDE: Shape = (64, 200, 256, 512, 1)
 RAGGED: Shape = (32, 400, 64, 128, 1)
 TURN = 0.1  # seconds, for which short work is repeated
 PATIENCE = 60  # seconds, after which three rounds are enough, as products of 16 bits may be a hundred times slower
+BUSY = 0.5  # load from which on figures are too large, which the table then says
 REST = 0.05  # seconds, after which threads that spin for more work, such as ONNX Runtime's, sleep
 
 
@@ -510,9 +511,11 @@ class Comparison:
 
     def text(self) -> str:
         versions = ", ".join(f"{name} {number}" for name, number in self.machine["versions"].items())
+        load = self.machine["load"]
+        busy = f", busy before the run (load {load:.1f})" if load > BUSY else ""
         return (
-            f"{self.title}, {self.machine['date']}, {self.machine['commit']}; {versions}; float32 if nothing else is "
-            f"said, bidirectional; rows of the GRU have nn.GRU in nn.LSTM's place\n\n{table(self.rows)}\n\n"
+            f"{self.title}, {self.machine['date']}, {self.machine['commit']}{busy}; {versions}; float32 if nothing "
+            f"else is said, bidirectional; rows of the GRU have nn.GRU in nn.LSTM's place\n\n{table(self.rows)}\n\n"
             f"Recurrence, forward, {','.join(map(str, MNIST))}, one layer: {self.recurrence_gflops:.0f} GFLOP/s of "
             f"products, {100 * self.recurrence_gflops / self.sgemm_gflops:.0f} % of torch's 1024 x 1024 x 1024 product "
             f"({self.sgemm_gflops:.0f} GFLOP/s)."
@@ -538,7 +541,7 @@ def compare(threads: int, rounds: int, only: str = "", load: float | None = None
     """Measures the rows whose name contains `only`. load: the machine's, if what ran before is this program's own."""
     torch.set_num_threads(threads)
     load = os.getloadavg()[0] if load is None else load
-    if load > 0.5:
+    if load > BUSY:
         print(
             f"The machine is busy (load {load:.1f}): figures will be too large, some more than others", file=sys.stderr
         )

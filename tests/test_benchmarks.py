@@ -13,6 +13,7 @@ from pathlib import Path
 
 import correctness
 import cuda_speed
+import measuring
 import mnist_end_to_end
 import peers
 import pytest
@@ -22,6 +23,7 @@ from cells import GRU_CELL, LSTM_CELL
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
+import birnn_ext
 from birnn_ext import _C
 
 ROOT = Path(__file__).parents[1]
@@ -97,6 +99,22 @@ def test_chart_and_notes(tmp_path):
     assert "no AMX here" in peers.table([row, noted])
     assert row.advantage(peers.TORCH) == 2
     assert noted.advantage(peers.TORCH) is None
+
+
+def test_a_comparison_says_where_it_comes_from(monkeypatch):
+    machine = {
+        "cpu": "a CPU",
+        "threads": 2,
+        "date": "2026-01-02",
+        "commit": "commit abc",
+        "versions": {"torch": "2.14"},
+    }
+    quiet, busy = (peers.Comparison({**machine, "load": load}, [], 1, 2).text() for load in (0.2, 2.01))
+    assert quiet.startswith("a CPU, 2 threads, 2026-01-02, commit abc; torch 2.14; ")
+    assert busy.startswith("a CPU, 2 threads, 2026-01-02, commit abc, busy before the run (load 2.0); torch 2.14; ")
+    assert re.fullmatch(r"(commit|birnn_ext) \S+", measuring.commit())
+    monkeypatch.setenv("PATH", "")
+    assert measuring.commit() == f"birnn_ext {birnn_ext.__version__}"
 
 
 def test_errors_of_both(tmp_path):
