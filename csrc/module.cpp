@@ -56,6 +56,7 @@ birnn::DType dtype_named(const std::string& name) {
 
 // Applies the chosen kernels' sigmoid or tanh to n values at address x; writes to address y.
 void cell_math(const std::string& name, const std::string& dtype, uintptr_t x, uintptr_t y, int64_t n) {
+  if (name != "sigmoid" && name != "tanh") throw py::value_error("name must be sigmoid or tanh, got " + name);
   const birnn::DType type = dtype_named(dtype);
   const auto& kernels = birnn::cpu::chosen_kernels(type);
   (name == "sigmoid" ? kernels.sigmoid : kernels.tanh)(type, reinterpret_cast<const void*>(x),

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cells import GRU_CELL, LSTM_CELL, Cell, every_cell
-from helpers import all_near, assert_near, error, projected_by_pytorch
+from helpers import all_near, assert_near, error, projected_by_pytorch, twins
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -200,6 +200,23 @@ def test_sizes_that_take_several_rounds(sizes, recompute, cell):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_sizes_of_a_single_tile(sizes, dtype, cell):
     compare_with_the_composite(cell, False, *random_layer(cell, random.Random(sum(sizes)), dtype, sizes))
+
+
+@every_cell
+@pytest.mark.parametrize("value", [float("inf"), float("nan")], ids=str)
+def test_infinite_weights_of_a_single_tile(value, cell):
+    """dx of a sequence whose gradient is 0 becomes NaN as in PyTorch's module: 0 times infinity counts here, too."""
+    ours, theirs = twins(16, 5, cell=cell)
+    for module in (ours, theirs):
+        with torch.no_grad():
+            module.weight_ih_l0[2, 3] = value
+    found = []
+    for module in (ours, theirs):
+        x = torch.rand(1, 3, 16, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        module(x)[0][:, 0].nansum().backward()
+        found.append(x.grad)
+    assert found[1].isnan().any(-1).all() and torch.equal(*(dx.isnan() for dx in found))
+    assert_near(*(dx.nan_to_num() for dx in found))
 
 
 @every_cell

@@ -19,6 +19,13 @@ def apply(name: str, x: torch.Tensor) -> torch.Tensor:
     return y
 
 
+def test_other_names_raise():
+    with pytest.raises(ValueError, match="name must be sigmoid or tanh, got exp"):
+        apply("exp", torch.zeros(1))
+    with pytest.raises(ValueError, match="dtype must be float64, float32, float16 or bfloat16, got int32"):
+        apply("tanh", torch.zeros(1, dtype=torch.int32))
+
+
 def ulp_error(y: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
     """Returns |y - exact| in units in the last place of y's type (below its smallest normal number, in its units)."""
     info = torch.finfo(y.dtype)

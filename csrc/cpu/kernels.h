@@ -26,7 +26,7 @@ struct Panels {
   void* hh;          // [block][k: H][gate][lane]
   void* hh_t;        // [tile of H][k: gate, block, lane][vector of the tile][lane]
   bool* not_finite;  // hh_t or ih_t has an infinity or NaN, so products with 0 can't be skipped
-  void* ih_t;        // [tile of I][k: gate, block, lane][vector of the tile][lane]; null for a single tile of rows
+  void* ih_t;        // [tile of I][k: gate, block, lane][vector of the tile][lane]; null if W_ih is read as it is
 };
 
 // A chain is one direction of some sequences. No step of it depends on another chain.

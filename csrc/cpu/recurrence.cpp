@@ -62,7 +62,8 @@ struct Plan {
 
   // Returns the number of parts that gives the busiest thread the least work, in rows times blocks of units. Threads
   // that share a chain meet at every step, and what a tile costs beside its product falls to each of them. This is the
-  // larger, the shorter a product: 6 / H is between what was measured for both passes (DESIGN.md).
+  // larger, the fewer instructions a product takes, which are H / depth. From H = 32 on, 6 / H is between what was
+  // measured for both passes on AVX2, where the depth is 1 (DESIGN.md). Other depths were not timed.
   static int64_t best_parts(const RecurrenceSizes& sizes, int64_t threads, const Kernels& kernels, DType dtype) {
     const int64_t blocks = divide_up(sizes.H, kernels.lanes(dtype));
     const double shared = 1 + 6.0 * static_cast<double>(kernels.depth(dtype)) / static_cast<double>(sizes.H);

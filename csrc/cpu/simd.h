@@ -110,7 +110,7 @@ INLINE void store(S* p, Vec<A> v, int64_t n) {
   for (int64_t k = 0; k < n; ++k) p[k] = some[k];
 }
 
-// --- exp, sigmoid and tanh -------------------------------------------------------------------------------------------
+// --- sigmoid and tanh ------------------------------------------------------------------------------------------------
 
 // The cell's functions for results that are stored as S.
 template <class S>
