@@ -20,14 +20,16 @@ struct ForwardTraits {  // ForwardRow, as a type
                        kStages = stages;
   static constexpr int kCtas = ctas, kCells = kRow.cells(), kSequences = kRow.sequences();
   static constexpr int kBlocks = kRow.blocks(), kTiles = kRow.tiles(), kColumns = 2 * eights;
+  static constexpr bool kSplitsBlocks = splits > kColumns;  // a lane's cells are of one block, though a warp has two
   static constexpr bool kAhead = ahead;
   template <class S>
   static constexpr int kStageBytes = kRow.stage_bytes(sizeof(S));
 };
 
-// Where a warp's work lies: its one or two blocks of units, its split of the sum, and the cells of its lanes. Columns
-// of the products are in an order in which a warp's own come first, whichever its split: column c is sequence c ^ split
-// of the group, as far as their last bits go. So no register is chosen at run time. A column has a cell in each block.
+// Where a warp's work lies: its one or two blocks of units, its split of the sum, and the cells of its lanes. A lane's
+// products are those of its columns, of the first block and then of the second; every kSplits-th belongs to the warp,
+// from its split on. They are in an order in which a warp's own come first, whichever its split: product n is that of
+// n ^ split, as far as its bits go, as columns and blocks are exchanged. So no register is chosen at run time.
 template <class S, class Row>
 struct ForwardPlace : Place {
   int share, split, block;  // the warps of a share have the same blocks; block is the first of these, of the layer
@@ -37,14 +39,23 @@ struct ForwardPlace : Place {
         share(warp / Row::kSplits),
         split(warp % Row::kSplits),
         block(rank * p.plan.blocks + share * Row::kBlocks) {}
+  // The bits of the split that exchange columns, and blocks.
+  __device__ int column_split() const { return Row::kSplitsBlocks ? split % Row::kColumns : split; }
+  __device__ int block_split() const { return Row::kSplitsBlocks ? split / Row::kColumns : 0; }
   // The sequence, within the group, of cell i of lane t: an eight of sequences is four pairs, and lane t has pair t.
   __device__ int sequence(int i, int t) const {
-    const int column = i / Row::kBlocks * Row::kSplits + split;
+    const int column = (Row::kBlocks == 1 ? i * Row::kSplits : i * Row::kSplits % Row::kColumns) + column_split();
     return column / 2 * kEight + 2 * t + column % 2;
   }
   __device__ int sequence(int i) const { return sequence(i, t); }
-  __device__ int block_of(int i) const { return block + i % Row::kBlocks; }
+  __device__ int block_of(int i) const {
+    return Row::kBlocks == 1 ? block : block + i * Row::kSplits / Row::kColumns + block_split();
+  }
   __device__ int unit(int i) const { return block_of(i) * kBlock + g; }
+  // The unit of the lane's products of a block, in their order.
+  __device__ int unit_of_products(int of) const {
+    return (block + (Row::kSplitsBlocks ? of ^ block_split() : of)) * kBlock + g;
+  }
 };
 
 // W_hh as fragments of mma: of a step, the lane's k of rows g and g + 8 of each tile. A half of a tile is a block's
@@ -74,13 +85,13 @@ struct ForwardWeights {
 
   static __device__ uint4 load(const PersistentForward& p, const ForwardPlace<S, Row>& place, int step, int tile) {
     const int k = (place.split * p.plan.steps + step) * kMmaDepth<S> + place.t * (kMmaDepth<S> / 4), H = int(p.H);
-    if (place.unit(0) >= H || step >= p.plan.steps) return {0, 0, 0, 0};
-    const auto row = [&](int half) -> uint2 {
-      const int gate = half / Row::kBlocks, unit = place.unit(half % Row::kBlocks);
-      if (Row::kBlocks > 1 && unit >= H) return {0, 0};
-      return row_part(static_cast<const S*>(p.w_hh[place.d]) + (int64_t(gate) * H + unit) * H, k, H, p.weights_aligned);
+    const int unit = place.unit_of_products(0), second = place.unit_of_products(Row::kBlocks - 1);
+    if (step >= p.plan.steps || (unit >= H && second >= H)) return {0, 0, 0, 0};
+    const S* const row = static_cast<const S*>(p.w_hh[place.d]) + (int64_t(tile * 2 / Row::kBlocks) * H + unit) * H;
+    const auto part = [&](int unit, const S* row) {
+      return Row::kBlocks > 1 && unit >= H ? uint2{0, 0} : row_part(row, k, H, p.weights_aligned);
     };
-    const uint2 a = row(tile * 2), b = row(tile * 2 + 1);
+    const uint2 a = part(unit, row), b = part(second, row + int64_t(Row::kBlocks > 1 ? second - unit : H) * H);
     return {a.x, b.x, a.y, b.y};
   }
 
@@ -141,7 +152,7 @@ struct ForwardBiases {
     for (int block = 0; block < Row::kBlocks; ++block)
 #pragma unroll
       for (int k = 0; k < Cell::kGates; ++k) {
-        const int unit = place.unit(block);
+        const int unit = place.unit_of_products(block);
         const auto bias = [&](const void* from) { return unit < p.H && from ? load<S>(from, k * p.H + unit) : 0.f; };
         input[block][k] = bias(p.input.bias_ih[place.d]);
         of[block][k] = bias(p.input.bias_hh[place.d]) + (is_apart<Cell>(k) ? 0 : input[block][k]);
@@ -149,28 +160,28 @@ struct ForwardBiases {
   }
 };
 
-// Parts of sums, from the warps of a share's other splits: a lane gets the gates of its own cells. Slot j of a column
+// Parts of sums, from the warps of a share's other splits: a lane gets the gates of its own cells. Slot j of a product
 // is for the split that differs from the owner's by j + 1 in its bits.
 template <class Row>
 struct Parts {
   using Cell = typename Row::Cell;
-  static constexpr int kColumns = Row::kColumns, kBlocks = Row::kBlocks;
+  static constexpr int kProducts = Row::kColumns * Row::kBlocks;  // of a lane, each with all gates of a cell
   static_assert(Cell::kGates <= 4, "those of a cell travel as 16 bytes");
   char* memory;
-  int at[Row::kSplits];  // of the lane: the slots of the first column that each split owns, by its distance
+  int at[Row::kSplits];  // of the lane: the slots of the first product that each split owns, by its distance
   int barrier;
 
   __device__ Parts(char* shared, int share, int split, int lane) : memory(shared), barrier(kept(1 + share)) {
 #pragma unroll
     for (int j = 0; j < Row::kSplits; ++j)
-      at[j] = kept(((share * kColumns + (j ^ split)) * (Row::kSplits - 1) * kBlocks * kWarp + lane) * kPiece);
+      at[j] = kept(((share * kProducts + (j ^ split)) * (Row::kSplits - 1) * kWarp + lane) * kPiece);
   }
 
-  // The sum of a gate, of column c and a block: see ForwardWeights.
+  // The sum of a gate, of product n: see ForwardWeights.
   template <class S>
-  static __device__ auto& sum(Sums<S> (&sums)[Row::kTiles][Row::kEights], int gate, int c, int block) {
-    const int half = gate * kBlocks + block;
-    return sums[half / 2][c / 2].v[half % 2 * 2 + c % 2];
+  static __device__ auto& sum(Sums<S> (&sums)[Row::kTiles][Row::kEights], int gate, int n) {
+    const int half = gate * Row::kBlocks + n / Row::kColumns, column = n % Row::kColumns;
+    return sums[half / 2][column / 2].v[half % 2 * 2 + column % 2];
   }
 
   // Sums begin with the input parts z[i] of the lane's own cells, but for those that stay apart, and the nearest other
@@ -179,50 +190,46 @@ struct Parts {
   static __device__ void begin(Sums<S> (&sums)[Row::kTiles][Row::kEights], const float (&z)[Row::kCells][Cell::kValues],
                                const ForwardBiases<Row>& biases) {
 #pragma unroll
-    for (int c = 0; c < kColumns; ++c)
+    for (int n = 0; n < kProducts; ++n) {
+      const int i = n / Row::kSplits, distance = n % Row::kSplits, block = n / Row::kColumns;
 #pragma unroll
-      for (int block = 0; block < kBlocks; ++block) {
-        const int i = c / Row::kSplits * kBlocks + block, distance = c % Row::kSplits;
-#pragma unroll
-        for (int k = 0; k < Cell::kGates; ++k) {
-          float first = distance == 0 && !is_apart<Cell>(k) ? z[i][k] : 0;
-          if (Row::kSplits == 1)
-            first += biases.of[block][k];
-          else if (distance == 1)
-            first = biases.of[block][k];
-          sum(sums, k, c, block) = first;
-        }
+      for (int k = 0; k < Cell::kGates; ++k) {
+        float first = distance == 0 && !is_apart<Cell>(k) ? z[i][k] : 0;
+        if (Row::kSplits == 1)
+          first += biases.of[block][k];
+        else if (distance == 1)
+          first = biases.of[block][k];
+        sum(sums, k, n) = first;
       }
+    }
   }
   template <class S>
   __device__ void finish(float (&z)[Row::kCells][Cell::kValues], Sums<S> (&sums)[Row::kTiles][Row::kEights],
                          const ForwardBiases<Row>& biases) const {
     if constexpr (Row::kSplits > 1) {
 #pragma unroll
-      for (int c = 0; c < kColumns; ++c)
+      for (int n = 0; n < kProducts; ++n) {
+        if (n % Row::kSplits == 0) continue;
+        float4 part = {};
 #pragma unroll
-        for (int block = 0; block < kBlocks; ++block)
-          if (c % Row::kSplits != 0) {
-            float4 part = {};
-#pragma unroll
-            for (int k = 0; k < Cell::kGates; ++k) (&part.x)[k] = sum(sums, k, c, block);
-            slot(c, c % Row::kSplits - 1, block) = part;
-          }
+        for (int k = 0; k < Cell::kGates; ++k) (&part.x)[k] = sum(sums, k, n);
+        slot(n, n % Row::kSplits - 1) = part;
+      }
 #if !defined(BIRNN_WITHOUT_BARRIER)  // to see that a test would notice
       asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(Row::kSplits * kWarp) : "memory");
 #endif
     }
 #pragma unroll
     for (int i = 0; i < Row::kCells; ++i) {
-      const int c = i / kBlocks * Row::kSplits, block = i % kBlocks;
+      const int n = i * Row::kSplits;
 #pragma unroll
       for (int k = 0; k < Cell::kGates; ++k) {
-        if (is_apart<Cell>(k)) z[i][k] += biases.input[block][k];
-        z[i][Cell::recurrent_value(k)] = sum(sums, k, c, block);
+        if (is_apart<Cell>(k)) z[i][k] += biases.input[n / Row::kColumns][k];
+        z[i][Cell::recurrent_value(k)] = sum(sums, k, n);
       }
 #pragma unroll
       for (int j = 0; j < Row::kSplits - 1; ++j) {
-        const float4 part = slot(c, j, block);
+        const float4 part = slot(n, j);
 #pragma unroll
         for (int k = 0; k < Cell::kGates; ++k) z[i][Cell::recurrent_value(k)] += (&part.x)[k];
       }
@@ -230,11 +237,10 @@ struct Parts {
   }
 
  private:
-  // Slot j of column c, which the split owns that is c % kSplits away.
-  __device__ float4& slot(int c, int j, int block) const {
-    const int column = c / Row::kSplits * Row::kSplits;  // of the first split's
-    const int further = (column * (Row::kSplits - 1) + j) * kBlocks + block;
-    return *reinterpret_cast<float4*>(memory + at[c % Row::kSplits] + further * kFragment);
+  // Slot j of product n, which the split owns that is n % kSplits away.
+  __device__ float4& slot(int n, int j) const {
+    const int product = n / Row::kSplits * Row::kSplits;  // of the first split's
+    return *reinterpret_cast<float4*>(memory + at[n % Row::kSplits] + (product * (Row::kSplits - 1) + j) * kFragment);
   }
 };
 
@@ -281,14 +287,15 @@ struct GatesRing : Ring<S, Row> {
 template <class S, class Row>
 struct ForwardCells {
   using Cell = typename Row::Cell;
-  static constexpr int N = Row::kCells, kBlocks = Row::kBlocks, kValues = Cell::kValues;
+  static constexpr int N = Row::kCells, kValues = Cell::kValues;
+  static constexpr int kColumns = N / (Row::kSplitsBlocks ? 1 : Row::kBlocks);  // cells of the lane's first block
   float c[N];
   S h[N];
   Activity activity[N];
   int there[N];  // whether the cell exists: neither its sequence nor its unit is padding
-  char *y[N / kBlocks], *gates[N / kBlocks], *cells[N / kBlocks];  // of the first block's cells
-  int64_t stride[3];                                               // bytes of y, `gates` and `cells` from step to step
-  int64_t gate[kValues];                                           // where in a row of `gates` each value begins
+  char *y[kColumns], *gates[kColumns], *cells[kColumns];  // those of the second block are 8 units further
+  int64_t stride[3];                                      // bytes of y, `gates` and `cells` from step to step
+  int64_t gate[kValues];                                  // where in a row of `gates` each value begins
   int saves_gates, saves_cells;
 
   __device__ ForwardCells(const PersistentForward& p, const ForwardPlace<S, Row>& place, int64_t b0)
@@ -309,11 +316,11 @@ struct ForwardCells {
       const int64_t state = (place.d * p.B + b) * p.H + unit;
       h[i] = there[i] && p.h0 ? convert(factor<S>(load<S>(p.h0, state)), S()) : convert(0.f, S());
       c[i] = there[i] && p.c0 ? load<S>(p.c0, state) : 0.f;
-      if (i % kBlocks > 0) continue;
+      if (i >= kColumns) continue;
       const int64_t at = ((t0 * p.B + b) * p.D + place.d) * p.H + unit;
-      y[i / kBlocks] = static_cast<char*>(p.y) + at * int(sizeof(S));
-      gates[i / kBlocks] = static_cast<char*>(p.gates) + ((at - unit) * kValues + unit) * int(sizeof(S));
-      cells[i / kBlocks] = static_cast<char*>(p.cells) + at * int(sizeof(float));
+      y[i] = static_cast<char*>(p.y) + at * int(sizeof(S));
+      gates[i] = static_cast<char*>(p.gates) + ((at - unit) * kValues + unit) * int(sizeof(S));
+      cells[i] = static_cast<char*>(p.cells) + at * int(sizeof(float));
     }
   }
 
@@ -333,13 +340,11 @@ struct ForwardCells {
       else
         write(i, S(), {}, 0.f);
     }
-    if (i % kBlocks == kBlocks - 1) {
-      const int j = i / kBlocks;
-      y[j] += stride[0], gates[j] += stride[1], cells[j] += stride[2];
-    }
+    const int j = i - (N - kColumns);
+    if (j >= 0) y[j] += stride[0], gates[j] += stride[1], cells[j] += stride[2];
   }
   __device__ void write(int i, S h, const float (&z)[kValues], float c) {
-    const int j = i / kBlocks, further = i % kBlocks * kBlock;
+    const int j = i % kColumns, further = i / kColumns * kBlock;
     reinterpret_cast<S*>(y[j])[further] = h;
     if (saves_cells) reinterpret_cast<float*>(cells[j])[further] = c;
     if (!saves_gates) return;
@@ -378,11 +383,11 @@ __device__ void load_h0(const PersistentForward& p, int d, int64_t b0, char* buf
 template <class S, class Row>
 __device__ void h_columns(int (&at)[2], const ForwardPlan& plan, const ForwardPlace<S, Row>& place) {
   constexpr int kSize = sizeof(S), kBlocks = blocks_of_step(kSize), kEightBytes = kEight * kBlock * kSize;
-  const int first = place.split * plan.steps * kBlocks, byte = place.t * 8;
-  const int column = h_offset(first + byte / (kBlock * kSize), place.g ^ (place.split & 1), Row::kSequences, kSize) +
+  const int first = place.split * plan.steps * kBlocks, byte = place.t * 8, split = place.column_split();
+  const int column = h_offset(first + byte / (kBlock * kSize), place.g ^ (split & 1), Row::kSequences, kSize) +
                      byte % (kBlock * kSize);
-  at[0] = kept(column + (place.split >> 1) * kEightBytes);
-  at[1] = Row::kSplits > 2 ? kept(column + (place.split >> 1 ^ 1) * kEightBytes) : at[0] + kEightBytes;
+  at[0] = kept(column + (split >> 1) * kEightBytes);
+  at[1] = Row::kSplits > 2 ? kept(column + (split >> 1 ^ 1) * kEightBytes) : at[0] + kEightBytes;
 }
 
 // What a group of sequences has for itself, in one pass, and its step. docs/cuda.md tells a step's data flow.

@@ -2,13 +2,13 @@
 // work is laid onto the GPU, and how much of it fits, is decided here, free of torch and CUDA; docs/cuda.md draws it.
 //
 // A group of P thread blocks (CTAs) serves one direction of 8, 16 or 32 sequences. Each CTA owns some hidden units, in
-// blocks of 8, for all four gates. Products run on tensor cores: weights are the 16 rows, 8 sequences the columns.
+// blocks of 8, for all gates. Products run on tensor cores: weights are the 16 rows, 8 sequences the columns.
 //
-// Forward: two tiles of rows are the four gates of a unit block; a warp has those of one block and one part (split) of
-// the sum over h_{t-1}, and in the end each lane has all gates of its own cells. h_t goes to all CTAs of the group.
-// Backward: a CTA multiplies its own dz_t with its own rows of W_hh, which makes a part of the sum for every unit of
-// the layer; a tile's rows are 16 of these, and each part goes to the CTA that owns the units. That moves 4 H bytes a
-// sequence and step; handing dz round would move 8 H to 16 H.
+// Forward: two tiles of rows are the four gates of a unit block, or three tiles the three gates of two; a warp has
+// these and one part (split) of the sum over h_{t-1}, and in the end each lane has all gates of its own cells. h_t goes
+// to all CTAs of the group. Backward: a CTA multiplies its own dz_t with its own rows of W_hh, which makes a part of
+// the sum for every unit of the layer; a tile's rows are 16 of these, and each part goes to the CTA that owns the
+// units. That moves 4 H bytes a sequence and step; handing dz round would move 8 H to 16 H.
 #pragma once
 
 #include <cstdint>
@@ -26,7 +26,7 @@ enum class Exchange : int {
 };
 constexpr int kExchanges = 3;
 
-constexpr int kBlock = 8;  // units of a block: as many sequences of them are a tile's half, for each gate
+constexpr int kBlock = 8;  // units of a block: of a gate, half a tile's rows
 constexpr int kTile = 16;  // rows of an mma
 constexpr int kEight = 8;  // columns of an mma: sequences
 constexpr int kWarp = 32;
@@ -47,10 +47,10 @@ BIRNN_INLINE constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b -
 
 // eights: of sequences in a group. turns: groups of sequences that the same CTAs serve, a step of each in turn: while
 // one is computed, what the other has sent is under way. splits: of the sum over h. resident: steps of the sum (each an
-// mma deep and two tiles high) whose weights a warp keeps in registers. warps: the most that a CTA may have. stages:
-// steps of gates_x that are under way. ctas: those that share a multiprocessor, if they fit. ahead: whether float32
-// weights are split into two TF32 when they are loaded, which takes twice the registers, rather than each time they are
-// used.
+// mma deep, and all of its tiles high) whose weights a warp keeps in registers. warps: the most that a CTA may have.
+// stages: steps of gates_x that are under way. ctas: those that share a multiprocessor, if they fit. ahead: whether
+// float32 weights are split into two TF32 when they are loaded, which takes twice the registers, rather than each time
+// they are used.
 //
 // "Step" has two meanings: a time step, and a step of a sum, which is as deep as one mma. Members of rows and plans
 // mean the latter.
@@ -103,11 +103,11 @@ struct BackwardRow {
   X(lstm, grid, 2, 1, 4, 16, 8, 4, 1, false)     \
   X(lstm, grid, 4, 1, 4, 12, 8, 2, 1, false)     \
   X(lstm, grid, 2, 2, 4, 12, 8, 2, 1, false)     \
-  X(gru, cta, 1, 1, 1, 4, 8, 2, 1, false)        \
+  X(gru, cta, 1, 1, 2, 3, 16, 2, 1, false)       \
   X(gru, cluster, 1, 1, 2, 4, 4, 4, 2, false)    \
   X(gru, cluster, 1, 1, 2, 12, 8, 4, 1, false)   \
   X(gru, cluster, 2, 1, 2, 8, 8, 2, 1, false)    \
-  X(gru, grid, 2, 1, 4, 8, 8, 4, 1, false)
+  X(gru, grid, 2, 1, 4, 10, 8, 4, 1, false)
 #define BIRNN_FORWARD_ROWS_32(X)                \
   X(lstm, cta, 1, 1, 1, 6, 8, 2, 1, true)       \
   X(lstm, cluster, 1, 1, 2, 8, 8, 4, 1, true)   \
@@ -118,8 +118,9 @@ struct BackwardRow {
   X(lstm, grid, 2, 1, 2, 10, 8, 2, 1, false)    \
   X(lstm, grid, 1, 2, 2, 12, 8, 2, 1, false)    \
   X(gru, cta, 1, 1, 1, 4, 8, 2, 1, false)       \
-  X(gru, cluster, 1, 1, 2, 8, 8, 4, 1, false)   \
-  X(gru, grid, 1, 1, 2, 8, 8, 4, 1, false)
+  X(gru, cluster, 1, 1, 4, 4, 8, 4, 1, true)    \
+  X(gru, cluster, 1, 1, 4, 9, 8, 4, 1, false)   \
+  X(gru, grid, 1, 1, 4, 8, 8, 4, 1, false)
 
 // X(cell, exchange, eights, turns, cells, splits, steps, tiles, resident, warps, stages, ctas, ahead)
 #define BIRNN_BACKWARD_ROWS_16(X)                          \
@@ -138,8 +139,8 @@ struct BackwardRow {
   X(lstm, cluster, 2, 2, 2, 1, 8, 2, 16, 8, 2, 1, false)   \
   X(lstm, grid, 2, 1, 1, 1, 4, 8, 31, 8, 4, 1, false)      \
   X(lstm, grid, 2, 2, 1, 1, 4, 8, 20, 8, 2, 1, false)      \
-  X(gru, cta, 1, 1, 4, 1, 24, 1, 24, 8, 2, 1, false)       \
-  X(gru, cluster, 1, 1, 2, 1, 6, 4, 24, 4, 4, 1, false)    \
+  X(gru, cta, 1, 1, 2, 2, 12, 1, 8, 16, 1, 1, false)       \
+  X(gru, cluster, 1, 1, 2, 1, 6, 8, 36, 4, 4, 1, false)    \
   X(gru, cluster, 1, 1, 2, 1, 9, 8, 36, 6, 2, 1, false)    \
   X(gru, cluster, 2, 1, 2, 1, 6, 4, 24, 8, 2, 1, false)    \
   X(gru, grid, 2, 1, 1, 1, 3, 8, 24, 8, 4, 1, false)
@@ -154,8 +155,10 @@ struct BackwardRow {
   X(lstm, grid, 2, 1, 1, 1, 8, 6, 16, 8, 2, 1, false)     \
   X(lstm, grid, 2, 1, 1, 1, 8, 8, 16, 8, 2, 1, false)     \
   X(gru, cta, 1, 1, 2, 2, 12, 1, 12, 8, 1, 1, false)      \
-  X(gru, cluster, 1, 1, 1, 1, 12, 2, 18, 8, 4, 1, false)  \
-  X(gru, grid, 2, 1, 1, 1, 6, 6, 16, 8, 2, 1, false)
+  X(gru, cluster, 1, 1, 1, 1, 12, 1, 12, 8, 4, 1, true)   \
+  X(gru, cluster, 1, 1, 1, 1, 12, 4, 24, 8, 2, 1, false)  \
+  X(gru, grid, 2, 1, 1, 1, 6, 6, 24, 8, 2, 1, false)      \
+  X(gru, grid, 2, 1, 1, 1, 6, 8, 20, 8, 2, 1, false)
 
 #define BIRNN_ROW(cell, exchange, ...) {Exchange::exchange, {CellKind::cell, __VA_ARGS__}},
 struct ForwardEntry {
