@@ -114,7 +114,7 @@ def test_choice_by_kind_of_gpu(cell):
     for gpu in ("A100", "A10", "RTX 4090", "L4"):
         assert names(gpu, "bfloat16", 32, 128) == ["persistent-cta", "persistent-cta"]
     for gpu in ("H100", "B200"):
-        assert names(gpu, "bfloat16", 32, 128) == ["persistent-cta", "persistent-cluster"]
+        assert names(gpu, "bfloat16", 32, 192) == ["persistent-cta", "persistent-cluster"]
     assert names("A100", "bfloat16", 256, 768, 4096) == ["persistent-grid", "persistent-grid", "stepwise"]
     assert names("A100", "float32", 64, 640, 2048) == ["persistent-cta", "persistent-grid", "stepwise"]
     assert names("H100", "bfloat16", 256, 768, 1024) == ["persistent-cluster", "persistent-cluster", "persistent-grid"]

@@ -85,7 +85,7 @@ struct BackwardWeights {
 #pragma unroll
     for (int f = 0; f < kFragments; ++f)
       if (!is_in_memory(f)) resident[f - in_memory_before(f)] = load(p, place, f);
-    static_assert(Row::kSplits == 1 || Row::kSteps % 4 == 0, "dz_swap() goes by fours");
+    static_assert(Row::kSplits == 1 || Row::kSteps % (Row::kOfUnit == 4 ? 4 : 2) == 0, "dz_swap() goes by so many");
     column = kept(p.plan.dz + split * Row::kSteps * Row::kSequences * 32 + place.g * 32 + place.t * 8);
   }
 

@@ -139,6 +139,7 @@ struct BackwardRow {
   X(lstm, cluster, 2, 2, 2, 1, 8, 2, 16, 8, 2, 1, false)   \
   X(lstm, grid, 2, 1, 1, 1, 4, 8, 31, 8, 4, 1, false)      \
   X(lstm, grid, 2, 2, 1, 1, 4, 8, 20, 8, 2, 1, false)      \
+  X(gru, cta, 1, 1, 2, 2, 6, 1, 6, 8, 2, 1, false)         \
   X(gru, cta, 1, 1, 2, 2, 12, 1, 8, 16, 1, 1, false)       \
   X(gru, cluster, 1, 1, 2, 1, 6, 8, 36, 4, 4, 1, false)    \
   X(gru, cluster, 1, 1, 2, 1, 9, 8, 36, 6, 2, 1, false)    \
