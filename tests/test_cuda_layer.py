@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from cells import GRU_CELL, every_cell
+from cells import every_cell
 from helpers import TOLERANCE, as_double, assert_near
 from test_layer import composite, random_layer, results_and_gradients
 from torch.profiler import ProfilerActivity, profile
@@ -115,15 +115,14 @@ def test_cells_alone_are_saved_as_with_all(dtype, cell):
     assert torch.equal(cells, all_cells)
 
 
-def test_stepwise_alone_runs_a_gru(monkeypatch):
-    x, weights = torch.randn(3, 2, 4, device="cuda"), [torch.randn(24, n, device="cuda") for n in (4, 8)]
-    args = (x, weights, False, None, None, "none")
-    before = op_calls()["cuda_stepwise"]
-    GRU_CELL.operator("_layer")(*args)
-    assert op_calls()["cuda_stepwise"] == before + 1
-    monkeypatch.setenv("BIRNN_CUDA_ALGO", "persistent-cta")
-    with pytest.raises(RuntimeError, match="BIRNN_CUDA_ALGO=persistent-cta can't run this layer: gru, hidden_size 8"):
-        GRU_CELL.operator("_layer")(*args)
+@every_cell
+def test_a_persistent_kernel_runs_a_small_layer(cell):
+    x = torch.randn(3, 2, 4, device="cuda")
+    weights = [torch.randn(cell.gates * 8, n, device="cuda") for n in (4, 8)]
+    before = op_calls()
+    cell.operator("_layer")(x, weights, False, *[None] * cell.states, None, "none")
+    algorithm = "persistent-cta" if torch.cuda.get_device_capability() >= (8, 0) else "stepwise"
+    assert op_calls()[f"cuda_{algorithm}"] == before[f"cuda_{algorithm}"] + 1
 
 
 class Computing(TorchDispatchMode):

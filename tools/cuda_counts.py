@@ -9,8 +9,9 @@ shared_bank_conflicts and by_class. EMULATOR stands for a command that runs a pr
     EMULATOR python tools/cuda_counts.py counts.jsonl --only "bfloat16 768" --algorithm persistent-grid
 
 Each pass runs over 4 and over 8 steps, and a step is a quarter of the difference. The table has two lines for each
-pass: the study, and the kernels of this build with their ratio to the study in brackets. The counts of waiting (at a
-counter, at a barrier in shared memory) depend on the emulator.
+pass: the study, and the kernels of this build with their ratio to the study in brackets. With `--cell gru` they are the
+LSTM and the GRU of this build, of the same size. The counts of waiting (at a counter, at a barrier in shared memory)
+depend on the emulator.
 """
 
 from __future__ import annotations
@@ -126,7 +127,7 @@ def counted(stats: Path, kernels: str, run: Callable[[], object]) -> list[dict]:
     return matching
 
 
-def measure(study: Study, algorithm: str, stats: Path, kernels: str) -> tuple[list[dict], Count]:
+def measure(study: Study, cell: str, algorithm: str, stats: Path, kernels: str) -> tuple[list[dict], Count]:
     """Returns the launches over STEPS[1] steps, and the counts of a step."""
     os.environ["BIRNN_CUDA_ALGO"] = algorithm
     import torch
@@ -134,17 +135,21 @@ def measure(study: Study, algorithm: str, stats: Path, kernels: str) -> tuple[li
     import birnn_ext
 
     options = {"device": "cuda", "dtype": getattr(torch, study.dtype)}
-    w_hh = torch.randn(2, 4 * study.H, study.H).div(study.H**0.5).to(**options)
-    forward, backward = torch.ops.birnn_ext.lstm_recurrence, torch.ops.birnn_ext.lstm_recurrence_backward
+    gates = {"lstm": 4, "gru": 3}[cell]
+    w_hh = torch.randn(2, gates * study.H, study.H).div(study.H**0.5).to(**options)
+    forward = getattr(torch.ops.birnn_ext, f"{cell}_recurrence")
+    backward = getattr(torch.ops.birnn_ext, f"{cell}_recurrence_backward")
     launches = []
     for steps in STEPS:
-        gates_x = torch.randn(steps, study.B, 2, 4 * study.H).to(**options)
+        gates_x = torch.randn(steps, study.B, 2, gates * study.H).to(**options)
         dy = torch.randn(steps, study.B, 2, study.H).to(**options)
-        *_, gates, cells = forward(gates_x, w_hh, None, None, None, "all")
+        y, *_, saved, cells = forward(gates_x, w_hh, None, None, None, "all")
         if study.direction == "forward":
             launches.append(counted(stats, kernels, lambda: forward(gates_x, w_hh, None, None, None, "all")))  # noqa: B023
         else:
-            arguments = (w_hh, None, None, gates, cells, dy, None, None, False)
+            states = (None, None) if cell == "lstm" else (None, None, y)
+            incoming = (dy, None, None) if cell == "lstm" else (dy, None)
+            arguments = (w_hh, *states, saved, cells, *incoming, False)
             launches.append(counted(stats, kernels, lambda: backward(*arguments)))  # noqa: B023
     ran = {name for name, calls in birnn_ext.op_calls().items() if name.startswith("cuda_persistent") and calls}
     assert f"cuda_{algorithm}" in ran, f"{ran} ran"
@@ -184,16 +189,22 @@ def main() -> None:
     parser.add_argument("stats", type=Path, help="the file that the device counts to")
     parser.add_argument("--only", default="", metavar="TEXT", help='only layers with it: "bfloat16 768", "forward"')
     parser.add_argument("--algorithm", metavar="NAME", help="in place of the one that the study is like")
+    parser.add_argument("--cell", choices=["lstm", "gru"], default="lstm", help="gru: compare it with the LSTM")
     parser.add_argument("--kernels", default="birnn", metavar="REGEX", help="names of kernels that count")
     args = parser.parse_args()
     print(row(HEAD), row(["---", "---", *["---:"] * (len(HEAD) - 2)]), sep="\n")
     for study in STUDIES:
         if args.only not in str(study):
             continue
-        print(row([str(study), "study", *cells(study.count)]), flush=True)
         algorithm = args.algorithm or study.algorithm
-        launches, count = measure(study, algorithm, args.stats, args.kernels)
-        print(row(["", name_of(algorithm, launches), *cells(count, study.count)]), flush=True)
+        other, name = study.count, "study"
+        if args.cell != "lstm":
+            launches, other = measure(study, "lstm", algorithm, args.stats, args.kernels)
+            name = f"lstm, {name_of(algorithm, launches)}"
+        print(row([str(study), name, *cells(other)]), flush=True)
+        launches, count = measure(study, args.cell, algorithm, args.stats, args.kernels)
+        name = name_of(algorithm, launches)
+        print(row(["", name if args.cell == "lstm" else f"{args.cell}, {name}", *cells(count, other)]), flush=True)
 
 
 if __name__ == "__main__":

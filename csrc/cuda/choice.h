@@ -94,8 +94,9 @@ inline double in_turns(int turns, double exchange, double computing) {
 
 inline double step_ticks(int size, const ForwardPlan& plan) {
   const ForwardRow& row = row_of(size, plan);
-  const double mma = 2. * plan.steps * row.eights * (size == 4 ? 3 : 1);
-  const double shared = plan.warps * (plan.memory_steps * 2. * kFragment + plan.steps * row.eights * 256.);
+  const double mma = 1. * row.tiles() * plan.steps * row.eights * (size == 4 ? 3 : 1);
+  const double shared =
+      plan.warps * (plan.memory_steps * row.tiles() * double(kFragment) + plan.steps * row.eights * 256.);
   const double own = h_bytes(plan.blocks, row.sequences(), size);
   return in_turns(row.turns, exchange_ticks(plan.exchange, plan.ctas, own, own * plan.ctas),
                   model::kForward + products_ticks(size, mma, plan.warps, shared));
@@ -167,14 +168,14 @@ void add_if_fits(Candidates<Plan>& found, const Layer& layer, const Gpu& gpu, co
 inline Candidates<ForwardPlan> forward_candidates(Exchange exchange, const Layer& layer, const Gpu& gpu) {
   Candidates<ForwardPlan> found;
   const int size = size_of(layer.dtype);
-  const int64_t all = divide_up(layer.H, kBlock);
   for_each_row(size == 2 ? kForwardRows16 : kForwardRows32, size, [&](int k, const ForwardEntry& entry) {
-    if (entry.exchange != exchange) return;
     const ForwardRow& row = entry.row;
+    if (entry.exchange != exchange || row.cell != layer.cell) return;
+    const int64_t all = divide_up(layer.H, row.blocks() * kBlock);  // shares of blocks, each a warp's or its splits'
     const int most = row.splits == 1 ? row.warps : std::min(row.warps / row.splits, kMaxBarriers - 1);
-    for (int blocks = 1; blocks <= most; ++blocks)
-      if (divide_up(all, divide_up(all, blocks)) == blocks)  // otherwise fewer blocks would do, in as many CTAs
-        add_if_fits(found, layer, gpu, forward_plan(size, layer.H, k, blocks), row.ctas);
+    for (int shares = 1; shares <= most; ++shares)
+      if (divide_up(all, divide_up(all, shares)) == shares)  // otherwise fewer would do, in as many CTAs
+        add_if_fits(found, layer, gpu, forward_plan(size, layer.H, k, shares * row.blocks()), row.ctas);
   });
   return found;
 }
@@ -184,7 +185,8 @@ inline Candidates<BackwardPlan> backward_candidates(Exchange exchange, const Lay
   Candidates<BackwardPlan> found;
   const int size = size_of(layer.dtype);
   for_each_row(size == 2 ? kBackwardRows16 : kBackwardRows32, size, [&](int k, const BackwardEntry& entry) {
-    if (entry.exchange == exchange && divide_up(layer.H, kTile) <= entry.row.most_tiles())
+    if (entry.exchange == exchange && entry.row.cell == layer.cell &&
+        divide_up(layer.H, kTile) <= entry.row.most_tiles())
       add_if_fits(found, layer, gpu, backward_plan(size, layer.H, k), entry.row.ctas);
   });
   return found;
@@ -217,9 +219,8 @@ Choice best_of(Algorithm algorithm, const Layer& layer, const Gpu& gpu, Fits fit
     return best;
   }
   const Exchange exchange = exchange_of(algorithm);
-  if (layer.cell != CellKind::lstm || !is_persistent(layer.dtype) ||
-      gpu.capability < (exchange == Exchange::cluster ? 90 : 80) || layer.T > kMostSteps || layer.B > kMostSequences ||
-      layer.H > kMostUnits)
+  if (!is_persistent(layer.dtype) || gpu.capability < (exchange == Exchange::cluster ? 90 : 80) ||
+      layer.T > kMostSteps || layer.B > kMostSequences || layer.H > kMostUnits)
     return best;
   const auto forward = pick(forward_candidates(exchange, layer, gpu), fits);
   const auto backward = pick(backward_candidates(exchange, layer, gpu), fits);

@@ -4,6 +4,7 @@
 #include "cuda/choice.h"
 
 #include <cstdio>
+#include <utility>
 
 using namespace birnn;
 using namespace birnn::cuda;
@@ -20,13 +21,16 @@ int main(int count, char** arguments) {
   for (int k = 1; k < count; ++k) {
     Gpu gpu;
     if (std::sscanf(arguments[k], "%d,%d,%d", &gpu.multiprocessors, &gpu.shared_memory, &gpu.capability) != 3) return 2;
-    for (const DType dtype : {DType::f32, DType::f16})
+    for (const auto& [cell, dtype] : {std::pair{CellKind::lstm, DType::f32},
+                                      {CellKind::lstm, DType::f16},
+                                      {CellKind::gru, DType::f32},
+                                      {CellKind::gru, DType::f16}})
       for (const int64_t D : {1, 2})
         for (const int64_t B : {1, 16, 33, 100, 200, 300, 1000})
           for (int64_t H = 1; H <= 1040; H += 11)
             for (const auto algorithm :
                  {Algorithm::persistent_cta, Algorithm::persistent_grid, Algorithm::persistent_cluster}) {
-              const Layer layer{CellKind::lstm, dtype, 1, B, D, H};
+              const Layer layer{cell, dtype, 1, B, D, H};
               const Choice choice = best_of(algorithm, layer, gpu);
               if (gpu.capability < (algorithm == Algorithm::persistent_cluster ? 90 : 80)) continue;
               const auto forward = forward_candidates(exchange_of(algorithm), layer, gpu);
@@ -36,8 +40,9 @@ int main(int count, char** arguments) {
                                      : choice.possible && is_near_fastest(layer, gpu, choice.forward, forward) &&
                                            is_near_fastest(layer, gpu, choice.backward, backward);
               if (!right)
-                std::printf("%s, %d bytes, H %lld, B %lld, D %lld, %s\n", kAlgorithmNames[int(algorithm)],
-                            size_of(dtype), (long long)H, (long long)B, (long long)D, arguments[k]);
+                std::printf("cell %d, %s, %d bytes, H %lld, B %lld, D %lld, %s\n", int(cell),
+                            kAlgorithmNames[int(algorithm)], size_of(dtype), (long long)H, (long long)B, (long long)D,
+                            arguments[k]);
             }
   }
 }

@@ -11,10 +11,13 @@
 
 namespace birnn::cuda {
 
-template <Exchange exchange, int eights, int turns, int cells, int splits, int steps, int tiles, int resident,
-          int warps, int stages, int ctas, bool ahead>
+template <Exchange exchange, CellKind cell, int eights, int turns, int cells, int splits, int steps, int tiles,
+          int resident, int warps, int stages, int ctas, bool ahead>
 struct BackwardTraits {  // BackwardRow, as a type
-  static constexpr BackwardRow kRow{eights, turns, cells, splits, steps, tiles, resident, warps, stages, ctas, ahead};
+  static constexpr BackwardRow kRow{cell,  eights,   turns, cells,  splits, steps,
+                                    tiles, resident, warps, stages, ctas,   ahead};
+  static constexpr int kOfUnit = k_of_unit(cell);
+  using Cell = CellOf<cell>;
   static constexpr Exchange kExchange = exchange;
   static constexpr int kEights = eights, kTurns = turns, kCells = cells, kSplits = splits, kSteps = steps,
                        kTilesOfWarp = tiles;
@@ -47,8 +50,8 @@ struct BackwardPlace : Place {
   __device__ int sequence(int i) const { return eight(i) * kEight + pair(i) * 2 + octet % 2; }
 };
 
-// W_hh^T as fragments of mma: rows g and g + 8 of a tile of the layer's units; of a step of the sum, 4 units of the CTA
-// (float32: 2) with all gates, a lane's being one unit's (float32: half of it).
+// W_hh^T as fragments of mma: rows g and g + 8 of a tile of the layer's units; of a step of the sum, the lane's k,
+// which dz_offset() tells.
 template <class S, class Row>
 struct BackwardWeights {
   static constexpr int kTiles = Row::template kTiles<S>, kUnits = Row::template kUnits<S>;
@@ -82,24 +85,27 @@ struct BackwardWeights {
 #pragma unroll
     for (int f = 0; f < kFragments; ++f)
       if (!is_in_memory(f)) resident[f - in_memory_before(f)] = load(p, place, f);
-    static_assert(Row::kSplits == 1 || Row::kSteps % 4 == 0, "dz_swap() goes by fours");
+    static_assert(Row::kSplits == 1 || Row::kSteps % (Row::kOfUnit == 4 ? 4 : 2) == 0, "dz_swap() goes by so many");
     column = kept(p.plan.dz + split * Row::kSteps * Row::kSequences * 32 + place.g * 32 + place.t * 8);
   }
 
   __device__ uint4 load(const PersistentBackward& p, const BackwardPlace<S, Row>& place, int f) const {
-    constexpr int kOfStep = kMmaDepth<S> / 4;  // units
+    constexpr int kOfUnit = Row::kOfUnit, kOfStep = kMmaDepth<S> / kOfUnit;  // units
+    constexpr int kStepsOfGate = kUnits / kOfStep;                           // where each gate has its own
     const int tile = first + f / Row::kSteps * kStride, H = int(p.H);
-    const int own = (split * Row::kSteps + f % Row::kSteps) * kOfStep + (sizeof(S) == 2 ? place.t : place.t / 2);
-    const int unit = place.rank * kUnits + own, gate0 = sizeof(S) == 2 ? 0 : place.t % 2 * 2;
+    const int step = split * Row::kSteps + f % Row::kSteps, k = place.t * (kMmaDepth<S> / 4);
+    const int unit = place.rank * kUnits + step % kStepsOfGate * kOfStep + k / kOfUnit;
+    const int gate = step / kStepsOfGate + k % kOfUnit;
     uint32_t words[4] = {0, 0, 0, 0};
     if (unit < H && tile < p.plan.tiles) {
 #pragma unroll 1
       for (int row = 0; row < 2; ++row) {
         const int column = tile * kTile + place.g + row * 8;
-        const S* const from = static_cast<const S*>(p.w_hh[place.d]) + (int64_t(gate0) * H + unit) * H + column;
+        const S* const from = static_cast<const S*>(p.w_hh[place.d]) + (int64_t(gate) * H + unit) * H + column;
         if (column >= H) continue;
-        const auto bits = [&](int gate) {
-          return bits_of(convert(factor<S>(convert(from[int64_t(gate) * H * H], 0.f)), S()));
+        const auto bits = [&](int e) -> uint32_t {  // of the lane's k + e: another gate, or another unit
+          if (kOfUnit == 1 && unit + e >= H) return 0;
+          return bits_of(convert(factor<S>(convert(from[int64_t(e) * H * (kOfUnit == 1 ? 1 : H)], 0.f)), S()));
         };
         const uint32_t a = sizeof(S) == 2 ? bits(0) | bits(1) << 16 : bits(0);
         const uint32_t b = sizeof(S) == 2 ? bits(2) | bits(3) << 16 : bits(1);
@@ -113,7 +119,8 @@ struct BackwardWeights {
   }
 
   __device__ Column<S> column_of(const char* dz, int k, int n) const {
-    return Column<S>(dz + (column ^ dz_swap(k, sizeof(S)) * 32) + (k * Row::kSequences + n * kEight) * 32);
+    return Column<S>(dz + (column ^ dz_swap(Row::kOfUnit, k, sizeof(S)) * 32) +
+                     (k * Row::kSequences + n * kEight) * 32);
   }
 
   __device__ Fragment<S, Row::kAhead> fragment(int f) const {
@@ -163,13 +170,13 @@ struct BackwardWeights {
   }
 };
 
-// What comes from memory for a step of a warp's cells: a stage is [cell]{gates [4], dy, cells}, each [two sequences][16
-// units]. The cells are those before the step, in the direction's order.
+// What comes from memory for a step of a warp's cells: a stage is [cell]{gates [value], dy, cells}, each [two
+// sequences][16 units]. The cells are those before the step, in the direction's order.
 template <class S, class Row>
 struct BackwardRing : Ring<S, Row> {
   using Base = Ring<S, Row>;
   static constexpr int kCell = Row::template kStageBytes<S> / Row::kCells;  // bytes
-  static constexpr int kGates = Lstm::kGates * 2 * kTile * int(sizeof(S)), kDy = kGates / Lstm::kGates;
+  static constexpr int kValues = Row::Cell::kValues, kDy = 2 * kTile * int(sizeof(S)), kGates = kValues * kDy;
   int at;  // the lane's first value, and its cell before the step
   int cell_at;
 
@@ -193,8 +200,8 @@ struct BackwardRing : Ring<S, Row> {
       int64_t first, step;  // values
       if (is_gate) {
         rows = static_cast<const char*>(p.gates);
-        first = (((t0 * p.B + b) * p.D + place.d) * Lstm::kGates + value / (2 * kTile)) * p.H;
-        step = p.B * p.D * Lstm::kGates * p.H;
+        first = (((t0 * p.B + b) * p.D + place.d) * kValues + value / (2 * kTile)) * p.H;
+        step = p.B * p.D * kValues * p.H;
       } else if (is_cell) {
         rows = static_cast<const char*>(p.cells);
         first = (((t0 + dt) * p.B + b) * p.D + place.d) * p.H;
@@ -212,7 +219,7 @@ struct BackwardRing : Ring<S, Row> {
   }
 
   struct Input {
-    float gates[Lstm::kGates];
+    float gates[kValues];
     float dy, c_before;
   };
   __device__ void take(Input (&x)[Row::kCells], int s) {
@@ -221,39 +228,43 @@ struct BackwardRing : Ring<S, Row> {
     for (int i = 0; i < Row::kCells; ++i) {
       const S* const values = reinterpret_cast<const S*>(this->memory + (at + stage + i * kCell));
       const auto value = [&](int plane) { return convert(values[plane * 2 * kTile], 0.f); };
-      x[i] = {{value(0), value(1), value(2), value(3)},
-              value(4),
-              *reinterpret_cast<const float*>(this->memory + (cell_at + stage + i * kCell))};
+#pragma unroll
+      for (int v = 0; v < kValues; ++v) x[i].gates[v] = value(v);
+      x[i].dy = value(kValues);
+      x[i].c_before = *reinterpret_cast<const float*>(this->memory + (cell_at + stage + i * kCell));
     }
     this->release(s, stage);
   }
 };
 
-// The four gates' gradients of a cell, as products read them.
+// The gradients of a cell's values; an LSTM's are as products read them.
 template <class S>
 struct alignas(4 * sizeof(S)) Packed {
-  S gates[4];
+  S values[4];
 };
 
 // The cells of a lane: their gradients, and where these go.
 template <class S, class Row>
 struct BackwardCells {
-  static constexpr int N = Row::kCells;
+  using Cell = typename Row::Cell;
+  static constexpr int N = Row::kCells, kGates = Cell::kGates;
+  static_assert(Cell::kValues <= 4 && Cell::kValues - kGates <= 1, "one tensor has the gradients of the values beyond");
   float c[N], dc[N];  // c_t of this step; the gradient of it that comes from step t + 1
   Activity activity[N];
   int there[N];     // whether the cell exists: neither its sequence nor its unit is padding
   Packed<S> dz[N];  // of the last step that the sequence had; kept in iterations without one, so that the last product
                     // makes dh0 even if the sequence ended before
   int dz_at[N];
-  char* d_gates_x[N];
-  int64_t stride, gate[Lstm::kGates];  // bytes of d_gates_x from step to step; where in a row each gate begins
+  char *d_gates_x[N], *d_q[N];
+  int64_t stride[2], gate[kGates];  // bytes of each from step to step; where in a row of d_gates_x each gate begins
 
   __device__ BackwardCells(const PersistentBackward& p, const BackwardPlace<S, Row>& place, int64_t b0) {
     const StepOrder order{int64_t(place.d), p.T};
     const int64_t t0 = order.backward(0);
-    stride = kept((order.before(t0) - t0) * p.B * p.D * Lstm::kGates * p.H * int(sizeof(S)));
+    const int64_t row = (order.before(t0) - t0) * p.B * p.D * p.H * int(sizeof(S));
+    stride[0] = kept(row * kGates), stride[1] = Cell::kValues > kGates ? kept(row) : 0;
 #pragma unroll
-    for (int k = 0; k < Lstm::kGates; ++k)
+    for (int k = 0; k < kGates; ++k)
       gate[k] = k == 0 || Row::kWarps > 8 ? k * p.H * int(sizeof(S)) : kept(k * p.H * int(sizeof(S)));
 #pragma unroll
     for (int i = 0; i < N; ++i) {
@@ -264,9 +275,11 @@ struct BackwardCells {
       dc[i] = there[i] ? state_of(p, place, b0, i, p.dc_n) : 0.f;
       const int64_t at = (t0 * p.B + b) * p.D + place.d;
       c[i] = there[i] ? static_cast<const float*>(p.cells)[at * p.H + unit] : 0.f;
-      d_gates_x[i] = static_cast<char*>(p.d_gates_x) + (at * Lstm::kGates * p.H + unit) * int(sizeof(S));
+      d_gates_x[i] = static_cast<char*>(p.d_gates_x) + (at * kGates * p.H + unit) * int(sizeof(S));
+      d_q[i] = static_cast<char*>(p.d_q) + (at * p.H + unit) * int(sizeof(S));
       dz[i] = {};
-      dz_at[i] = kept(p.plan.dz + dz_offset(place.unit(i), place.sequence(i), Row::kSequences, sizeof(S)));
+      dz_at[i] =
+          kept(p.plan.dz + dz_offset(Row::kOfUnit, place.unit(i), place.sequence(i), Row::kSequences, sizeof(S)));
     }
   }
 
@@ -285,12 +298,25 @@ struct BackwardCells {
       dh += x.dy;
       if (s == activity[i].first) dh += state_of(p, place, b0, i, p.dh_n);
       const float c_before = activity[i].ends_at(s) ? state_of(p, place, b0, i, p.c0) : x.c_before;
-      float z[Lstm::kGates];
-      Lstm::backward<CellMath<S>>(x.gates, c[i], c_before, dh, dc[i], z);
+      float z[Cell::kValues];
+      Cell::template backward<CellMath<S>>(x.gates, c[i], c_before, dh, dc[i], z);
 #pragma unroll
-      for (int k = 0; k < Lstm::kGates; ++k) dz[i].gates[k] = convert(factor<S>(z[k]), S());
+      for (int v = 0; v < Cell::kValues; ++v) dz[i].values[v] = convert(factor<S>(z[v]), S());
     }
     c[i] = x.c_before;
+  }
+
+  // Writes the gradients of the recurrent parts where products read them, in a buffer of dz.
+  __device__ void hand_on(int i, char* buffer) const {
+    if constexpr (Row::kOfUnit == 4) {
+      *reinterpret_cast<Packed<S>*>(buffer + dz_at[i]) = dz[i];
+    } else {
+#pragma unroll
+      for (int k = 0; k < kGates; ++k) {
+        const int further = k * (dz_bytes(Row::kSteps * Row::kSplits, Row::kSequences) / kGates);
+        *reinterpret_cast<S*>(buffer + dz_at[i] + further) = dz[i].values[Cell::recurrent_value(k)];
+      }
+    }
   }
 
   __device__ void store(int i, int s) {
@@ -300,11 +326,12 @@ struct BackwardCells {
       else
         write(i, Packed<S>{});
     }
-    d_gates_x[i] += stride;
+    d_gates_x[i] += stride[0], d_q[i] += stride[1];
   }
   __device__ void write(int i, const Packed<S>& dz) {
 #pragma unroll
-    for (int k = 0; k < Lstm::kGates; ++k) *reinterpret_cast<S*>(d_gates_x[i] + gate[k]) = dz.gates[k];
+    for (int k = 0; k < kGates; ++k) *reinterpret_cast<S*>(d_gates_x[i] + gate[k]) = dz.values[Cell::input_value(k)];
+    if (Cell::kValues > kGates) *reinterpret_cast<S*>(d_q[i]) = dz.values[kGates];
   }
 
   // A sequence without steps hands its gradient through.
@@ -314,8 +341,11 @@ struct BackwardCells {
     const int unit = place.rank * Row::template kUnits<S> + place.unit(i);
     const int64_t state = (place.d * p.B + b0 + place.sequence(i)) * p.H + unit;
     if (activity[i].length == 0) dh += state_of(p, place, b0, i, p.dh_n);
+    if (Cell::kStateIsOutput)
+      dh += dc[i];
+    else
+      static_cast<S*>(p.dc0)[state] = convert(dc[i], S());
     static_cast<S*>(p.dh0)[state] = convert(dh, S());
-    static_cast<S*>(p.dc0)[state] = convert(dc[i], S());
   }
 };
 
@@ -364,7 +394,7 @@ struct BackwardGroup {
 #pragma unroll
     for (int i = 0; i < Row::kCells; ++i) {
       cells.step(p, place, b0, i, s, x[i], s > 0 ? whole_sum<S, Row>(exchange, place, i) : 0.f);
-      *reinterpret_cast<Packed<S>*>(memory + (cells.dz_at[i] + dz)) = cells.dz[i];
+      cells.hand_on(i, memory + dz);
     }
 #if !defined(BIRNN_WITHOUT_BARRIER)  // to see that a test would notice
     __syncthreads();
@@ -423,9 +453,10 @@ __global__ void __launch_bounds__(Row::kWarps* kWarp, Row::kCtas)
 }  // namespace birnn::cuda
 
 // The kernels of a table's rows, in the order of the rows. Each type has a file, as they take long to compile.
-#define BIRNN_BACKWARD_KERNEL(exchange, ...) \
-  reinterpret_cast<const void*>(             \
-      birnn::cuda::backward_kernel<Scalar, birnn::cuda::BackwardTraits<Exchange::exchange, __VA_ARGS__>>),
+#define BIRNN_BACKWARD_KERNEL(cell, exchange, ...) \
+  reinterpret_cast<const void*>(                   \
+      birnn::cuda::backward_kernel<Scalar,         \
+                                   birnn::cuda::BackwardTraits<Exchange::exchange, CellKind::cell, __VA_ARGS__>>),
 #define BIRNN_BACKWARD_KERNELS(S, ROWS)                                 \
   template <>                                                           \
   const void* birnn::cuda::backward_kernel_of<S>(int row) {             \

@@ -105,10 +105,10 @@ struct HBuffers : Turns {
         bytes(stride - kPiece),
         g(place.g),
         sharer(kept(place.g % kSharers<S>)) {
-    const int block = place.rank * p.plan.blocks + place.block;
 #pragma unroll
     for (int i = 0; i < Row::kCells; ++i)
-      at[i] = kept(h_offset(block, place.sequence(i), Row::kSequences, sizeof(S)) + place.g / kSharers<S> * kPiece);
+      at[i] = kept(h_offset(place.block_of(i), place.sequence(i), Row::kSequences, sizeof(S)) +
+                   place.g / kSharers<S> * kPiece);
     for (int buffer = 0; buffer < 2; ++buffer)
       for (int k = threadIdx.x; k < bytes / kPiece; k += blockDim.x)  // padding stays 0
         reinterpret_cast<uint4*>(memory + buffer * stride)[k] = {0, 0, 0, 0};

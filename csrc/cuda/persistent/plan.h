@@ -2,19 +2,20 @@
 // work is laid onto the GPU, and how much of it fits, is decided here, free of torch and CUDA; docs/cuda.md draws it.
 //
 // A group of P thread blocks (CTAs) serves one direction of 8, 16 or 32 sequences. Each CTA owns some hidden units, in
-// blocks of 8, for all four gates. Products run on tensor cores: weights are the 16 rows, 8 sequences the columns.
+// blocks of 8, for all gates. Products run on tensor cores: weights are the 16 rows, 8 sequences the columns.
 //
-// Forward: two tiles of rows are the four gates of a unit block; a warp has those of one block and one part (split) of
-// the sum over h_{t-1}, and in the end each lane has all gates of its own cells. h_t goes to all CTAs of the group.
-// Backward: a CTA multiplies its own dz_t with its own rows of W_hh, which makes a part of the sum for every unit of
-// the layer; a tile's rows are 16 of these, and each part goes to the CTA that owns the units. That moves 4 H bytes a
-// sequence and step; handing dz round would move 8 H to 16 H.
+// Forward: two tiles of rows are the four gates of a unit block, or three tiles the three gates of two; a warp has
+// these and one part (split) of the sum over h_{t-1}, and in the end each lane has all gates of its own cells. h_t goes
+// to all CTAs of the group. Backward: a CTA multiplies its own dz_t with its own rows of W_hh, which makes a part of
+// the sum for every unit of the layer; a tile's rows are 16 of these, and each part goes to the CTA that owns the
+// units. That moves 4 H bytes a sequence and step; handing dz round would move 8 H to 16 H.
 #pragma once
 
 #include <cstdint>
 #include <iterator>
 
 #include "../../core/inline.h"
+#include "../../core/recurrence.h"
 
 namespace birnn::cuda {
 
@@ -25,7 +26,7 @@ enum class Exchange : int {
 };
 constexpr int kExchanges = 3;
 
-constexpr int kBlock = 8;  // units of a block: their gates are 32 rows, two tiles
+constexpr int kBlock = 8;  // units of a block: of a gate, half a tile's rows
 constexpr int kTile = 16;  // rows of an mma
 constexpr int kEight = 8;  // columns of an mma: sequences
 constexpr int kWarp = 32;
@@ -46,93 +47,121 @@ BIRNN_INLINE constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b -
 
 // eights: of sequences in a group. turns: groups of sequences that the same CTAs serve, a step of each in turn: while
 // one is computed, what the other has sent is under way. splits: of the sum over h. resident: steps of the sum (each an
-// mma deep and two tiles high) whose weights a warp keeps in registers. warps: the most that a CTA may have. stages:
-// steps of gates_x that are under way. ctas: those that share a multiprocessor, if they fit. ahead: whether float32
-// weights are split into two TF32 when they are loaded, which takes twice the registers, rather than each time they are
-// used.
+// mma deep, and all of its tiles high) whose weights a warp keeps in registers. warps: the most that a CTA may have.
+// stages: steps of gates_x that are under way. ctas: those that share a multiprocessor, if they fit. ahead: whether
+// float32 weights are split into two TF32 when they are loaded, which takes twice the registers, rather than each time
+// they are used.
 //
 // "Step" has two meanings: a time step, and a step of a sum, which is as deep as one mma. Members of rows and plans
 // mean the latter.
 struct ForwardRow {
+  CellKind cell;
   int eights, turns, splits, resident, warps, stages, ctas;
   bool ahead = false;
-  constexpr int cells() const { return 2 * eights / splits; }                            // of a lane, in a group
-  constexpr int sequences() const { return kEight * eights; }                            // of a group
-  constexpr int batch() const { return turns * sequences(); }                            // of its CTAs
-  constexpr int stage_bytes(int size) const { return cells() * 4 * 4 * kBlock * size; }  // of a warp
+  constexpr int blocks() const { return gates_of(cell) % 2 == 0 ? 1 : 2; }  // of a warp, so that tiles are filled
+  constexpr int tiles() const { return blocks() * gates_of(cell) / 2; }     // of these blocks
+  constexpr int cells() const { return 2 * eights * blocks() / splits; }    // of a lane, in a group
+  constexpr int sequences() const { return kEight * eights; }               // of a group
+  constexpr int batch() const { return turns * sequences(); }               // of its CTAs
+  constexpr int stage_bytes(int size) const {                               // of a warp
+    return cells() * gates_of(cell) * 4 * kBlock * size;
+  }
 };
 
 // cells: those of a lane. splits: of the sum over a CTA's dz. steps: of one split. tiles: those of the layer's units
 // that a warp multiplies. resident: how many of its tiles * steps fragments are in registers. warps: those that a CTA
 // has. stages: steps of gates, dy and cells that are under way. The rest is as above.
 struct BackwardRow {
+  CellKind cell;
   int eights, turns, cells, splits, steps, tiles, resident, warps, stages, ctas;
   bool ahead = false;
   constexpr int sequences() const { return kEight * eights; }
   constexpr int batch() const { return turns * sequences(); }
-  constexpr int units(int size) const { return steps * splits * (size == 2 ? 4 : 2); }  // of a CTA: all gates of each
+  constexpr int units(int size) const { return steps * splits * (32 / size) / gates_of(cell); }  // of a CTA
   constexpr int own_tiles(int size) const { return units(size) / kTile; }
   constexpr int most_tiles() const { return warps / splits * tiles; }  // of a layer
   constexpr int memory_fragments() const { return tiles * steps - resident; }
-  constexpr int stage_bytes(int size) const { return cells * 2 * kTile * (5 * size + 4); }  // gates, dy, cells
+  constexpr int stage_bytes(int size) const {  // values, dy, cells
+    return cells * 2 * kTile * ((values_of(cell) + 1) * size + 4);
+  }
 };
 
-// X(exchange, eights, turns, splits, resident, warps, stages, ctas, ahead)
-#define BIRNN_FORWARD_ROWS_16(X)           \
-  X(cta, 1, 1, 1, 4, 8, 4, 2, false)       \
-  X(cta, 1, 1, 1, 6, 16, 4, 1, false)      \
-  X(cluster, 1, 1, 2, 4, 8, 4, 2, false)   \
-  X(cluster, 1, 1, 2, 8, 8, 4, 1, false)   \
-  X(cluster, 1, 1, 2, 16, 8, 4, 1, false)  \
-  X(cluster, 1, 1, 2, 12, 12, 4, 1, false) \
-  X(cluster, 2, 1, 2, 4, 8, 4, 1, false)   \
-  X(cluster, 2, 1, 2, 16, 8, 4, 1, false)  \
-  X(cluster, 2, 1, 2, 8, 12, 2, 1, false)  \
-  X(cluster, 4, 1, 2, 8, 8, 2, 1, false)   \
-  X(cluster, 1, 2, 2, 12, 8, 4, 1, false)  \
-  X(cluster, 2, 2, 2, 8, 8, 2, 1, false)   \
-  X(grid, 2, 1, 4, 16, 8, 4, 1, false)     \
-  X(grid, 4, 1, 4, 12, 8, 2, 1, false)     \
-  X(grid, 2, 2, 4, 12, 8, 2, 1, false)
-#define BIRNN_FORWARD_ROWS_32(X)          \
-  X(cta, 1, 1, 1, 6, 8, 2, 1, true)       \
-  X(cluster, 1, 1, 2, 8, 8, 4, 1, true)   \
-  X(cluster, 1, 1, 2, 16, 8, 4, 1, false) \
-  X(cluster, 2, 1, 2, 11, 8, 2, 1, false) \
-  X(cluster, 1, 2, 2, 12, 8, 2, 1, false) \
-  X(grid, 1, 1, 2, 16, 8, 4, 1, false)    \
-  X(grid, 2, 1, 2, 10, 8, 2, 1, false)    \
-  X(grid, 1, 2, 2, 12, 8, 2, 1, false)
+// X(cell, exchange, eights, turns, splits, resident, warps, stages, ctas, ahead)
+#define BIRNN_FORWARD_ROWS_16(X)                 \
+  X(lstm, cta, 1, 1, 1, 4, 8, 4, 2, false)       \
+  X(lstm, cta, 1, 1, 1, 6, 16, 4, 1, false)      \
+  X(lstm, cluster, 1, 1, 2, 4, 8, 4, 2, false)   \
+  X(lstm, cluster, 1, 1, 2, 8, 8, 4, 1, false)   \
+  X(lstm, cluster, 1, 1, 2, 16, 8, 4, 1, false)  \
+  X(lstm, cluster, 1, 1, 2, 12, 12, 4, 1, false) \
+  X(lstm, cluster, 2, 1, 2, 4, 8, 4, 1, false)   \
+  X(lstm, cluster, 2, 1, 2, 16, 8, 4, 1, false)  \
+  X(lstm, cluster, 2, 1, 2, 8, 12, 2, 1, false)  \
+  X(lstm, cluster, 4, 1, 2, 8, 8, 2, 1, false)   \
+  X(lstm, cluster, 1, 2, 2, 12, 8, 4, 1, false)  \
+  X(lstm, cluster, 2, 2, 2, 8, 8, 2, 1, false)   \
+  X(lstm, grid, 2, 1, 4, 16, 8, 4, 1, false)     \
+  X(lstm, grid, 4, 1, 4, 12, 8, 2, 1, false)     \
+  X(lstm, grid, 2, 2, 4, 12, 8, 2, 1, false)     \
+  X(gru, cta, 1, 1, 2, 3, 16, 2, 1, false)       \
+  X(gru, cluster, 1, 1, 2, 4, 4, 4, 2, false)    \
+  X(gru, cluster, 1, 1, 2, 12, 8, 4, 1, false)   \
+  X(gru, cluster, 2, 1, 2, 8, 8, 2, 1, false)    \
+  X(gru, grid, 2, 1, 4, 10, 8, 4, 1, false)
+#define BIRNN_FORWARD_ROWS_32(X)                \
+  X(lstm, cta, 1, 1, 1, 6, 8, 2, 1, true)       \
+  X(lstm, cluster, 1, 1, 2, 8, 8, 4, 1, true)   \
+  X(lstm, cluster, 1, 1, 2, 16, 8, 4, 1, false) \
+  X(lstm, cluster, 2, 1, 2, 11, 8, 2, 1, false) \
+  X(lstm, cluster, 1, 2, 2, 12, 8, 2, 1, false) \
+  X(lstm, grid, 1, 1, 2, 16, 8, 4, 1, false)    \
+  X(lstm, grid, 2, 1, 2, 10, 8, 2, 1, false)    \
+  X(lstm, grid, 1, 2, 2, 12, 8, 2, 1, false)    \
+  X(gru, cta, 1, 1, 1, 4, 8, 2, 1, false)       \
+  X(gru, cluster, 1, 1, 4, 4, 8, 4, 1, true)    \
+  X(gru, cluster, 1, 1, 4, 9, 8, 4, 1, false)   \
+  X(gru, grid, 1, 1, 4, 8, 8, 4, 1, false)
 
-// X(exchange, eights, turns, cells, splits, steps, tiles, resident, warps, stages, ctas, ahead)
-#define BIRNN_BACKWARD_ROWS_16(X)                    \
-  X(cta, 1, 1, 2, 2, 8, 1, 8, 8, 2, 1, false)        \
-  X(cta, 1, 1, 2, 2, 16, 1, 8, 16, 1, 1, false)      \
-  X(cluster, 1, 1, 1, 1, 8, 1, 8, 8, 4, 2, false)    \
-  X(cluster, 1, 1, 1, 1, 8, 2, 16, 8, 4, 1, false)   \
-  X(cluster, 1, 1, 1, 1, 8, 3, 24, 8, 4, 1, false)   \
-  X(cluster, 1, 1, 1, 1, 8, 4, 32, 8, 4, 1, false)   \
-  X(cluster, 1, 1, 1, 1, 12, 4, 21, 12, 2, 1, false) \
-  X(cluster, 2, 1, 2, 1, 8, 1, 8, 8, 4, 1, false)    \
-  X(cluster, 2, 1, 2, 1, 8, 2, 16, 8, 4, 1, false)   \
-  X(cluster, 2, 1, 2, 1, 8, 4, 24, 8, 2, 1, false)   \
-  X(cluster, 1, 2, 1, 1, 8, 2, 16, 8, 4, 1, false)   \
-  X(cluster, 1, 2, 1, 1, 8, 4, 28, 8, 2, 1, false)   \
-  X(cluster, 2, 2, 2, 1, 8, 2, 16, 8, 2, 1, false)   \
-  X(grid, 2, 1, 1, 1, 4, 8, 31, 8, 4, 1, false)      \
-  X(grid, 2, 2, 1, 1, 4, 8, 20, 8, 2, 1, false)
-#define BIRNN_BACKWARD_ROWS_32(X)                   \
-  X(cta, 1, 1, 2, 2, 16, 1, 16, 8, 1, 1, false)     \
-  X(cluster, 1, 1, 1, 1, 16, 1, 16, 8, 4, 1, true)  \
-  X(cluster, 1, 1, 1, 1, 16, 2, 24, 8, 4, 1, false) \
-  X(cluster, 1, 1, 1, 1, 16, 4, 24, 8, 2, 1, false) \
-  X(cluster, 2, 1, 2, 1, 16, 2, 15, 8, 2, 1, false) \
-  X(cluster, 1, 2, 1, 1, 16, 2, 20, 8, 2, 1, false) \
-  X(grid, 2, 1, 1, 1, 8, 4, 16, 8, 4, 1, false)     \
-  X(grid, 2, 1, 1, 1, 8, 6, 16, 8, 2, 1, false)     \
-  X(grid, 2, 1, 1, 1, 8, 8, 16, 8, 2, 1, false)
+// X(cell, exchange, eights, turns, cells, splits, steps, tiles, resident, warps, stages, ctas, ahead)
+#define BIRNN_BACKWARD_ROWS_16(X)                          \
+  X(lstm, cta, 1, 1, 2, 2, 8, 1, 8, 8, 2, 1, false)        \
+  X(lstm, cta, 1, 1, 2, 2, 16, 1, 8, 16, 1, 1, false)      \
+  X(lstm, cluster, 1, 1, 1, 1, 8, 1, 8, 8, 4, 2, false)    \
+  X(lstm, cluster, 1, 1, 1, 1, 8, 2, 16, 8, 4, 1, false)   \
+  X(lstm, cluster, 1, 1, 1, 1, 8, 3, 24, 8, 4, 1, false)   \
+  X(lstm, cluster, 1, 1, 1, 1, 8, 4, 32, 8, 4, 1, false)   \
+  X(lstm, cluster, 1, 1, 1, 1, 12, 4, 21, 12, 2, 1, false) \
+  X(lstm, cluster, 2, 1, 2, 1, 8, 1, 8, 8, 4, 1, false)    \
+  X(lstm, cluster, 2, 1, 2, 1, 8, 2, 16, 8, 4, 1, false)   \
+  X(lstm, cluster, 2, 1, 2, 1, 8, 4, 24, 8, 2, 1, false)   \
+  X(lstm, cluster, 1, 2, 1, 1, 8, 2, 16, 8, 4, 1, false)   \
+  X(lstm, cluster, 1, 2, 1, 1, 8, 4, 28, 8, 2, 1, false)   \
+  X(lstm, cluster, 2, 2, 2, 1, 8, 2, 16, 8, 2, 1, false)   \
+  X(lstm, grid, 2, 1, 1, 1, 4, 8, 31, 8, 4, 1, false)      \
+  X(lstm, grid, 2, 2, 1, 1, 4, 8, 20, 8, 2, 1, false)      \
+  X(gru, cta, 1, 1, 2, 2, 6, 1, 6, 8, 2, 1, false)         \
+  X(gru, cta, 1, 1, 2, 2, 12, 1, 8, 16, 1, 1, false)       \
+  X(gru, cluster, 1, 1, 2, 1, 6, 8, 36, 4, 4, 1, false)    \
+  X(gru, cluster, 1, 1, 2, 1, 9, 8, 36, 6, 2, 1, false)    \
+  X(gru, cluster, 2, 1, 2, 1, 6, 4, 24, 8, 2, 1, false)    \
+  X(gru, grid, 2, 1, 1, 1, 3, 8, 24, 8, 4, 1, false)
+#define BIRNN_BACKWARD_ROWS_32(X)                         \
+  X(lstm, cta, 1, 1, 2, 2, 16, 1, 16, 8, 1, 1, false)     \
+  X(lstm, cluster, 1, 1, 1, 1, 16, 1, 16, 8, 4, 1, true)  \
+  X(lstm, cluster, 1, 1, 1, 1, 16, 2, 24, 8, 4, 1, false) \
+  X(lstm, cluster, 1, 1, 1, 1, 16, 4, 24, 8, 2, 1, false) \
+  X(lstm, cluster, 2, 1, 2, 1, 16, 2, 15, 8, 2, 1, false) \
+  X(lstm, cluster, 1, 2, 1, 1, 16, 2, 20, 8, 2, 1, false) \
+  X(lstm, grid, 2, 1, 1, 1, 8, 4, 16, 8, 4, 1, false)     \
+  X(lstm, grid, 2, 1, 1, 1, 8, 6, 16, 8, 2, 1, false)     \
+  X(lstm, grid, 2, 1, 1, 1, 8, 8, 16, 8, 2, 1, false)     \
+  X(gru, cta, 1, 1, 2, 2, 12, 1, 12, 8, 1, 1, false)      \
+  X(gru, cluster, 1, 1, 1, 1, 12, 1, 12, 8, 4, 1, true)   \
+  X(gru, cluster, 1, 1, 1, 1, 12, 4, 24, 8, 2, 1, false)  \
+  X(gru, grid, 2, 1, 1, 1, 6, 6, 24, 8, 2, 1, false)      \
+  X(gru, grid, 2, 1, 1, 1, 6, 8, 20, 8, 2, 1, false)
 
-#define BIRNN_ROW(exchange, ...) {Exchange::exchange, {__VA_ARGS__}},
+#define BIRNN_ROW(cell, exchange, ...) {Exchange::exchange, {CellKind::cell, __VA_ARGS__}},
 struct ForwardEntry {
   Exchange exchange;
   ForwardRow row;
@@ -183,7 +212,7 @@ struct BackwardPlan {
   int tiles;     // of the whole layer
   int received;  // parts of sums: [turn][two buffers, one in cta], received_stride() apart, of
                  // [source][tile][eight][lane] x 16 bytes; not in grid
-  int dz;        // [two buffers, one in cta][step][sequence][4 or 2 units x 4 gates]
+  int dz;        // [two buffers, one in cta][step][sequence] x 32 bytes, see dz_offset()
   int ring;
   int bytes;
   int warps;
@@ -224,12 +253,19 @@ BIRNN_INLINE constexpr int h_offset(int block, int sequence, int sequences, int 
   return (block * sequences + (size == 2 ? sequence ^ (block & 1) << 2 : sequence)) * kBlock * size;
 }
 
-// Where the four gates of a unit and a sequence begin in a buffer of dz: of a step of the sum, 4 units (float32: 2) are
-// 32 bytes of each sequence. Sequences are swapped for the banks, too: lanes store all gates of 8 units at once.
-BIRNN_INLINE constexpr int dz_swap(int step, int size) { return size == 2 ? (step & 3) << 1 : step & 3; }
-BIRNN_INLINE constexpr int dz_offset(int unit, int sequence, int sequences, int size) {
-  const int units = size == 2 ? 4 : 2, step = unit / units;
-  return (step * sequences + (sequence ^ dz_swap(step, size))) * 32 + unit % units * 4 * size;
+// The neighbouring k that a unit has in a step of the backward pass's sum: all its gates, if they fill the k of a lane;
+// else one, and each gate has steps of its own.
+constexpr int k_of_unit(CellKind cell) { return gates_of(cell) == 4 ? 4 : 1; }
+
+// Where the gradients of a unit and a sequence begin in a buffer of dz, of all gates or of the first: of a step of the
+// sum, 32 bytes of each sequence are 4 units with four gates (float32: 2), or 16 with one (float32: 8). Sequences are
+// swapped for the banks, too: lanes store 8 or 16 units of two sequences at once.
+BIRNN_INLINE constexpr int dz_swap(int k_of_unit, int step, int size) {
+  return k_of_unit == 4 ? (size == 2 ? (step & 3) << 1 : step & 3) : size == 2 ? 0 : (step & 1) << 1;
+}
+BIRNN_INLINE constexpr int dz_offset(int k_of_unit, int unit, int sequence, int sequences, int size) {
+  const int units = 32 / size / k_of_unit, step = unit / units;
+  return (step * sequences + (sequence ^ dz_swap(k_of_unit, step, size))) * 32 + unit % units * k_of_unit * size;
 }
 
 constexpr int kTooLarge = 1 << 30;  // bytes, in place of more
@@ -241,14 +277,14 @@ inline ForwardPlan forward_plan(int size, int64_t H, int row, int blocks) {
   const int64_t all = divide_up(H, kBlock);
   plan.blocks = blocks;
   plan.ctas = int(divide_up(all, blocks));
-  plan.warps = blocks * r.splits;
+  plan.warps = blocks / r.blocks() * r.splits;
   // A warp does all steps whose weights are in registers: those beyond the layer multiply zeros.
   const int64_t steps = divide_up(divide_up(all, blocks_of_step(size)), r.splits);
   plan.steps = int(steps > r.resident ? steps : r.resident);
   plan.memory_steps = plan.steps - r.resident;
   const int summed = plan.steps * r.splits * blocks_of_step(size);
   plan.h_blocks = summed > plan.ctas * blocks ? summed : plan.ctas * blocks;
-  int64_t at = int64_t(plan.warps) * plan.memory_steps * 2 * kFragment;
+  int64_t at = int64_t(plan.warps) * plan.memory_steps * r.tiles() * kFragment;
   plan.h = int(at);
   at += 2ll * r.turns * h_stride(plan.h_blocks, r.sequences(), size);
   plan.parts = int(at);

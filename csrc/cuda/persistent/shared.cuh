@@ -1,8 +1,10 @@
 // What the forward and the backward kernel share: who a thread is, accesses to rows of any alignment, weights.
 #pragma once
 
+#include <type_traits>
 #include <utility>
 
+#include "../../core/cells/gru.h"
 #include "../../core/cells/lstm.h"
 #include "../../core/step_order.h"
 #include "../cell_math.cuh"
@@ -19,6 +21,15 @@ constexpr int kArchitecture = 90;
 #endif
 template <Exchange kExchange>
 constexpr bool kCanRun = kArchitecture >= (kExchange == Exchange::cluster ? 90 : 80);
+
+template <CellKind kCell>
+using CellOf = std::conditional_t<kCell == CellKind::lstm, Lstm, Gru>;
+
+// Whether a gate's recurrent part has a value of its own.
+template <class Cell>
+constexpr __device__ bool is_apart(int gate) {
+  return Cell::recurrent_value(gate) != Cell::input_value(gate);
+}
 
 // A thread's place: its lane (g and t as in mma.cuh; t is not a time step), its warp in the CTA, the CTA's rank in its
 // group, the group of CTAs, and the direction d that this group runs.
