@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from cells import GRU_CELL, every_cell
+from cells import GRU_CELL, RNN_CELL, every_cell
 from helpers import TOLERANCE, as_double, assert_near
 from test_layer import composite, random_layer, results_and_gradients
 from torch.profiler import ProfilerActivity, profile
@@ -115,15 +115,17 @@ def test_cells_alone_are_saved_as_with_all(dtype, cell):
     assert torch.equal(cells, all_cells)
 
 
-def test_stepwise_alone_runs_a_gru(monkeypatch):
-    x, weights = torch.randn(3, 2, 4, device="cuda"), [torch.randn(24, n, device="cuda") for n in (4, 8)]
+@pytest.mark.parametrize("cell", [GRU_CELL, RNN_CELL], ids=lambda cell: cell.name)
+def test_stepwise_alone_runs(cell, monkeypatch):
+    x, weights = torch.randn(3, 2, 4, device="cuda"), [torch.randn(8 * cell.gates, n, device="cuda") for n in (4, 8)]
     args = (x, weights, False, None, None, "none")
     before = op_calls()["cuda_stepwise"]
-    GRU_CELL.operator("_layer")(*args)
+    cell.operator("_layer")(*args)
     assert op_calls()["cuda_stepwise"] == before + 1
     monkeypatch.setenv("BIRNN_CUDA_ALGO", "persistent-cta")
-    with pytest.raises(RuntimeError, match="BIRNN_CUDA_ALGO=persistent-cta can't run this layer: gru, hidden_size 8"):
-        GRU_CELL.operator("_layer")(*args)
+    why = f"BIRNN_CUDA_ALGO=persistent-cta can't run this layer: {cell.operators}, hidden_size 8"
+    with pytest.raises(RuntimeError, match=why):
+        cell.operator("_layer")(*args)
 
 
 class Computing(TorchDispatchMode):

@@ -168,12 +168,13 @@ def test_sizes_that_fill_no_kernel_cost_little(hidden, dtype):
     assert found["us"] <= 1.15 * filled["us"]
 
 
-def test_stepwise_alone_runs_a_gru():
+@pytest.mark.parametrize("cell", ["gru", "rnn_tanh", "rnn_relu"])
+def test_stepwise_alone_runs(cell):
     layer = ("bfloat16", 128, 16, 2, *GPUS["H100"])
     assert _C.cuda_choice(*layer, cell="lstm")["algorithm"] != "stepwise"
-    assert _C.cuda_choice(*layer, cell="gru")["algorithm"] == "stepwise"
-    assert _C.cuda_choice(*layer, "persistent-cluster", cell="gru") is None
-    with pytest.raises(ValueError, match="cell must be lstm or gru, got rnn"):
+    assert _C.cuda_choice(*layer, cell=cell)["algorithm"] == "stepwise"
+    assert _C.cuda_choice(*layer, "persistent-cluster", cell=cell) is None
+    with pytest.raises(ValueError, match="cell must be lstm, gru, rnn_tanh or rnn_relu, got rnn"):
         _C.cuda_choice(*layer, cell="rnn")
 
 
