@@ -13,8 +13,6 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import TransformType
-from torch._VF import gru as nn_gru_operator
-from torch._VF import lstm as nn_lstm_operator
 from torch.autograd import forward_ad
 from torch.jit._trace import TracerWarning, is_tracing
 
@@ -29,8 +27,7 @@ __all__ = [
     "is_batched",
     "is_tracing",
     "let_dynamo_trace",
-    "nn_gru_operator",
-    "nn_lstm_operator",
+    "nn_operator",
     "script_graphs",
     "within_forward_mode",
     "within_torch_func",
@@ -73,6 +70,12 @@ def script_graphs(module: torch.jit.ScriptModule) -> Iterator[Any]:
     """The graphs of a TorchScript module's methods."""
     for name in module._c._method_names():
         yield module._c._get_method(name).graph
+
+
+def nn_operator(name: str) -> Callable[..., Any]:
+    """Returns the operator of PyTorch's module, such as "lstm" or "rnn_tanh"."""
+    operator: Callable[..., Any] = getattr(torch._VF, name)
+    return operator
 
 
 # Dynamo breaks the graph at any instance of nn.RNNBase, unless `torch._dynamo.config.allow_rnn` is set, as it would

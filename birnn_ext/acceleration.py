@@ -1,4 +1,4 @@
-"""`accelerate` turns the `torch.nn.LSTM` and `torch.nn.GRU` modules of any model into ours; `restore` undoes it."""
+"""`accelerate` turns the recurrent modules of PyTorch in any model into ours; `restore` undoes it."""
 
 from __future__ import annotations
 
@@ -17,11 +17,12 @@ from torch import nn
 
 from birnn_ext._torch_private import script_graphs
 from birnn_ext.base import drop_flat_weights
-from birnn_ext.modules import GRU, LSTM
+from birnn_ext.cell import CELLS
+from birnn_ext.modules import GRU, LSTM, RNN
 from birnn_ext.portable import attributes_for_torch, beyond_torch
 from birnn_ext.recurrent import Recurrent
 
-OURS: dict[type[nn.RNNBase], type[Recurrent]] = {nn.LSTM: LSTM, nn.GRU: GRU}
+OURS: dict[type[nn.RNNBase], type[Recurrent]] = {nn.LSTM: LSTM, nn.GRU: GRU, nn.RNN: RNN}
 
 
 @dataclass
@@ -30,7 +31,7 @@ class Acceleration:
 
     Attributes:
         replaced: names of the modules that are ours now, as in ``model.named_modules()``; "" is the model itself.
-        left: names of the LSTMs and GRUs that are as they were, and why.
+        left: names of the recurrent modules that are as they were, and why.
     """
 
     replaced: list[str] = field(default_factory=list)
@@ -39,7 +40,7 @@ class Acceleration:
     def __str__(self) -> str:
         lines = [f"replaced {name or '(the model itself)'}" for name in self.replaced]
         lines += [f"left {name or '(the model itself)'}: {why}" for name, why in self.left.items()]
-        return "\n".join(lines) or "found no nn.LSTM or nn.GRU"
+        return "\n".join(lines) or "found no nn.LSTM, nn.GRU or nn.RNN"
 
 
 def _check_model(model: nn.Module) -> None:
@@ -48,14 +49,14 @@ def _check_model(model: nn.Module) -> None:
 
 
 def accelerate(model: nn.Module) -> Acceleration:
-    """Turns every `torch.nn.LSTM` in a model into a `birnn_ext.LSTM`, every `torch.nn.GRU` into our `GRU`, in place.
+    """Turns every `torch.nn.LSTM`, `torch.nn.GRU` and `torch.nn.RNN` in a model into ours, in place.
 
     The modules stay the same objects, with the same Parameters, buffers, hooks and state_dict keys: only their class
     changes. So modules that are shared or that other code refers to, optimizers and checkpoints are not disturbed.
 
     A module of a class derived from nn.LSTM gets a class of the same name that is derived from that one and from
     `birnn_ext.LSTM`. Its own code goes on as before, and what it asks of ``super()`` comes from us. It is left as it is
-    if we can't tell that this comes to the same (here for the LSTM; it is the same for the GRU):
+    if we can't tell that this comes to the same (here for the LSTM; it is the same for the others):
 
     - its forward, if it has one, does not call ``super().forward`` (``nn.LSTM.forward(self, ...)`` would not reach us),
     - its forward, or what that calls of its class and its package, uses inner workings of nn.LSTM, such as
@@ -66,7 +67,7 @@ def accelerate(model: nn.Module) -> Acceleration:
     Classes that PyTorch makes at run time (parametrizations, fully_shard) are made anew, on top of ours.
 
     Args:
-        model: any module, which may itself be one of PyTorch's two.
+        model: any module, which may itself be one of PyTorch's three.
 
     Returns:
         Which modules were replaced, and which were left and why; printing it gives a line for each. A module that the
@@ -93,7 +94,7 @@ def accelerate(model: nn.Module) -> Acceleration:
 
 
 def restore(model: nn.Module) -> list[str]:
-    """Turns every `birnn_ext.LSTM` in a model into a `torch.nn.LSTM`, and every `GRU` into a `torch.nn.GRU`, in place.
+    """Turns every `birnn_ext.LSTM`, `GRU` and `RNN` in a model into PyTorch's module of that name, in place.
 
     What `accelerate` has turned gets the class back that it had, and a model that was written with ours becomes one for
     tools that know PyTorch's by its type, such as quantization. As with `accelerate` the modules stay the same objects.
@@ -189,7 +190,7 @@ def _is_pytorchs(cls: type) -> bool:
 
 
 def _with_bases(cls: type, convert: Callable[[type], Any]) -> type | None:
-    """Makes a class like cls whose bases that are LSTMs or GRUs are converted; None if one can't be converted."""
+    """Makes a class like cls whose bases that are recurrent modules are converted; None if one can't be converted."""
     bases = tuple(convert(base) if issubclass(base, tuple(OURS)) else base for base in cls.__bases__)
     if None in bases:
         return None
@@ -281,17 +282,16 @@ def _names(forward: object, cls: type) -> Iterator[str]:
 
 def _why_program_is_left(module: nn.Module) -> str | None:
     """Says why a module can't be changed whose forward is a program with PyTorch's operator; else None."""
-    names = [theirs.__name__ for theirs in OURS]
     if isinstance(module, torch.jit.ScriptModule):
         graphs = list(script_graphs(module))
-        for name in names:
-            if any(graph.findAllNodes(f"aten::{name.lower()}") for graph in graphs):
+        for cell in CELLS:
+            if any(graph.findAllNodes(f"aten::{cell.operator}") for graph in graphs):
                 return (
-                    f"it is TorchScript, which can't be changed, and has nn.{name}'s operator: "
+                    f"it is TorchScript, which can't be changed, and has nn.{cell.name}'s operator: "
                     "torch.export of the accelerated Python model keeps ours"
                 )
     elif isinstance(module, torch.fx.GraphModule):
-        operators = [getattr(torch.ops.aten, name.lower()) for name in names]
+        operators = [getattr(torch.ops.aten, cell.operator) for cell in CELLS]
         if any(getattr(node.target, "overloadpacket", None) in operators for node in module.graph.nodes):
             return "it is an exported graph, which can't be changed: accelerate the model before it is exported"
     return None

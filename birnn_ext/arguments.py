@@ -136,7 +136,7 @@ def arranged(module: Base, call: Call, y: Tensor, states: States | None, cells: 
 
 
 def _states_of(cell: Cell, hx: Any) -> States:
-    """Returns a caller's states as a tuple, which has one for a GRU."""
+    """Returns a caller's states as a tuple, which has one unless it is an LSTM's."""
     count = len(cell.states)
     if count == 1:
         if not isinstance(hx, Tensor):
@@ -148,7 +148,7 @@ def _states_of(cell: Cell, hx: Any) -> States:
 
 
 def hx_of(states: States | None) -> Any:
-    """Returns states as the caller knows them: an LSTM's pair, a GRU's tensor."""
+    """Returns states as the caller knows them: an LSTM's pair, others' tensor."""
     return states[0] if states is not None and len(states) == 1 else states
 
 

@@ -1,6 +1,6 @@
 """`Base`, an nn.RNNBase that runs a cell, without PyTorch's copy of its weights in one piece of memory.
 
-nn.LSTM and nn.GRU keep that and lists that refer to it in attributes, in pickles and in a property that other code
+PyTorch's modules keep that and lists that refer to it in attributes, in pickles and in a property that other code
 reads. This class answers in their place.
 """
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from birnn_ext import reference
 from birnn_ext._torch_private import is_batched
 from birnn_ext.route import Way, choose_recurrence_route
-from birnn_ext.without_kernels import count_reference
+from birnn_ext.without_kernels import H_CELLS, count_reference
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -136,37 +136,45 @@ def _lstm_grad(
     return dz, d_w_hh, dh0 if needs_h0 else None, dc0 if needs_c0 else None, None, None
 
 
-# --- gru_recurrence ---------------------------------------------------------------------------------------------------
+# --- the recurrences whose state is their output ----------------------------------------------------------------------
 
 
-def _save_gru(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _save_h(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, w_hh, _, h0, lengths, ctx.save = inputs
     y, _, gates, cells = output
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(w_hh, h0, lengths, y, gates, cells)
 
 
-def _gru_grad(
-    ctx: Any, dy: Tensor | None, dh_n: Tensor | None, d_gates: Tensor | None, d_cells: Tensor | None
-) -> Gradients:
-    _check_saved("gru_recurrence", ctx.save)
-    w_hh, h0, lengths, y, gates, cells = ctx.saved_tensors
-    needs_w, needs_bias, needs_h0 = ctx.needs_input_grad[1:4]
-    args = (w_hh, h0, lengths, y, gates, cells, dy, dh_n, needs_h0)
-    if d_gates is None and d_cells is None:
-        d_gates_x, d_q, dh0 = _run_backward("gru_recurrence_backward", args)
-    else:  # double backward
-        d_cells = d_cells if cells.dim() == 4 else None  # if y has the states, there are no cells
-        d_gates_x, d_q, dh0 = reference.gru_recurrence_backward(*args, d_gates, d_cells)
-    d_w_hh = d_bias_hh = None
-    if needs_w or needs_bias:
-        dz = torch.cat([d_gates_x[..., : 2 * y.shape[-1]], d_q], -1)
-        d_w_hh = _weight_grad(dz, y, h0, lengths) if needs_w else None
-        d_bias_hh = dz.sum((0, 1), dtype=reference.accumulate_dtype(dz.dtype)).to(dz.dtype) if needs_bias else None
-    return d_gates_x, d_w_hh, d_bias_hh, dh0 if needs_h0 else None, None, None
+def _h_grad(name: str) -> Callable[..., Gradients]:
+    """Makes the formula of the operator of this name."""
+
+    def grad(
+        ctx: Any, dy: Tensor | None, dh_n: Tensor | None, d_gates: Tensor | None, d_cells: Tensor | None
+    ) -> Gradients:
+        _check_saved(name, ctx.save)
+        w_hh, h0, lengths, y, gates, cells = ctx.saved_tensors
+        needs_w, needs_bias, needs_h0 = ctx.needs_input_grad[1:4]
+        args = (w_hh, h0, lengths, y, gates, cells, dy, dh_n, needs_h0)
+        # What is not kept is empty, and vmap may give it a dimension of samples.
+        d_gates, d_cells = (d if kept.dim() == 4 else None for d, kept in ((d_gates, gates), (d_cells, cells)))
+        if d_gates is None and d_cells is None:
+            d_gates_x, d_q, dh0 = _run_backward(f"{name}_backward", args)
+        else:  # double backward
+            d_gates_x, d_q, dh0 = getattr(reference, f"{name}_backward")(*args, d_gates, d_cells)
+        d_w_hh = d_bias_hh = None
+        if needs_w or needs_bias:
+            dz = d_gates_x
+            if d_q.dim() == 4:  # it stands for the last gate's recurrent part
+                dz = torch.cat([d_gates_x[..., : -y.shape[-1]], d_q], -1)
+            d_w_hh = _weight_grad(dz, y, h0, lengths) if needs_w else None
+            d_bias_hh = dz.sum((0, 1), dtype=reference.accumulate_dtype(dz.dtype)).to(dz.dtype) if needs_bias else None
+        return d_gates_x, d_w_hh, d_bias_hh, dh0 if needs_h0 else None, None, None
+
+    return grad
 
 
-# --- both, as autograd and torch.func know them -----------------------------------------------------------------------
+# --- all, as autograd and torch.func know them ------------------------------------------------------------------------
 
 VmapResult = tuple[tuple[Tensor, ...], tuple[int | None, ...]]  # outputs, and where their samples are
 
@@ -271,11 +279,16 @@ def _differentiable_backward(name: str, weights_at: Sequence[int], lengths_at: i
     return _differentiable(name, save, grad, weights_at, lengths_at)
 
 
-LSTM_RECURRENCE = _differentiable("lstm_recurrence", _save_lstm, _lstm_grad, weights_at=(1,), lengths_at=4)
-GRU_RECURRENCE = _differentiable("gru_recurrence", _save_gru, _gru_grad, weights_at=(1, 2), lengths_at=4)
+RECURRENCES = {
+    "lstm_recurrence": _differentiable("lstm_recurrence", _save_lstm, _lstm_grad, weights_at=(1,), lengths_at=4),
+    **{
+        name: _differentiable(name, _save_h, _h_grad(name), weights_at=(1, 2), lengths_at=4)
+        for name in (f"{cell}_recurrence" for cell in H_CELLS)
+    },
+}
 _FUNCTIONS = {
     name: _differentiable_backward(name, weights_at=(0,), lengths_at=2)
-    for name in ("lstm_recurrence_backward", "gru_recurrence_backward")
+    for name in (f"{forward}_backward" for forward in RECURRENCES)
 }
 
 

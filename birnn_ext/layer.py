@@ -265,6 +265,8 @@ def _run_projected(
         of_recurrence = (w_hh, None if own is None else own.unflatten(0, (directions, -1)))
     if reset is None:
         return run_recurrence(cell, route, gates_x, of_recurrence, state, lengths)
+    if cell.clear is None:
+        return _run_step_by_step(cell, route, gates_x, of_recurrence, state, lengths, reset)
     state = _without_cleared(state, lengths, reset)
     gates_x, lengths = _with_clearing_steps(cell, gates_x, lengths, reset)
     y, final = run_recurrence(cell, route, gates_x, of_recurrence, state, lengths)
@@ -290,7 +292,7 @@ def _with_clearing_steps(
     clears = reset[..., None, None].repeat(1, 1, gates_x.shape[2], 1)
     if gates_x.shape[2] == 2:
         clears[0, :, 1] = False  # the reverse direction is through: what lies after its last step is its final state
-    assert cell.clear is not None
+    assert cell.clear is not None and cell.hold is not None
     clear, hold = (
         gates_x.new_tensor([gate and math.copysign(math.inf, gate) for gate in of_gates]).repeat_interleave(
             gates_x.shape[-1] // cell.gates
@@ -300,6 +302,36 @@ def _with_clearing_steps(
     between = torch.where(clears, clear, hold)
     doubled = torch.stack([between, gates_x], 1).flatten(0, 1)
     return doubled, None if lengths is None else 2 * lengths
+
+
+def _run_step_by_step(
+    cell: Cell,
+    route: Route,
+    gates_x: Tensor,
+    weights: tuple[Tensor | None, ...],
+    state: State,
+    lengths: Tensor | None,
+    reset: Tensor,
+) -> tuple[Tensor, FinalState]:
+    """Runs a recurrence by a call for each step, and clears the state where a sequence begins anew."""
+    steps, batch, directions, _ = gates_x.shape
+    zeros = gates_x.new_zeros(1, batch, gates_x.shape[-1] // cell.gates)
+    ys, finals = [], []
+    for d in range(directions):
+        own = tuple(None if w is None else w[d : d + 1] for w in weights)
+        final = tuple(zeros if s is None else s[d : d + 1] for s in state)
+        of_direction = []
+        for t in range(steps) if d == 0 else range(steps - 1, -1, -1):
+            begins = t + d  # the step at which a new sequence begins, if this one comes to it without a state
+            if begins < steps:
+                clear = reset[begins] if lengths is None else reset[begins] & (lengths > begins)
+                final = tuple(s.masked_fill(clear.unsqueeze(-1), 0) for s in final)
+            has_step = None if lengths is None else (lengths > t).long()
+            y, final = run_recurrence(cell, route, gates_x[t : t + 1, :, d : d + 1], own, final, has_step)
+            of_direction.append(y)
+        ys.append(torch.cat(of_direction if d == 0 else of_direction[::-1]))
+        finals.append(final)
+    return torch.cat(ys, 2), tuple(torch.cat(each) for each in zip(*finals, strict=True))
 
 
 def _run_projected_variant(
@@ -377,7 +409,7 @@ def run_recurrence(
         cell: which one.
         route: by `choose_route` or `choose_recurrence_route`.
         gates_x: (T, B, D, G * H), where G is the number of gates.
-        weights: w_hh (D, G * H, H) and, of a GRU, bias_hh (D, G * H) or None.
+        weights: w_hh (D, G * H, H) and, unless it is an LSTM's, bias_hh (D, G * H) or None.
         state: the initial state.
         lengths: (B,), or None for T each.
 
@@ -385,7 +417,7 @@ def run_recurrence(
         y (T, B, D, H), and the final states (D, B, H).
     """
     if route.way is Way.REFERENCE:
-        count_reference(f"{cell.name.lower()}_recurrence", "reference_forward", route.why, stacklevel=4)
+        count_reference(f"{cell.operator}_recurrence", "reference_forward", route.why, stacklevel=4)
         run, save = cell.reference, "none"
     else:
         run, save = cell.function if route.way is Way.FUNCTION else cell.recurrence, route.save

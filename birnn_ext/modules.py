@@ -1,4 +1,4 @@
-"""Modules: `LSTM` and `GRU`, drop-ins for PyTorch's, and `BiRNN`, the tutorial's classifier on top of one."""
+"""Modules: `LSTM`, `GRU` and `RNN`, drop-ins for PyTorch's, and `BiRNN`, the tutorial's classifier on top of one."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from torch.nn.utils.rnn import PackedSequence
 from birnn_ext import portable
 from birnn_ext._torch_private import let_dynamo_trace
 from birnn_ext.arguments import Call, check_probability, read_call
-from birnn_ext.cell import GRU_CELL, LSTM_CELL
+from birnn_ext.cell import GRU_CELL, LSTM_CELL, RNN_RELU_CELL, RNN_TANH_CELL, Cell
 from birnn_ext.layer import Variant
 from birnn_ext.recurrent import Recurrent, run_call
-from birnn_ext.signatures import LSTMState, with_gru_overloads, with_lstm_overloads
+from birnn_ext.signatures import LSTMState, with_h_overloads, with_lstm_overloads
 
 _LAYER_NORM = ("weight_ln_ih", "weight_ln_hh", "weight_ln_c", "bias_ln_c")  # the last one with bias only
 
@@ -291,7 +291,7 @@ class GRU(Recurrent, nn.GRU):
             **refused,
         )
 
-    @with_gru_overloads
+    @with_h_overloads
     def forward(
         self,
         input: Tensor | PackedSequence,
@@ -329,30 +329,135 @@ class GRU(Recurrent, nn.GRU):
         __call__ = forward
 
 
+class RNN(Recurrent, nn.RNN):
+    """A drop-in for `torch.nn.RNN`: same arguments, parameters, initialisation, state_dict and results.
+
+    Its time steps run in birnn_ext's fused kernels. In place of nn.RNN's flattened weights it reads the parameters as
+    they are at each call, so pruning, parametrizations, sharing and swapping of weights just work.
+
+    The method: J. L. Elman, "Finding Structure in Time", 1990.
+
+    Args:
+        input_size: I, features of the input.
+        hidden_size: H, units per direction.
+        num_layers: stacked layers; layer k > 0 reads the outputs of layer k-1.
+        nonlinearity: "tanh" or "relu".
+        bias: whether layers have b_ih and b_hh.
+        batch_first: input and output are (B, T, .) instead of (T, B, .). States are not affected.
+        dropout: probability with which outputs of all layers but the last are zeroed in training mode.
+        bidirectional: D = 2 directions instead of 1.
+        device: of the parameters.
+        dtype: of the parameters; float64, float32, float16 or bfloat16.
+        recompute: keep the input alone for the backward pass where a layer is not one operator, as in `LSTM`. Where it
+            is one, this changes nothing: input, output and, in 16 bits, the states before they are rounded are all
+            that is kept.
+        learned_state: a parameter ``h_0`` (D * num_layers, H), zeros at first, is the initial state of every sequence
+            where forward is given none.
+        refused: other arguments, such as proj_size, raise nn.RNN's errors.
+
+    Raises:
+        ValueError, TypeError: as `torch.nn.RNN`.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        nonlinearity: Literal["tanh", "relu"] = "tanh",
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        recompute: bool = False,
+        learned_state: bool = False,
+        **refused: NoReturn,
+    ) -> None:
+        super().__init__(
+            input_size,
+            hidden_size,
+            num_layers=num_layers,
+            nonlinearity=nonlinearity,
+            bias=bias,
+            batch_first=batch_first,
+            dropout=dropout,
+            bidirectional=bidirectional,
+            device=device,
+            dtype=dtype,
+            options={"recompute": recompute, "learned_state": learned_state},
+            **refused,
+        )
+
+    @property
+    def CELL(self) -> Cell:  # type: ignore[override]
+        """The cell of the module's nonlinearity."""
+        return RNN_RELU_CELL if self.mode == "RNN_RELU" else RNN_TANH_CELL
+
+    @with_h_overloads
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Tensor | None = None,
+        *,
+        lengths: Tensor | Sequence[int] | None = None,
+        output: Literal["all", "last"] = "all",
+        reset: Tensor | PackedSequence | None = None,
+    ) -> tuple[Any, ...]:
+        """Runs all layers.
+
+        Args:
+            input: (T, B, I), with batch_first (B, T, I), unbatched (T, I), or a PackedSequence.
+            hx: h_0 (D * num_layers, B, H), unbatched without B; None stands for zeros, or for the learned state.
+            lengths: (B,), as for `LSTM.forward`.
+            output: "all" returns every step, "last" each sequence's own last one, as for `LSTM.forward`.
+            reset: bool, as for `LSTM.forward`: where it is True, that step begins a new sequence. A call with it runs
+                step by step.
+
+        Returns:
+            ``(output, h_n)``, as `torch.nn.RNN`, arranged as by `GRU.forward`.
+
+        Raises:
+            ValueError: a wrong number of dimensions, `output`, `lengths` or `reset` that fit nothing, or arguments that
+                exclude each other, as reset and learned_state do.
+            RuntimeError: sizes of input or hx, their devices or hx's dtype that do not fit, as `torch.nn.RNN`.
+            TypeError: an argument of a wrong type or dtype.
+        """
+        return run_call(self, read_call(self, RNN.forward, input, hx, lengths, output, reset))
+
+    if TYPE_CHECKING:  # that of nn.Module says Any
+        __call__ = forward
+
+
 let_dynamo_trace(Recurrent)
+
+_BY_NAME: dict[str, type[LSTM | GRU | RNN]] = {"lstm": LSTM, "gru": GRU, "rnn": RNN}
 
 
 class BiRNN(nn.Module):
     """The many-to-one classifier of the well-known PyTorch tutorial: a bidirectional LSTM and a linear layer.
 
     Parameters are named as the tutorial's (``lstm.*``, ``fc.*``), so checkpoints go both ways. With a GRU they are
-    ``gru.*``.
+    ``gru.*``, with a plain RNN (tanh) ``rnn.*``.
 
     Args:
         input_size: I, features of each step.
         hidden_size: H, units per direction.
         num_layers: stacked layers.
         num_classes: outputs.
-        cell: "lstm" or "gru".
+        cell: "lstm", "gru" or "rnn".
 
     Raises:
-        ValueError, TypeError: as `LSTM` and `GRU`; cell is neither of the two.
+        ValueError, TypeError: as `LSTM`, `GRU` and `RNN`; cell is none of the three.
     """
 
     cell = "lstm"  # of models that were pickled before there was another
     if TYPE_CHECKING:
         lstm: LSTM | nn.LSTM
         gru: GRU | nn.GRU
+        rnn: RNN | nn.RNN
 
     def __init__(
         self,
@@ -360,16 +465,15 @@ class BiRNN(nn.Module):
         hidden_size: int,
         num_layers: int,
         num_classes: int,
-        cell: Literal["lstm", "gru"] = "lstm",
+        cell: Literal["lstm", "gru", "rnn"] = "lstm",
     ) -> None:
         super().__init__()
-        if cell not in ("lstm", "gru"):
-            raise ValueError(f'BiRNN: cell must be "lstm" or "gru", got {cell!r}')
+        if cell not in _BY_NAME:
+            raise ValueError(f'BiRNN: cell must be "lstm", "gru" or "rnn", got {cell!r}')
         self.hidden_size = hidden_size
         self.num_layers = num_layers
         self.cell = cell
-        made = LSTM if cell == "lstm" else GRU
-        self.add_module(cell, made(input_size, hidden_size, num_layers, batch_first=True, bidirectional=True))
+        self.add_module(cell, _BY_NAME[cell](input_size, hidden_size, num_layers, batch_first=True, bidirectional=True))
         self.fc = nn.Linear(hidden_size * 2, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -386,10 +490,12 @@ class BiRNN(nn.Module):
         """
         if not torch.jit.is_scripting():  # type: ignore[attr-defined]
             last = self._last(x)
-        elif hasattr(self, "lstm"):  # torch.jit.script leaves out the branch of the other
+        elif hasattr(self, "lstm"):  # torch.jit.script leaves out the branches of the others
             last = self.lstm(x)[0][:, -1]
-        else:
+        elif hasattr(self, "gru"):
             last = self.gru(x)[0][:, -1]
+        else:
+            last = self.rnn(x)[0][:, -1]
         scores: Tensor = self.fc(last)
         return scores
 

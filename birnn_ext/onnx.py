@@ -36,22 +36,22 @@ def export(
 ) -> ONNXProgram:
     """Writes a model, in evaluation mode, as an ONNX file.
 
-    Each layer of a `birnn_ext.LSTM` becomes one LSTM operator of the ONNX standard, one of a `birnn_ext.GRU` a GRU
-    operator, and `lengths` its sequence_lens; for ``output="last"`` the last layer becomes two, of one direction each.
-    In the file, as in PyTorch, lengths are int64 and states are (D * num_layers, B, H). bfloat16 layers compute in
-    float32, as the operators have no bfloat16.
+    Each layer of a `birnn_ext.LSTM` becomes one LSTM operator of the ONNX standard, one of a `GRU` or `RNN` the
+    operator of that name, and `lengths` its sequence_lens; for ``output="last"`` the last layer becomes two, of one
+    direction each. In the file, as in PyTorch, lengths are int64 and states are (D * num_layers, B, H). bfloat16 layers
+    compute in float32, as the operators have no bfloat16.
 
     PyTorch's own modules are not translated so; `birnn_ext.accelerate` makes them ours.
 
     Args:
-        model: a `birnn_ext.LSTM`, `birnn_ext.GRU` or `birnn_ext.BiRNN`, or any module that contains them.
+        model: a `birnn_ext.LSTM`, `GRU`, `RNN` or `BiRNN`, or any module that contains them.
         path: of the file to write.
         args: example arguments of the model, tensors or nested tuples of them. None makes up an input for one of ours.
         kwargs: further ones, by name.
         dynamic_shapes: as in `torch.onnx.export`. None leaves every dimension of every tensor dynamic that the model
             does not fix; dimensions that may vary should not be 1 in the examples.
         input_names: as in `torch.onnx.export`.
-        output_names: likewise; an LSTM's are output, h_n and c_n if none are given, a GRU's output and h_n.
+        output_names: likewise; an LSTM's are output, h_n and c_n if none are given, others' output and h_n.
         options: further arguments of `torch.onnx.export`, such as opset_version.
 
     Returns:
@@ -61,7 +61,7 @@ def export(
         ImportError: onnx or onnxscript is missing; ``pip install 'birnn_ext[onnx]'``.
         NotImplementedError: a module has proj_size, zoneout or layer_norm, or is asked for reset or return_cell_states,
             by the model, too, for which ONNX's operator has nothing.
-        TypeError: the model's LSTM or GRU is float64, for which ONNX Runtime has neither; or args are missing.
+        TypeError: a recurrent module is float64, for which ONNX Runtime has none; or args are missing.
     """
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:

@@ -48,14 +48,17 @@ def nn_layer(
     in_reverse = torch.where(beyond, step, lengths - 1 - step).unsqueeze(-1)  # there and back again
     beyond = beyond.unsqueeze(-1)
     at_last = torch.where(lengths == 0, 0, lengths - 1).view(1, -1, 1).expand(1, -1, outputs)
-    # A further feature of the input is 1 in the padding, where its weights hold the last state.
-    hold = x.new_tensor(cell.hold).repeat_interleave(module.hidden_size).unsqueeze(1)
+    # A further feature of the input is 1 in the padding, where its weights hold the last state. That of h needs none.
+    holds = len(states) > 1
+    hold = x.new_tensor(cell.hold).repeat_interleave(module.hidden_size).unsqueeze(1) if holds else None
     ys, finals = [], []
     for d, (w_ih, *others) in enumerate(weights):
         steps = x.gather(0, in_reverse.expand(-1, -1, x.shape[2])) if d else x
-        steps = torch.cat([steps.masked_fill(beyond, 0), beyond.to(x.dtype)], -1)
+        steps = steps.masked_fill(beyond, 0)
+        if hold is not None:
+            steps, w_ih = torch.cat([steps, beyond.to(x.dtype)], -1), torch.cat([w_ih, hold], 1)
         first = [state[d : d + 1] for state in states]
-        y, _, *held = run(steps, first, [torch.cat([w_ih, hold], 1), *others], False)
+        y, _, *held = run(steps, first, [w_ih, *others], False)
         h_n = torch.where((lengths == 0).unsqueeze(-1), first[0], y.gather(0, at_last))
         finals.append((h_n, *held))
         y = y.masked_fill(beyond, 0)
@@ -72,7 +75,7 @@ def onnx_layer(
     states: Sequence[Tensor | None],
     lengths: Tensor | None,
 ) -> Results:
-    """Runs a layer by ONNX's operator: https://onnx.ai/onnx/operators/onnx__LSTM.html, or onnx__GRU.html.
+    """Runs a layer by ONNX's operator: https://onnx.ai/onnx/operators/onnx__LSTM.html, and likewise.
 
     This is for torch.onnx alone, as the operator has shapes, but does not run.
 
@@ -100,10 +103,11 @@ def onnx_layer(
     directions = all_w_hh.shape[0]
     first = [None if s is None else s.to(used) for s in states]
     direction = "bidirectional" if directions == 2 else "forward"
+    attributes = {name: [v] * directions if isinstance(v, str) else v for name, v in cell.onnx_attributes.items()}
     y, *final = torch.onnx.ops.symbolic_multi_out(
         cell.name,
         (x.to(used), all_w_ih, all_w_hh, b, None if lengths is None else lengths.to(torch.int32), *first),
-        {"hidden_size": hidden, "direction": direction, **cell.onnx_attributes},
+        {"hidden_size": hidden, "direction": direction, **attributes},
         dtypes=(used,) * (1 + len(first)),
         shapes=((steps, directions, batch, hidden), *((directions, batch, hidden),) * len(first)),
     )

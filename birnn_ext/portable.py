@@ -1,7 +1,7 @@
 """Models for programs that know PyTorch, but not birnn_ext: when a module leaves PyTorch's own operator, and what can.
 
 Who traces, scripts, or exports by the ways before torch.export wants a file that runs elsewhere, so there `LSTM` leaves
-what nn.LSTM does, and `GRU` what nn.GRU does. In torch.export, whose programs have our kernels, they do so within
+what nn.LSTM does, and so on. In torch.export, whose programs have our kernels, they do so within
 `as_nn_lstm`. docs/elsewhere.md has all the ways.
 """
 
@@ -27,7 +27,7 @@ warnings.filterwarnings("ignore", category=TracerWarning, module="birnn_ext")
 
 @contextmanager
 def as_nn_lstm() -> Iterator[None]:
-    """Within it, `LSTM` computes by nn.LSTM's own operator, and `GRU` by nn.GRU's, in the whole process.
+    """Within it, `LSTM` computes by nn.LSTM's own operator, `GRU` by nn.GRU's and `RNN` by nn.RNN's, everywhere.
 
     For programs that are to run where birnn_ext is not: ``torch.export.export`` within it leaves no operator of ours,
     and needs a fixed number of time steps as it does for nn.LSTM. `torch.jit.trace`, `torch.jit.script` and
@@ -35,7 +35,7 @@ def as_nn_lstm() -> Iterator[None]:
 
     Results are the same within rounding, ``lengths`` and ``output="last"`` included.
 
-    `as_nn_gru` is the same function.
+    `as_nn_gru` and `as_nn_rnn` are the same function.
 
     Raises:
         NotImplementedError: at the call of a module that uses what can't be said with that operator: zoneout,
@@ -49,7 +49,7 @@ def as_nn_lstm() -> Iterator[None]:
         _asked = before
 
 
-as_nn_gru = as_nn_lstm
+as_nn_gru = as_nn_rnn = as_nn_lstm
 
 
 def is_recording() -> bool:

@@ -1,4 +1,4 @@
-"""The recurrences of the LSTM and the GRU in plain, differentiable PyTorch.
+"""The recurrences of the LSTM, the GRU and the plain RNN in plain, differentiable PyTorch.
 
 It is written independently of the kernels: tests compare them with it, devices that have no kernel run it, and double
 backward differentiates it. Shapes: T steps, B sequences, D directions, H hidden units. The arguments are those of the
@@ -253,6 +253,85 @@ def gru_recurrence_backward(
         torch.stack(part, dim).to(dtype) for part, dim in zip(zip(*per_direction, strict=True), (2, 2, 0), strict=True)
     )
     return d_gates_x, d_q, dh0 if state_grads else y.new_empty(0)
+
+
+@without_autocast
+def _rnn_recurrence(
+    function: Callable[[Tensor], Tensor],
+    gates_x: Tensor,
+    w_hh: Tensor,
+    bias_hh: Tensor | None,
+    h0: Tensor | None,
+    lengths: Tensor | None,
+    save: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Computes the operator of a plain recurrence; returns (y, h_n, gates, cells), gates being empty."""
+    steps, batch, directions, hidden = gates_x.shape
+    dtype, acc = gates_x.dtype, accumulate_dtype(gates_x.dtype)
+    zeros = gates_x.new_zeros(batch, hidden, dtype=acc)
+    states, h_ns = [], []
+    for d in range(directions):
+        h = zeros if h0 is None else h0[d].to(acc)
+        w = w_hh[d].to(acc)
+        of_direction = []
+        for t in range(steps) if d == 0 else range(steps - 1, -1, -1):
+            mask = _active(lengths, t)
+            z = gates_x[t, :, d].to(acc) + h @ w.T
+            h_t = function(z if bias_hh is None else z + bias_hh[d].to(acc))
+            h = _where(mask, h_t, h)
+            of_direction.append(_where(mask, h_t, zeros))
+        states.append(torch.stack(of_direction if d == 0 else of_direction[::-1]))
+        h_ns.append(h)
+    all_states, h_n = torch.stack(states, 2), torch.stack(h_ns)
+    cells = gates_x.new_empty(0, dtype=acc) if save == "none" or acc == dtype else all_states
+    return all_states.to(dtype), h_n.to(dtype), gates_x.new_empty(0), cells
+
+
+@without_autocast
+def _rnn_recurrence_backward(
+    derivative: Callable[[Tensor], Tensor],
+    w_hh: Tensor,
+    h0: Tensor | None,
+    lengths: Tensor | None,
+    y: Tensor,
+    gates: Tensor,
+    cells: Tensor,
+    dy: Tensor | None,
+    dh_n: Tensor | None,
+    state_grads: bool,
+    d_gates: None = None,
+    d_cells: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Computes the operator of its gradients; returns (d_gates_x, d_q, dh0), d_q being empty.
+
+    The derivative is one of the function's value. d_cells (T, B, D, H) is as for `lstm_recurrence_backward`.
+    """
+    steps, batch, directions, hidden = y.shape
+    dtype, acc = y.dtype, cells.dtype
+    states = y if acc == dtype else cells
+    zeros = cells.new_zeros(batch, hidden)
+    dzs, dhs = [], []
+    for d in range(directions):
+        dh = zeros if dh_n is None else dh_n[d].to(acc)
+        of_direction = []
+        for t in range(steps - 1, -1, -1) if d == 0 else range(steps):
+            mask = _active(lengths, t)
+            dh_t = dh if dy is None else dh + dy[t, :, d].to(acc)
+            if d_cells is not None:
+                dh_t = dh_t + d_cells[t, :, d]
+            dz = _where(mask, dh_t * derivative(states[t, :, d]), zeros)
+            dh = _where(mask, dz @ w_hh[d].to(acc), dh)
+            of_direction.append(dz)
+        dzs.append(torch.stack(of_direction[::-1] if d == 0 else of_direction))
+        dhs.append(dh)
+    d_gates_x, dh0 = torch.stack(dzs, 2).to(dtype), torch.stack(dhs).to(dtype)
+    return d_gates_x, y.new_empty(0), dh0 if state_grads else y.new_empty(0)
+
+
+rnn_tanh_recurrence = functools.partial(_rnn_recurrence, torch.tanh)
+rnn_tanh_recurrence_backward = functools.partial(_rnn_recurrence_backward, lambda h: 1 - h * h)
+rnn_relu_recurrence = functools.partial(_rnn_recurrence, torch.relu)
+rnn_relu_recurrence_backward = functools.partial(_rnn_recurrence_backward, lambda h: (h > 0).to(h.dtype))
 
 
 @without_autocast

@@ -1,4 +1,4 @@
-"""Tells type checkers of `LSTM.forward` and `GRU.forward`, whose results depend on their arguments."""
+"""Tells type checkers of `LSTM.forward`, `GRU.forward` and `RNN.forward`, whose results depend on their arguments."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ class LSTMForward(Protocol):
     ) -> tuple[Tensor, LSTMState | None]: ...
 
 
-class GRUForward(Protocol):
-    """`GRU.forward` of an instance."""
+class HForward(Protocol):
+    """`GRU.forward` of an instance, and `RNN.forward`, whose state is h alone."""
 
     @overload
     def __call__(
@@ -111,6 +111,6 @@ def with_lstm_overloads(forward: Callable[..., Any]) -> LSTMForward:
     return cast(LSTMForward, forward)
 
 
-def with_gru_overloads(forward: Callable[..., Any]) -> GRUForward:
-    """Returns the function as it is; a type checker then knows it by `GRUForward`."""
-    return cast(GRUForward, forward)
+def with_h_overloads(forward: Callable[..., Any]) -> HForward:
+    """Returns the function as it is; a type checker then knows it by `HForward`."""
+    return cast(HForward, forward)

@@ -103,71 +103,81 @@ def _(
     return dx, d_weights, d_state, torch.empty_like(d_state)
 
 
-def _states_kept(y: Tensor, save: str) -> Tensor:
-    """Makes what a GRU keeps of its states, beside y: those of types in which y is not exact."""
-    wide = accumulate_dtype(y.dtype)
-    return y.new_empty(y.shape if save != "none" and wide != y.dtype else (0,), dtype=wide)
+# --- the cells whose state is their output: all have operators of the same arguments and results
 
 
-@torch.library.register_fake("birnn_ext::gru_recurrence")
-def _(
-    gates_x: Tensor, w_hh: Tensor, bias_hh: Tensor | None, h0: Tensor | None, lengths: Tensor | None, save: str
-) -> Tensors4:
-    _check_devices(gates_x, w_hh, bias_hh, h0, lengths)
-    steps, batch, directions, _ = gates_x.shape
-    hidden = w_hh.shape[-1]
-    y = gates_x.new_empty(steps, batch, directions, hidden)
-    gates = gates_x.new_empty((steps, batch, directions, 4 * hidden) if save == "all" else (0,))
-    return y, gates_x.new_empty(directions, batch, hidden), gates, _states_kept(y, save)
+H_CELLS = {"gru": 4, "rnn_tanh": 0, "rnn_relu": 0}  # how many values a step saves of a unit, beside its state
 
 
-@torch.library.register_fake("birnn_ext::gru_recurrence_backward")
-def _(
-    w_hh: Tensor,
-    h0: Tensor | None,
-    lengths: Tensor | None,
-    y: Tensor,
-    gates: Tensor,
-    cells: Tensor,
-    dy: Tensor | None,
-    dh_n: Tensor | None,
-    state_grads: bool,
-) -> Tensors3:
-    steps, batch, directions, hidden = y.shape
-    dh0 = y.new_empty((directions, batch, hidden) if state_grads else (0,))
-    return y.new_empty(steps, batch, directions, 3 * hidden), y.new_empty(y.shape), dh0
+def _kept(cell: str, y: Tensor, save: str) -> tuple[Tensor, Tensor]:
+    """Makes what a forward operator keeps: gates, and the states in types in which y is not exact."""
+    *sizes, hidden = y.shape
+    saved, wide = H_CELLS[cell], accumulate_dtype(y.dtype)
+    gates = y.new_empty((*sizes, saved * hidden) if saved and save == "all" else (0,))
+    return gates, y.new_empty(y.shape if save != "none" and wide != y.dtype else (0,), dtype=wide)
 
 
-@torch.library.register_fake("birnn_ext::gru_layer")
-def _(x: Tensor, weights: list[Tensor], bias: bool, h0: Tensor | None, lengths: Tensor | None, save: str) -> Tensors4:
-    _check_devices(x, *weights, h0, lengths)
-    steps, batch, _ = x.shape
-    directions, hidden = len(weights) // (4 if bias else 2), weights[1].shape[1]
-    y = x.new_empty(steps, batch, directions, hidden)
-    gates = x.new_empty((steps, batch, directions, 4 * hidden) if save == "all" else (0,))
-    return y, x.new_empty(directions, batch, hidden), gates, _states_kept(y, save)
+def _register_fakes(cell: str) -> None:
+    @torch.library.register_fake(f"birnn_ext::{cell}_recurrence")
+    def _(
+        gates_x: Tensor, w_hh: Tensor, bias_hh: Tensor | None, h0: Tensor | None, lengths: Tensor | None, save: str
+    ) -> Tensors4:
+        _check_devices(gates_x, w_hh, bias_hh, h0, lengths)
+        steps, batch, directions, _ = gates_x.shape
+        y = gates_x.new_empty(steps, batch, directions, w_hh.shape[-1])
+        return y, y.new_empty(directions, batch, w_hh.shape[-1]), *_kept(cell, y, save)
+
+    @torch.library.register_fake(f"birnn_ext::{cell}_recurrence_backward")
+    def _(
+        w_hh: Tensor,
+        h0: Tensor | None,
+        lengths: Tensor | None,
+        y: Tensor,
+        gates: Tensor,
+        cells: Tensor,
+        dy: Tensor | None,
+        dh_n: Tensor | None,
+        state_grads: bool,
+    ) -> Tensors3:
+        steps, batch, directions, hidden = y.shape
+        d_q = y.new_empty(y.shape if H_CELLS[cell] else (0,))
+        dh0 = y.new_empty((directions, batch, hidden) if state_grads else (0,))
+        return y.new_empty(steps, batch, directions, w_hh.shape[1]), d_q, dh0
+
+    @torch.library.register_fake(f"birnn_ext::{cell}_layer")
+    def _(
+        x: Tensor, weights: list[Tensor], bias: bool, h0: Tensor | None, lengths: Tensor | None, save: str
+    ) -> Tensors4:
+        _check_devices(x, *weights, h0, lengths)
+        steps, batch, _ = x.shape
+        directions, hidden = len(weights) // (4 if bias else 2), weights[1].shape[1]
+        y = x.new_empty(steps, batch, directions, hidden)
+        return y, x.new_empty(directions, batch, hidden), *_kept(cell, y, save)
+
+    @torch.library.register_fake(f"birnn_ext::{cell}_layer_backward")
+    def _(
+        x: Tensor,
+        weights: list[Tensor],
+        bias: bool,
+        h0: Tensor | None,
+        lengths: Tensor | None,
+        y: Tensor,
+        gates: Tensor,
+        cells: Tensor,
+        dy: Tensor | None,
+        dh_n: Tensor | None,
+        x_grad: bool,
+        weight_grads: bool,
+        state_grads: bool,
+    ) -> tuple[Tensor, list[Tensor], Tensor]:
+        _, batch, directions, hidden = y.shape
+        dx = x.new_empty(x.shape if x_grad else (0,))
+        d_weights = [w.new_empty(w.shape if weight_grads else (0,)) for w in weights]
+        return dx, d_weights, x.new_empty((directions, batch, hidden) if state_grads else (0,))
 
 
-@torch.library.register_fake("birnn_ext::gru_layer_backward")
-def _(
-    x: Tensor,
-    weights: list[Tensor],
-    bias: bool,
-    h0: Tensor | None,
-    lengths: Tensor | None,
-    y: Tensor,
-    gates: Tensor,
-    cells: Tensor,
-    dy: Tensor | None,
-    dh_n: Tensor | None,
-    x_grad: bool,
-    weight_grads: bool,
-    state_grads: bool,
-) -> tuple[Tensor, list[Tensor], Tensor]:
-    _, batch, directions, hidden = y.shape
-    dx = x.new_empty(x.shape if x_grad else (0,))
-    d_weights = [w.new_empty(w.shape if weight_grads else (0,)) for w in weights]
-    return dx, d_weights, x.new_empty((directions, batch, hidden) if state_grads else (0,))
+for _cell in H_CELLS:
+    _register_fakes(_cell)
 
 
 @torch.library.register_fake("birnn_ext::lstm_variant")
@@ -307,6 +317,6 @@ def _fall_back_to_reference(name: str, kind: str) -> None:
         return results
 
 
-for _cell in ("lstm", "gru"):
+for _cell in ("lstm", *H_CELLS):
     _fall_back_to_reference(f"{_cell}_recurrence", "reference_forward")
     _fall_back_to_reference(f"{_cell}_recurrence_backward", "reference_backward")

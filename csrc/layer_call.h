@@ -1,4 +1,4 @@
-// The arguments of lstm_layer and gru_layer that the CPU and CUDA check alike.
+// The arguments of lstm_layer, gru_layer and so on that the CPU and CUDA check alike.
 #pragma once
 
 #include <ATen/core/Tensor.h>

@@ -1,6 +1,6 @@
 // The parameters of a layer in one list, as lstm_layer takes them and returns their gradients: those of direction 0,
-// then those of direction 1, each w_ih (4H, I), w_hh (4H, H) and, if there are biases, bias_ih and bias_hh (4H); a GRU
-// has 3H for 4H.
+// then those of direction 1, each w_ih (4H, I), w_hh (4H, H) and, if there are biases, bias_ih and bias_hh (4H); other
+// cells have gates * H for 4H.
 // birnn_ext.layer.LayerWeights makes the list.
 #pragma once
 

@@ -4,6 +4,8 @@
 #include <pybind11/stl.h>
 #include <torch/version.h>
 
+#include <algorithm>
+#include <iterator>
 #include <map>
 #include <string>
 #include <vector>
@@ -74,13 +76,14 @@ py::object cuda_choice(const std::string& dtype, int64_t H, int64_t B, int64_t D
   const auto wished = cuda::algorithm_named(algorithm);
   if (!wished && !algorithm.empty()) throw py::value_error("unknown algorithm " + algorithm);
 
-  const CellKind cell = cell_name == name_of(CellKind::gru) ? CellKind::gru : CellKind::lstm;
-  if (cell_name != name_of(cell)) throw py::value_error("cell must be lstm or gru, got " + cell_name);
+  const auto cell =
+      std::find_if(std::begin(kCells), std::end(kCells), [&](CellKind k) { return cell_name == name_of(k); });
+  if (cell == std::end(kCells)) throw py::value_error("cell must be lstm, gru, rnn_tanh or rnn_relu, got " + cell_name);
 
   const auto fits = [&](const auto& plan) {
     return plan.exchange != cuda::Exchange::cluster || plan.ctas <= largest_cluster;
   };
-  const cuda::Choice choice = cuda::choose({cell, type, 1, B, D, H}, {multiprocessors, shared_memory, capability},
+  const cuda::Choice choice = cuda::choose({*cell, type, 1, B, D, H}, {multiprocessors, shared_memory, capability},
                                            wished ? std::vector{*wished} : cuda::all_algorithms(), fits);
   if (!choice.possible) return py::none();
   using namespace py::literals;

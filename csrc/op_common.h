@@ -11,7 +11,7 @@
 #include <optional>
 #include <tuple>
 
-#include "core/recurrence.h"
+#include "core/cells.h"
 
 namespace birnn {
 
@@ -20,9 +20,6 @@ using OptionalTensor = std::optional<Tensor>;
 using ThreeTensors = std::tuple<Tensor, Tensor, Tensor>;
 using FourTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using FiveTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
-
-// The beginning of the operators' names.
-constexpr const char* name_of(CellKind cell) { return cell == CellKind::lstm ? "lstm" : "gru"; }
 
 // birnn_ext.op_calls() reads these: they count how often each compiled operator has run in this process.
 struct OpCalls {
@@ -61,7 +58,7 @@ inline at::ScalarType accumulate_type(at::ScalarType type) { return type == at::
 
 // Tells whether y itself has the states that a backward pass needs, so that `cells` is empty.
 inline bool y_has_states(CellKind cell, at::ScalarType type) {
-  return cell == CellKind::gru && accumulate_type(type) == type;
+  return state_is_output(cell) && accumulate_type(type) == type;
 }
 
 inline void check(const Tensor& t, const char* name, at::IntArrayRef shape, at::ScalarType type, at::Device device) {
@@ -107,7 +104,7 @@ struct Held {
   }
 };
 
-// A call of a cell's forward operator. The kernels' state is h and c; a GRU's c is its h, so c0 is h0, and c_n is h_n.
+// A call of a cell's forward operator. The kernels' state is h and c. If that is the output, c0 is h0, and c_n is h_n.
 struct Forward {
   CellKind cell;
   DType dtype;
@@ -134,7 +131,7 @@ struct Forward {
       : cell(of), dtype(type) {
     const auto [T, B, D, H] = sizes;
     const auto scalar = c10::typeMetaToScalarType(options.dtype());
-    const bool save_gates = save == Save::all;
+    const bool save_gates = save == Save::all && saves_values(cell);
     const bool save_cells = save != Save::none && !y_has_states(cell, scalar);
     const auto device = options.device();
     check(h0, "h0", {D, B, H}, scalar, device);
@@ -143,7 +140,7 @@ struct Forward {
 
     y = at::empty({T, B, D, H}, options);
     h_n = at::empty({D, B, H}, options);
-    c_n = cell == CellKind::gru ? h_n : at::empty({D, B, H}, options);
+    c_n = state_is_output(cell) ? h_n : at::empty({D, B, H}, options);
     gates = save_gates ? at::empty({T, B, D, values_of(cell) * H}, options) : at::empty({0}, options);
     cells =
         at::empty(save_cells ? at::DimVector{T, B, D, H} : at::DimVector{0}, options.dtype(accumulate_type(scalar)));
@@ -172,7 +169,7 @@ struct Forward {
   }
 };
 
-// A call of a cell's backward operator. c0 is h0, and there is no dc_n, for a GRU.
+// A call of a cell's backward operator. If the state is the output, c0 is h0, and there is no dc_n.
 struct Backward {
   CellKind cell;
   DType dtype;
@@ -184,8 +181,9 @@ struct Backward {
   Backward(CellKind of, const Tensor& w_hh, const OptionalTensor& h0, const OptionalTensor& c0,
            const OptionalTensor& lengths, const OptionalTensor& y, const Tensor& gates, const Tensor& cells,
            const OptionalTensor& dy, const OptionalTensor& dh_n, const OptionalTensor& dc_n, bool state_grads)
-      : Backward(of, dtype_of(gates, "gates"), sizes_of(of, gates), gates.options(), h0, c0, lengths, y, gates, cells,
-                 dy ? OptionalTensor(dy->contiguous()) : dy, dh_n, dc_n, state_grads) {
+      : Backward(of, dtype_of(gates, "gates"), saves_values(of) ? sizes_of(of, gates, "gates") : sizes_of(of, *y, "y"),
+                 gates.options(), h0, c0, lengths, y, gates, cells, dy ? OptionalTensor(dy->contiguous()) : dy, dh_n,
+                 dc_n, state_grads) {
     check(w_hh, "w_hh", {params.D, gates_of(cell) * params.H, params.H}, gates.scalar_type(), gates.device());
     inputs.directions(w_hh, params.w_hh);
     allocate_gradients_of_gates(gates.options());
@@ -213,14 +211,15 @@ struct Backward {
     check(dc_n, "dc_n", {D, B, H}, scalar, device);
 
     dh0 = state_grads ? at::empty({D, B, H}, options) : at::empty({0}, options);
-    if (cell == CellKind::lstm) dc0 = at::empty(dh0.sizes(), options);
+    if (!state_is_output(cell)) dc0 = at::empty(dh0.sizes(), options);
 
     static_cast<RecurrenceSizes&>(params) = sizes;
     params.h0 = inputs.pointer(h0);
     params.c0 = inputs.pointer(c0);
     params.lengths = inputs.pointer<int64_t>(lengths);
     params.y = inputs.pointer(y);
-    params.gates = gates.dim() == 1 ? nullptr : inputs.pointer(gates);
+    // Without saved values y stands for them: kernels that load before they compute may do so.
+    params.gates = !saves_values(cell) ? params.y : gates.dim() == 1 ? nullptr : inputs.pointer(gates);
     params.cells = own_cells ? inputs.pointer(cells) : params.y;
     if (dy) {
       const bool dense = dy->stride(3) == 1 && (D == 1 || dy->stride(2) == H);
@@ -239,20 +238,20 @@ struct Backward {
     const auto [T, B, D, H] = static_cast<const RecurrenceSizes&>(params);
     d_gates_x = at::empty({T, B, D, gates_of(cell) * H}, options);
     params.d_gates_x = d_gates_x.mutable_data_ptr();
-    if (cell == CellKind::lstm) return;
+    if (values_of(cell) == gates_of(cell)) return;
     d_q = at::empty({T, B, D, H}, options);
     params.d_q = d_q.mutable_data_ptr();
   }
 
  private:
-  static RecurrenceSizes sizes_of(CellKind cell, const Tensor& gates) {
+  static RecurrenceSizes sizes_of(CellKind cell, const Tensor& saved, const char* name) {
     const int values = values_of(cell);
-    TORCH_CHECK_VALUE(gates.dim() == 4 && gates.size(3) % values == 0 && gates.size(3) > 0 && gates.size(0) > 0,
-                      name_of(cell), "_recurrence_backward: gates must be those of a forward call with save=\"all\", ",
-                      "got shape ", gates.sizes());
-    TORCH_CHECK_VALUE(gates.size(2) == 1 || gates.size(2) == 2, name_of(cell),
-                      "_recurrence_backward: gates must have 1 or 2 directions, got shape ", gates.sizes());
-    return {gates.size(0), gates.size(1), gates.size(2), gates.size(3) / values};
+    TORCH_CHECK_VALUE(saved.dim() == 4 && saved.size(3) % values == 0 && saved.size(3) > 0 && saved.size(0) > 0,
+                      name_of(cell), "_recurrence_backward: ", name,
+                      " must be those of a forward call with save=\"all\", got shape ", saved.sizes());
+    TORCH_CHECK_VALUE(saved.size(2) == 1 || saved.size(2) == 2, name_of(cell), "_recurrence_backward: ", name,
+                      " must have 1 or 2 directions, got shape ", saved.sizes());
+    return {saved.size(0), saved.size(1), saved.size(2), saved.size(3) / values};
   }
 };
 

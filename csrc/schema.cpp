@@ -7,6 +7,10 @@
 //   "all"    all that the backward pass reads
 #include <torch/library.h>
 
+#include <string>
+
+#include "cell_op.h"
+
 TORCH_LIBRARY(birnn_ext, m) {
   // core/recurrence.h has shapes and meanings.
   m.def(
@@ -16,16 +20,6 @@ TORCH_LIBRARY(birnn_ext, m) {
   m.def(
       "lstm_recurrence_backward(Tensor w_hh, Tensor? c0, Tensor? lengths, Tensor gates, Tensor cells, Tensor? dy,"
       " Tensor? dh_n, Tensor? dc_n, bool state_grads) -> (Tensor d_gates_x, Tensor dh0, Tensor dc0)");
-
-  // gates_x (T, B, D, 3H): W_ih x + b_ih alone, gate order r, z, n; bias_hh (D, 3H). gates (T, B, D, 4H): r, z, n, and
-  // q = W_hn h + b_hn. cells are h before it is rounded, so they are empty if y has their type.
-  m.def(
-      "gru_recurrence(Tensor gates_x, Tensor w_hh, Tensor? bias_hh, Tensor? h0, Tensor? lengths, str save)"
-      " -> (Tensor y, Tensor h_n, Tensor gates, Tensor cells)");
-  // d_q (T, B, D, H): W_hh h + b_hh has the gradient (d_gates_x[..., :2H], d_q).
-  m.def(
-      "gru_recurrence_backward(Tensor w_hh, Tensor? h0, Tensor? lengths, Tensor y, Tensor gates, Tensor cells,"
-      " Tensor? dy, Tensor? dh_n, bool state_grads) -> (Tensor d_gates_x, Tensor d_q, Tensor dh0)");
 
   // A layer with its input projection: x (T, B, I), and weights as layer_weights.h orders them. On CUDA its
   // backward pass wants all saved.
@@ -37,13 +31,6 @@ TORCH_LIBRARY(birnn_ext, m) {
       "lstm_layer_backward(Tensor x, Tensor[] weights, bool bias, Tensor? h0, Tensor? c0, Tensor? lengths, Tensor y,"
       " Tensor gates, Tensor cells, Tensor? dy, Tensor? dh_n, Tensor? dc_n, bool x_grad, bool weight_grads,"
       " bool state_grads) -> (Tensor dx, Tensor[] d_weights, Tensor dh0, Tensor dc0)");
-  m.def(
-      "gru_layer(Tensor x, Tensor[] weights, bool bias, Tensor? h0, Tensor? lengths, str save)"
-      " -> (Tensor y, Tensor h_n, Tensor gates, Tensor cells)");
-  m.def(
-      "gru_layer_backward(Tensor x, Tensor[] weights, bool bias, Tensor? h0, Tensor? lengths, Tensor y, Tensor gates,"
-      " Tensor cells, Tensor? dy, Tensor? dh_n, bool x_grad, bool weight_grads, bool state_grads)"
-      " -> (Tensor dx, Tensor[] d_weights, Tensor dh0)");
 
   // A stack of layers: weights are those of layer 0, then those of layer 1 and so on; h0 and c0 (layers * D, B, H). It
   // calls lstm_layer, and differentiates as one operator. If x has a 16-bit type, it converts weights of others. With
@@ -52,9 +39,30 @@ TORCH_LIBRARY(birnn_ext, m) {
   m.def(
       "lstm(Tensor x, Tensor[] weights, bool bias, Tensor? h0, Tensor? c0, Tensor? lengths, int layers, bool last,"
       " bool recompute) -> (Tensor y, Tensor h_n, Tensor c_n)");
-  m.def(
-      "gru(Tensor x, Tensor[] weights, bool bias, Tensor? h0, Tensor? lengths, int layers, bool last, bool recompute)"
-      " -> (Tensor y, Tensor h_n)");
+
+  // The same of the cells whose state is their output. gates_x is W_ih x + b_ih alone; bias_hh (D, gates * H). Of a GRU
+  // (gate order r, z, n), gates (T, B, D, 4H) are r, z, n, and q = W_hn h + b_hn; d_q (T, B, D, H) is the gradient of
+  // q, so that W_hh h + b_hh has the gradient (d_gates_x[..., :2H], d_q); cells are h before it is rounded, and empty
+  // if y has their type. Of a plain cell gates and d_q are empty.
+  birnn::for_each_h_cell([&](auto of) {
+    const auto define = [&](const std::string& of_a_cell) { m.def((decltype(of)::kName + of_a_cell).c_str()); };
+    define(
+        "_recurrence(Tensor gates_x, Tensor w_hh, Tensor? bias_hh, Tensor? h0, Tensor? lengths, str save)"
+        " -> (Tensor y, Tensor h_n, Tensor gates, Tensor cells)");
+    define(
+        "_recurrence_backward(Tensor w_hh, Tensor? h0, Tensor? lengths, Tensor y, Tensor gates, Tensor cells,"
+        " Tensor? dy, Tensor? dh_n, bool state_grads) -> (Tensor d_gates_x, Tensor d_q, Tensor dh0)");
+    define(
+        "_layer(Tensor x, Tensor[] weights, bool bias, Tensor? h0, Tensor? lengths, str save)"
+        " -> (Tensor y, Tensor h_n, Tensor gates, Tensor cells)");
+    define(
+        "_layer_backward(Tensor x, Tensor[] weights, bool bias, Tensor? h0, Tensor? lengths, Tensor y, Tensor gates,"
+        " Tensor cells, Tensor? dy, Tensor? dh_n, bool x_grad, bool weight_grads, bool state_grads)"
+        " -> (Tensor dx, Tensor[] d_weights, Tensor dh0)");
+    define(
+        "(Tensor x, Tensor[] weights, bool bias, Tensor? h0, Tensor? lengths, int layers, bool last, bool recompute)"
+        " -> (Tensor y, Tensor h_n)");
+  });
 
   // The recurrence of the extended LSTM; core/variant.h has shapes and meanings.
   m.def(

@@ -1,6 +1,7 @@
-// birnn_ext::lstm and birnn_ext::gru, stacks of layers that call lstm_layer or gru_layer for each, and the gradients of
-// all four. They are in C++ because, for a single sequence, Python would take longer than the kernels. Where a function
-// is for any cell, a GRU has no c0, and an undefined tensor for c_n.
+// birnn_ext::lstm, birnn_ext::gru and so on, stacks of layers that call lstm_layer, gru_layer and so on for each, and
+// the gradients of all these. They are in C++ because, for a single sequence, Python would take longer than the
+// kernels. Where a function is for any cell, those whose state is their output have no c0, and an undefined tensor for
+// c_n.
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/_foreach_copy.h>
 #include <ATen/ops/alias.h>
@@ -16,7 +17,9 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include <map>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "cell_op.h"
@@ -42,12 +45,25 @@ auto find(const char* name) {
   return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Function>();
 }
 
+// Finds an operator of each cell whose state is its output, by the end of its name.
+template <class Function>
+std::map<CellKind, c10::TypedOperatorHandle<Function>> find_of_h_cells(const std::string& suffix) {
+  std::map<CellKind, c10::TypedOperatorHandle<Function>> found;
+  birnn::for_each_h_cell([&](auto of) {
+    using Cell = decltype(of);
+    found.emplace(Cell::kKind, find<Function>((std::string("birnn_ext::") + Cell::kName + suffix).c_str()));
+  });
+  return found;
+}
+
+constexpr CellKind kAny = CellKind::gru;  // all cells whose state is their output have operators of the same types
+
 FiveTensors call_layer(CellKind cell, const Tensor& x, at::TensorList weights, bool bias, const OptionalTensor& h0,
                        const OptionalTensor& c0, const OptionalTensor& lengths, c10::string_view save) {
   static const auto lstm = find<decltype(birnn::lstm_layer<Autograd>)>("birnn_ext::lstm_layer");
-  static const auto gru = find<decltype(birnn::gru_layer<Autograd>)>("birnn_ext::gru_layer");
+  static const auto others = find_of_h_cells<decltype(birnn::h_layer<Autograd, kAny>)>("_layer");
   if (cell == CellKind::lstm) return lstm.call(x, weights, bias, h0, c0, lengths, save);
-  auto [y, h_n, gates, cells] = gru.call(x, weights, bias, h0, lengths, save);
+  auto [y, h_n, gates, cells] = others.at(cell).call(x, weights, bias, h0, lengths, save);
   return {y, h_n, Tensor(), gates, cells};
 }
 
@@ -57,12 +73,12 @@ LayerGradients call_backward(CellKind cell, const Tensor& x, at::TensorList weig
                              const OptionalTensor& dh_n, const OptionalTensor& dc_n, bool x_grad, bool weight_grads,
                              bool state_grads) {
   static const auto lstm = find<decltype(birnn::lstm_layer_backward<Autograd>)>("birnn_ext::lstm_layer_backward");
-  static const auto gru = find<decltype(birnn::gru_layer_backward<Autograd>)>("birnn_ext::gru_layer_backward");
+  static const auto others = find_of_h_cells<decltype(birnn::h_layer_backward<Autograd, kAny>)>("_layer_backward");
   if (cell == CellKind::lstm)
     return lstm.call(x, weights, bias, h0, c0, lengths, y, gates, cells, dy, dh_n, dc_n, x_grad, weight_grads,
                      state_grads);
   auto [dx, d_weights, dh0] =
-      gru.call(x, weights, bias, h0, lengths, y, gates, cells, dy, dh_n, x_grad, weight_grads, state_grads);
+      others.at(cell).call(x, weights, bias, h0, lengths, y, gates, cells, dy, dh_n, x_grad, weight_grads, state_grads);
   return {dx, d_weights, dh0, Tensor()};
 }
 
@@ -70,7 +86,7 @@ LayerGradients call_backward(CellKind cell, const Tensor& x, at::TensorList weig
 ThreeTensors differentiable_layer(CellKind cell, const Tensor& x, at::TensorList weights, bool bias,
                                   const OptionalTensor& h0, const OptionalTensor& c0, const OptionalTensor& lengths) {
   static const auto lstm = find<decltype(birnn::lstm_recurrence<Autograd>)>("birnn_ext::lstm_recurrence");
-  static const auto gru = find<decltype(birnn::gru_recurrence<Autograd>)>("birnn_ext::gru_recurrence");
+  static const auto others = find_of_h_cells<decltype(birnn::h_recurrence<Autograd, kAny>)>("_recurrence");
   const LayerWeights layer{weights, bias};
   std::vector<Tensor> w_ih, w_hh, biases_x, biases_hh;
   for (size_t d = 0; d < layer.directions(); ++d) {
@@ -89,7 +105,7 @@ ThreeTensors differentiable_layer(CellKind cell, const Tensor& x, at::TensorList
     return {y, h_n, c_n};
   }
   const OptionalTensor bias_hh = bias ? OptionalTensor(at::stack(biases_hh)) : std::nullopt;
-  auto [y, h_n, gates, cells] = gru.call(gates_x, at::stack(w_hh), bias_hh, h0, lengths, "all");
+  auto [y, h_n, gates, cells] = others.at(cell).call(gates_x, at::stack(w_hh), bias_hh, h0, lengths, "all");
   return {y, h_n, Tensor()};
 }
 
@@ -97,7 +113,7 @@ OptionalTensor defined(const Tensor& t) { return t.defined() ? OptionalTensor(t)
 
 // --- a stack of layers ----------------------------------------------------------------------------------------------
 
-// A call of lstm_layer or gru_layer: a layer, or one direction of it.
+// A call of the operator of a layer: of all of it, or one direction.
 struct Part {
   int64_t layer, direction, directions;
   bool of_last;    // one direction of a final layer of which only the last outputs are wanted
@@ -109,7 +125,7 @@ struct Part {
   }
 };
 
-// A stack of layers, as the operators lstm and gru are given it.
+// A stack of layers, as the operators lstm, gru and so on are given it.
 struct Stack {
   CellKind cell;
   at::TensorList weights;  // each layer's, one after the other
@@ -180,10 +196,10 @@ ThreeTensors run_stack(const Stack& stack, const Tensor& x, const OptionalTensor
     }
   }
   if (stack.last) output = at::cat(last_outputs, -1);
-  const bool gru = stack.cell == CellKind::gru;
-  if (stack.last && stack.directions() == 2) return {output, x.new_empty({0}), gru ? Tensor() : x.new_empty({0})};
+  const bool has_c = !birnn::state_is_output(stack.cell);
+  if (stack.last && stack.directions() == 2) return {output, x.new_empty({0}), has_c ? x.new_empty({0}) : Tensor()};
   if (stack.layers == 1) return {output, h_ns[0], c_ns[0]};
-  return {output, at::cat(h_ns), gru ? Tensor() : at::cat(c_ns)};
+  return {output, at::cat(h_ns), has_c ? at::cat(c_ns) : Tensor()};
 }
 
 // --- autograd -------------------------------------------------------------------------------------------------------
@@ -262,7 +278,7 @@ struct StackFunction : torch::autograd::Function<StackFunction> {
     const Tensor& of_part(size_t n, size_t k) const { return all[3 + kSavedOfPart * n + k]; }
   };
 
-  // grads[2] is that of c_n, or undefined for a GRU, whose gates are third.
+  // grads[2] is that of c_n, or, of a cell without, undefined as that of its gates.
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     const Saved saved(ctx);
     variable_list result(kWeights + saved.stack.weights.size());
@@ -458,7 +474,7 @@ struct Autograd {
     LayerWeights{weights, bias}.check_count(cell);
     const Stack stack{cell, weights, bias, /*layers=*/1, /*last=*/false};
     const auto out = StackFunction::apply(x, h0, c0, lengths, stack, save, weights);
-    if (cell == CellKind::gru) return {out[0], out[1], Tensor(), out[2], out[3]};
+    if (birnn::state_is_output(cell)) return {out[0], out[1], Tensor(), out[2], out[3]};
     return {out[0], out[1], out[2], out[3], out[4]};
   }
 };
@@ -502,7 +518,7 @@ ThreeTensors run(const Stack& given_stack, const Tensor& x, const OptionalTensor
   // change theirs in place.
   const auto out =
       StackFunction::apply(x.contiguous(), h0, c0, lengths, stack, recompute ? "cells" : "all", stack.weights);
-  return {last ? out[0] : out[0].flatten(2).clone(), out[1], cell == CellKind::gru ? Tensor() : out[2]};
+  return {last ? out[0] : out[0].flatten(2).clone(), out[1], birnn::state_is_output(cell) ? Tensor() : out[2]};
 }
 
 ThreeTensors lstm(const Tensor& x, at::TensorList weights, bool bias, const OptionalTensor& h0,
@@ -510,9 +526,10 @@ ThreeTensors lstm(const Tensor& x, at::TensorList weights, bool bias, const Opti
   return run({CellKind::lstm, weights, bias, layers, last}, x, h0, c0, lengths, recompute);
 }
 
-std::tuple<Tensor, Tensor> gru(const Tensor& x, at::TensorList weights, bool bias, const OptionalTensor& h0,
-                               const OptionalTensor& lengths, int64_t layers, bool last, bool recompute) {
-  const auto [y, h_n, none] = run({CellKind::gru, weights, bias, layers, last}, x, h0, {}, lengths, recompute);
+template <CellKind kCell>
+std::tuple<Tensor, Tensor> h_stack(const Tensor& x, at::TensorList weights, bool bias, const OptionalTensor& h0,
+                                   const OptionalTensor& lengths, int64_t layers, bool last, bool recompute) {
+  const auto [y, h_n, none] = run({kCell, weights, bias, layers, last}, x, h0, {}, lengths, recompute);
   return {y, h_n};
 }
 
@@ -520,9 +537,12 @@ std::tuple<Tensor, Tensor> gru(const Tensor& x, at::TensorList weights, bool bia
 
 TORCH_LIBRARY_IMPL(birnn_ext, Autograd, m) {
   m.impl("lstm_layer", birnn::lstm_layer<Autograd>);
-  m.impl("gru_layer", birnn::gru_layer<Autograd>);
+  birnn::for_each_h_cell([&](auto of) {
+    using Cell = decltype(of);
+    m.impl((std::string(Cell::kName) + "_layer").c_str(), birnn::h_layer<Autograd, Cell::kKind>);
+  });
 }
 TORCH_LIBRARY_IMPL(birnn_ext, CompositeImplicitAutograd, m) {
   m.impl("lstm", lstm);
-  m.impl("gru", gru);
+  birnn::for_each_h_cell([&](auto of) { m.impl(decltype(of)::kName, h_stack<decltype(of)::kKind>); });
 }

@@ -71,8 +71,8 @@ def all_near(actual: Iterable[Tensor], expected: Iterable[Tensor], what: str = "
 
 def twins(*args, device: str = "cpu", cell: Cell = LSTM_CELL, **kwargs):
     """Returns our LSTM and nn.LSTM, or another cell's two modules, with the same arguments and weights."""
-    theirs = cell.theirs(*args, device=device, **kwargs)
-    ours = cell.module(*args, device=device, **kwargs)
+    theirs = cell.theirs(*args, device=device, **cell.options, **kwargs)
+    ours = cell.module(*args, device=device, **cell.options, **kwargs)
     ours.load_state_dict(theirs.state_dict())
     return ours, theirs
 

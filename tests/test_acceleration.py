@@ -11,7 +11,7 @@ import weakref
 
 import pytest
 import torch
-from cells import every_cell
+from cells import every_cell, every_cell_fast
 from helpers import TutorialBiRNN, all_near
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
@@ -41,8 +41,8 @@ def outputs_and_gradients(model: nn.Module, x: torch.Tensor, output=lambda resul
 
 @pytest.mark.parametrize(
     "make",
-    [lambda: TutorialBiRNN(4, 6, 2, 3), Shared, lambda: Shared(nn.GRU)],
-    ids=["tutorial", "shared", "shared GRU"],
+    [lambda: TutorialBiRNN(4, 6, 2, 3), Shared, lambda: Shared(nn.GRU), lambda: Shared(nn.RNN)],
+    ids=["tutorial", "shared", "shared GRU", "shared RNN"],
 )
 def test_same_numbers_same_parameters(make, device):
     model = make().to(device)
@@ -61,12 +61,12 @@ def test_same_numbers_same_parameters(make, device):
 
     assert restore(model) == report.replaced
     calls = birnn_ext.op_calls()[f"{device}_forward"]
-    assert not any(isinstance(m, (birnn_ext.LSTM, birnn_ext.GRU)) for m in model.modules())
+    assert not any(isinstance(m, (birnn_ext.LSTM, birnn_ext.GRU, birnn_ext.RNN)) for m in model.modules())
     all_near(outputs_and_gradients(model, x), before)
     assert birnn_ext.op_calls()[f"{device}_forward"] == calls
 
 
-@every_cell
+@every_cell_fast
 def test_hooks_copies_and_pickles_survive(cell):
     model = nn.Sequential(cell.theirs(4, 6))
     seen = []
@@ -82,15 +82,15 @@ def test_hooks_copies_and_pickles_survive(cell):
         assert torch.equal(twin(x)[0], y)
 
 
-@every_cell
+@every_cell_fast
 def test_the_model_itself(cell):
     module = cell.theirs(4, 6)
     assert str(accelerate(module)) == "replaced (the model itself)"
     assert type(module) is cell.module
-    assert str(accelerate(module)) == "found no nn.LSTM or nn.GRU"  # a second call changes nothing
+    assert str(accelerate(module)) == "found no nn.LSTM, nn.GRU or nn.RNN"  # a second call changes nothing
 
 
-@every_cell
+@every_cell_fast
 def test_forward_that_was_replaced_is_left(cell):
     module = cell.theirs(3, 4)
     module.forward = module.forward
@@ -350,7 +350,7 @@ def made_at_run_time() -> type[nn.LSTM]:
     ],
 )
 def test_subclasses_that_are_left_and_why(cls, why):
-    model = nn.ModuleDict({"own": cls(3, 4), "rnn": nn.RNN(3, 4)})
+    model = nn.ModuleDict({"own": cls(3, 4), "linear": nn.Linear(3, 4)})
     report = accelerate(model)
     assert report.replaced == []
     assert str(report).startswith(f"left own: {why}")
@@ -437,8 +437,10 @@ def test_torchscript_is_listed_as_left(way):
 
 
 @pytest.mark.filterwarnings("ignore:.*deprecated")
-def test_torchscript_with_a_gru_is_listed_as_left():
-    assert "and has nn.GRU's operator" in str(accelerate(torch.jit.script(nn.Sequential(nn.GRU(3, 4)))))
+@pytest.mark.parametrize("module", [nn.GRU(3, 4), nn.RNN(3, 4), nn.RNN(3, 4, nonlinearity="relu")], ids=str)
+def test_torchscript_of_other_cells_is_listed_as_left(module):
+    left = f"and has nn.{type(module).__name__}'s operator"
+    assert left in str(accelerate(torch.jit.script(nn.Sequential(module))))
 
 
 @every_cell

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_sequence
 
 import birnn_ext
-from birnn_ext import GRU, LSTM, BiRNN
+from birnn_ext import GRU, LSTM, RNN, BiRNN
 from birnn_ext.ops import lstm_layer, lstm_recurrence
 from birnn_ext.variants import Weights, lstm_variant_layer
 
@@ -340,9 +340,14 @@ def test_call(wrong):
     check_theirs(raised_by(wrong.call, nn.LSTM(3, 5)), wrong)
 
 
+OTHERS_OURS = {nn.GRU: GRU, nn.RNN: RNN}
+of_others = pytest.mark.parametrize("theirs", OTHERS_OURS, ids=["gru", "rnn"])
+
+
+@of_others
 @parametrize([wrong for wrong in CONSTRUCTORS if "proj_size" not in wrong.name])
-def test_constructor_of_a_gru(wrong):
-    ours, theirs = (raised_by(wrong.call, cls) for cls in (GRU, nn.GRU))
+def test_constructor_of_others(theirs, wrong):
+    ours, theirs = (raised_by(wrong.call, cls) for cls in (OTHERS_OURS[theirs], theirs))
     assert type(ours) is type(theirs)
     if wrong.message in str(theirs):
         check(ours, wrong)
@@ -350,16 +355,26 @@ def test_constructor_of_a_gru(wrong):
         assert "input_size" in wrong.name
 
 
-def test_a_gru_has_no_projection():
+@of_others
+def test_others_have_no_projection(theirs):
     for size in (0, 2):
-        ours, theirs = (raised_by(lambda cls: cls(3, 5, proj_size=size), cls) for cls in (GRU, nn.GRU))  # noqa: B023
-        assert (type(ours), str(ours)) == (type(theirs), str(theirs))
+        ours, refused = (raised_by(lambda cls: cls(3, 5, proj_size=size), cls) for cls in (OTHERS_OURS[theirs], theirs))  # noqa: B023
+        assert (type(ours), str(ours)) == (type(refused), str(refused))
 
 
 @parametrize(GRU_CALLS)
-def test_call_of_a_gru(wrong):
-    check(raised_by(wrong.call, GRU(3, 5)), wrong)
-    check_theirs(raised_by(wrong.call, nn.GRU(3, 5)), wrong)
+@of_others
+def test_call_of_others(theirs, wrong):
+    check(raised_by(wrong.call, OTHERS_OURS[theirs](3, 5)), wrong)
+    check_theirs(raised_by(wrong.call, theirs(3, 5)), wrong)
+
+
+def test_nonlinearities():
+    for arguments in ((1, "sine"), (1, None), (1, 3)):
+        ours, theirs = (raised_by(lambda cls: cls(3, 5, *arguments), cls) for cls in (RNN, nn.RNN))  # noqa: B023
+        assert (type(ours), str(ours)) == (ValueError, str(theirs))
+    with pytest.raises(ValueError, match='rnn_layer: nonlinearity must be "tanh" or "relu", got \'sine\''):
+        birnn_ext.ops.rnn_layer(torch.zeros(3, 2, 4), [], False, nonlinearity="sine")
 
 
 @parametrize(OPTIONS + OTHERS)

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
-from cells import every_cell
+from cells import RNN_CELL, every_cell, every_persistent_cell
 from helpers import TOLERANCE, as_double, assert_near
 from test_layer import composite, random_layer, results_and_gradients
 from torch.profiler import ProfilerActivity, profile
@@ -115,7 +115,7 @@ def test_cells_alone_are_saved_as_with_all(dtype, cell):
     assert torch.equal(cells, all_cells)
 
 
-@every_cell
+@every_persistent_cell
 def test_a_persistent_kernel_runs_a_small_layer(cell):
     x = torch.randn(3, 2, 4, device="cuda")
     weights = [torch.randn(cell.gates * 8, n, device="cuda") for n in (4, 8)]
@@ -123,6 +123,19 @@ def test_a_persistent_kernel_runs_a_small_layer(cell):
     cell.operator("_layer")(x, weights, False, *[None] * cell.states, None, "none")
     algorithm = "persistent-cta" if torch.cuda.get_device_capability() >= (8, 0) else "stepwise"
     assert op_calls()[f"cuda_{algorithm}"] == before[f"cuda_{algorithm}"] + 1
+
+
+def test_stepwise_alone_runs_a_plain_rnn(monkeypatch):
+    cell = RNN_CELL
+    x, weights = torch.randn(3, 2, 4, device="cuda"), [torch.randn(8 * cell.gates, n, device="cuda") for n in (4, 8)]
+    args = (x, weights, False, None, None, "none")
+    before = op_calls()["cuda_stepwise"]
+    cell.operator("_layer")(*args)
+    assert op_calls()["cuda_stepwise"] == before + 1
+    monkeypatch.setenv("BIRNN_CUDA_ALGO", "persistent-cta")
+    why = f"BIRNN_CUDA_ALGO=persistent-cta can't run this layer: {cell.operators}, hidden_size 8"
+    with pytest.raises(RuntimeError, match=why):
+        cell.operator("_layer")(*args)
 
 
 class Computing(TorchDispatchMode):

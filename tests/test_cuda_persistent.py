@@ -21,7 +21,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cells import GRU_CELL, LSTM_CELL, Cell, every_cell
+from cells import GRU_CELL, LSTM_CELL, Cell, every_persistent_cell
 from helpers import TOLERANCE, as_double, assert_near, error
 
 import birnn_ext
@@ -55,7 +55,7 @@ def choice(
     return _C.cuda_choice(dtype, hidden, batch, directions, *GPUS[gpu], algorithm, cell=cell.name)
 
 
-@every_cell
+@every_persistent_cell
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
 @pytest.mark.parametrize("gpu", GPUS)
 def test_choice_fits_the_gpu(gpu, dtype, cell):
@@ -83,7 +83,7 @@ def test_choice_fits_the_gpu(gpu, dtype, cell):
                     assert plan["ctas"] * directions <= multiprocessors
 
 
-@every_cell
+@every_persistent_cell
 @pytest.mark.parametrize(
     ("gpu", "algorithm", "dtype", "hidden"),
     [
@@ -104,7 +104,7 @@ def test_capacity(gpu, algorithm, dtype, hidden, cell):
         assert choice(gpu, dtype, smaller, algorithm=algorithm, cell=cell) is not None
 
 
-@every_cell
+@every_persistent_cell
 def test_choice_by_kind_of_gpu(cell):
     def names(gpu: str, dtype: str, *hidden: int) -> list[str]:
         return [choice(gpu, dtype, h, cell=cell)["algorithm"] for h in hidden]
@@ -166,13 +166,23 @@ def test_the_choice_is_never_clearly_slower_than_another_plan(tmp_path):
     assert done.stdout == ""
 
 
-@every_cell
+@every_persistent_cell
 @pytest.mark.parametrize("dtype", ["float16", "float32"])
 @pytest.mark.parametrize("hidden", [100, 200, 300, 400, 600, 650, 1000])
 def test_sizes_that_fill_no_kernel_cost_little(hidden, dtype, cell):
     """The model's time of a step is compared with that of the next multiple of 64."""
     found, filled = (choice("H100", dtype, h, batch=16, cell=cell) for h in (hidden, (hidden + 63) // 64 * 64))
     assert found["us"] <= 1.15 * filled["us"]
+
+
+@pytest.mark.parametrize("cell", ["rnn_tanh", "rnn_relu"])
+def test_stepwise_alone_runs_a_plain_rnn(cell):
+    layer = ("bfloat16", 128, 16, 2, *GPUS["H100"])
+    assert all(_C.cuda_choice(*layer, cell=of)["algorithm"] != "stepwise" for of in ("lstm", "gru"))
+    assert _C.cuda_choice(*layer, cell=cell)["algorithm"] == "stepwise"
+    assert _C.cuda_choice(*layer, "persistent-cluster", cell=cell) is None
+    with pytest.raises(ValueError, match="cell must be lstm, gru, rnn_tanh or rnn_relu, got rnn"):
+        _C.cuda_choice(*layer, cell="rnn")
 
 
 @pytest.mark.parametrize(
@@ -317,7 +327,7 @@ def compare(cell: Cell, algorithm: str, dtype: torch.dtype, seed: int, cases: in
 
 
 @pytest.mark.cuda
-@every_cell
+@every_persistent_cell
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_against_the_reference(algorithm, dtype, cell):
     compare(cell, algorithm, dtype, 0, cases=10, most=largest(algorithm, dtype, 160), steps=6, batch=40)
@@ -325,7 +335,7 @@ def test_against_the_reference(algorithm, dtype, cell):
 
 @pytest.mark.cuda
 @pytest.mark.slow
-@every_cell
+@every_persistent_cell
 @pytest.mark.parametrize("seed", range(1, 5))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_against_the_reference_at_length(algorithm, dtype, seed, cell):
@@ -333,7 +343,7 @@ def test_against_the_reference_at_length(algorithm, dtype, seed, cell):
 
 
 @pytest.mark.cuda
-@every_cell
+@every_persistent_cell
 @pytest.mark.parametrize("hidden", [1, 37, 64])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_one_step_or_one_sequence(algorithm, dtype, hidden, cell):
@@ -344,7 +354,7 @@ def test_one_step_or_one_sequence(algorithm, dtype, hidden, cell):
 
 
 @pytest.mark.cuda
-@every_cell
+@every_persistent_cell
 @pytest.mark.parametrize(("algorithm", "dtype", "hidden"), [
     ("persistent-cta", torch.float32, 64),
     ("persistent-cta", torch.bfloat16, 128),
@@ -360,7 +370,7 @@ def test_large_layers(algorithm, dtype, hidden, cell):
 
 
 @pytest.mark.cuda
-@every_cell
+@every_persistent_cell
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_saved_state_serves_every_algorithm(algorithm, dtype, cell):
     """One algorithm runs the forward pass, and another the backward pass."""
@@ -377,7 +387,7 @@ def test_saved_state_serves_every_algorithm(algorithm, dtype, cell):
 
 
 @pytest.mark.cuda
-@every_cell
+@every_persistent_cell
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_bitwise_repeatable(algorithm, dtype, cell):
     """This holds within a process, and for all that share the folder BIRNN_BITS. CI varies their schedules."""
@@ -397,7 +407,7 @@ def test_bitwise_repeatable(algorithm, dtype, cell):
 
 
 @pytest.mark.cuda
-@every_cell
+@every_persistent_cell
 def test_without_saving(algorithm, cell):
     args = random_case(cell, random.Random(4), torch.float32, 100, steps=5, batch=20)
     with forced(algorithm):
@@ -407,7 +417,7 @@ def test_without_saving(algorithm, cell):
 
 
 @pytest.mark.cuda
-@every_cell
+@every_persistent_cell
 def test_misaligned_and_strided_arguments(algorithm, cell):
     """The kernels must not use accesses of 16 bytes for views that begin 4 bytes into their storage."""
     args = arguments(cell, on_cuda(torch.float32), [True] * len(cell.inputs), 3, 2, 2, 16)
@@ -459,7 +469,7 @@ def precision_of_torch() -> Iterator[None]:
 
 
 @pytest.mark.cuda
-@every_cell
+@every_persistent_cell
 @pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="this torch has no fp32_precision")
 @pytest.mark.parametrize(
     ("switch", "exact"),
@@ -480,7 +490,7 @@ def test_tf32_only_where_pytorch_allows_it(algorithm, switch, exact, precision_o
 
 
 @pytest.mark.cuda
-@every_cell
+@every_persistent_cell
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_infinite_and_undefined_weights(algorithm, dtype, cell):
     """An infinite weight saturates its gate (in float32 it makes NaN), and a NaN stays in the units that it reaches."""
@@ -500,7 +510,7 @@ def test_infinite_and_undefined_weights(algorithm, dtype, cell):
 
 
 @pytest.mark.cuda
-@every_cell
+@every_persistent_cell
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_infinite_states(algorithm, dtype, cell):
     """Padding beyond H (20 is no multiple of 16) has weights of 0, and infinity times 0 must not reach other units."""
@@ -544,7 +554,7 @@ def put(t: torch.Tensor, bits: int) -> None:
 
 
 @pytest.mark.cuda
-@every_cell
+@every_persistent_cell
 @NANS
 @pytest.mark.parametrize("where", ["gates_x", "w_hh", "the first input", "the last input"])
 def test_a_nan_stays_one_whatever_its_bits(algorithm, where, bits, cell):
@@ -560,7 +570,7 @@ def test_a_nan_stays_one_whatever_its_bits(algorithm, where, bits, cell):
 
 
 @pytest.mark.cuda
-@every_cell
+@every_persistent_cell
 @NANS
 @pytest.mark.parametrize("where", ["w_hh", "dy", "the first state", "the last state"])
 def test_a_nan_stays_one_in_gradients(algorithm, where, bits, cell):
@@ -579,7 +589,7 @@ def test_a_nan_stays_one_in_gradients(algorithm, where, bits, cell):
 
 
 @pytest.mark.cuda
-@every_cell
+@every_persistent_cell
 def test_threads_with_layers_of_their_own(algorithm, cell):
     """Each thread plans a new layer, while others run theirs with the same kernels."""
     cases = [random_case(cell, random.Random(20 + k), torch.float32, 30 * k + 8, steps=3, batch=20) for k in range(4)]
@@ -599,7 +609,7 @@ def test_threads_with_layers_of_their_own(algorithm, cell):
 
 
 @pytest.mark.cuda
-@every_cell
+@every_persistent_cell
 def test_graph_capture(algorithm, cell):
     """A capture also fails if a launch uses another stream than the current one."""
     args = (*random_case(cell, random.Random(11), torch.float32, 60, steps=4, batch=20)[:-1], None)
@@ -618,7 +628,7 @@ def test_graph_capture(algorithm, cell):
 
 
 @pytest.mark.cuda
-@every_cell
+@every_persistent_cell
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_classifier_trains(algorithm, dtype, cell):
     """Five steps of the tutorial's training on CUDA follow those on the CPU."""

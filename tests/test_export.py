@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from cells import GRU_CELL, LSTM_CELL, every_cell
+from cells import GRU_CELL, LSTM_CELL, every_cell, every_cell_fast
 from helpers import all_near, leaves, random_state
 from torch import nn
 from torch.export import Dim
@@ -25,7 +25,7 @@ def reloaded(program: torch.export.ExportedProgram) -> nn.Module:
     return torch.export.load(file).module()
 
 
-@every_cell
+@every_cell_fast
 @pytest.mark.parametrize("strict", [False, True], ids=["traced", "strict"])
 def test_export_of_the_classifier_freezes_neither_batch_nor_time(strict, cell):
     model = BiRNN(28, 16, 2, 10, cell=cell.name)

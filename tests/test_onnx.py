@@ -8,13 +8,13 @@ from collections import Counter
 
 import pytest
 import torch
-from cells import GRU_CELL, LSTM_CELL, Cell, every_cell, every_cell_the_gru_slow
+from cells import GRU_CELL, LSTM_CELL, RNN_CELL, Cell, every_cell, every_cell_fast, every_cell_the_gru_slow
 from helpers import assert_near, leaves, random_state
 from torch import nn
 
 import birnn_ext
 import birnn_ext.onnx
-from birnn_ext import GRU, LSTM, BiRNN
+from birnn_ext import GRU, LSTM, RNN, BiRNN
 
 pytest.importorskip("onnxscript", reason="exporting to ONNX needs onnxscript: pip install 'birnn_ext[onnx]'")
 onnxruntime = pytest.importorskip("onnxruntime", reason="running ONNX files needs onnxruntime")
@@ -36,7 +36,7 @@ def operators(program) -> Counter:
     return Counter(node.op_type for node in program.model.graph)
 
 
-@every_cell
+@every_cell_fast
 def test_export_of_the_classifier_freezes_neither_batch_nor_time(cell, tmp_path):
     model = BiRNN(28, 16, 2, 10, cell=cell.name)
     program = birnn_ext.onnx.export(model, tmp_path / "birnn.onnx")
@@ -126,6 +126,16 @@ def test_plain_torch_onnx_export_finds_the_operator_too(cell, tmp_path):
     assert operators(program)[cell.name.upper()] == 1
 
 
+@pytest.mark.parametrize("bidirectional", [True, False], ids=["bi", "uni"])
+def test_relu(bidirectional, tmp_path):
+    """ONNX's operator has tanh if it is not told of another function, for each direction."""
+    module = RNN(5, 8, nonlinearity="relu", bidirectional=bidirectional)
+    birnn_ext.onnx.export(module, tmp_path / "rnn.onnx", (torch.randn(4, 3, 5),))
+    x = torch.randn(7, 2, 5)
+    for actual, expected in zip(run(tmp_path / "rnn.onnx", x), leaves(module(x)), strict=True):
+        assert_near(actual, expected)
+
+
 @every_cell
 def test_float16(cell, tmp_path):
     module = cell.module(5, 8, 2, bidirectional=True, dtype=torch.float16)
@@ -156,7 +166,7 @@ def test_bfloat16_computes_in_float32(cell, tmp_path):
 # --- errors -----------------------------------------------------------------------------------------------------------
 
 
-@every_cell
+@every_cell_fast
 def test_float64_is_refused(cell, tmp_path):
     with pytest.raises(TypeError, match=rf"no {cell.name.upper()} in float64; export model\.float"):
         birnn_ext.onnx.export(cell.module(3, 5, dtype=torch.float64), tmp_path / "m.onnx")
@@ -177,10 +187,11 @@ def test_variants_are_refused(tmp_path, options, kwargs, name):
         birnn_ext.onnx.export(LSTM(5, 8, **options), tmp_path / "m.onnx", (torch.randn(7, 3, 5),), kwargs)
 
 
-def test_resets_of_a_gru_are_refused(tmp_path):
+@pytest.mark.parametrize("cls", [GRU, RNN])
+def test_resets_without_c_are_refused(cls, tmp_path):
     reset = torch.zeros(7, 3, dtype=torch.bool)
-    with pytest.raises(NotImplementedError, match="ONNX's GRU operator has no reset"):
-        birnn_ext.onnx.export(GRU(5, 8), tmp_path / "m.onnx", (torch.randn(7, 3, 5),), {"reset": reset})
+    with pytest.raises(NotImplementedError, match=f"ONNX's {cls.__name__} operator has no reset"):
+        birnn_ext.onnx.export(cls(5, 8), tmp_path / "m.onnx", (torch.randn(7, 3, 5),), {"reset": reset})
 
 
 @pytest.mark.parametrize(
@@ -189,8 +200,9 @@ def test_resets_of_a_gru_are_refused(tmp_path):
         (LSTM_CELL, "reset", lambda x: x[..., 0] > 0),
         (LSTM_CELL, "return_cell_states", lambda x: True),
         (GRU_CELL, "reset", lambda x: x[..., 0] > 0),
+        (RNN_CELL, "reset", lambda x: x[..., 0] > 0),
     ],
-    ids=["lstm: reset", "lstm: cells", "gru: reset"],
+    ids=["lstm: reset", "lstm: cells", "gru: reset", "rnn: reset"],
 )
 def test_what_a_model_asks_of_a_module_in_it_is_refused(tmp_path, cell, name, values):
     class Model(nn.Module):

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cells import GRU_CELL, LSTM_CELL, Cell, every_cell, every_cell_the_gru_slow
+from cells import GRU_CELL, LSTM_CELL, Cell, every_cell, every_cell_fast, every_cell_the_gru_slow, every_equation
 from helpers import all_near, as_double, assert_near
 
 import birnn_ext
@@ -41,7 +41,7 @@ def random_case(cell: Cell, rng: random.Random, dtype: torch.dtype, device: str)
     return tensor(steps, batch, directions, rows), w_hh, *given, lengths
 
 
-@every_cell
+@every_equation
 @pytest.mark.parametrize("case", range(24))
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_operators_against_the_reference(dtype, case, cell, device):
@@ -49,12 +49,12 @@ def test_operators_against_the_reference(dtype, case, cell, device):
     args = random_case(cell, random.Random(case), dtype, device)
     results = cell.forward(*args, "all")
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    y_is_exact = cell is GRU_CELL and wide == dtype  # then it is all that the backward pass needs of the states
+    keeps_states = cell.keeps_states(dtype)  # else y is all that the backward pass needs of the states
     for name, a, e in zip(cell.results, results, cell.reference(as_double(args)), strict=True):
         assert a.dtype == (wide if name == "cells" else dtype)
-        if name == "cells" and cell is GRU_CELL:  # the reference in float64 needs none
-            assert a.shape == ((0,) if y_is_exact else results[0].shape)
-            e = a if y_is_exact else cell.reference(as_double(args))[0]
+        if name == "cells" and cell.states == 1:  # the reference in float64 needs none
+            assert a.shape == (results[0].shape if keeps_states else (0,))
+            e = cell.reference(as_double(args))[0] if keeps_states else a
         assert_near(a, e, name, dtype)
     *without_saving, no_gates, no_cells = cell.forward(*args, "none")
     assert all(torch.equal(a, b) for a, b in zip(without_saving, cell.outputs(results), strict=True))
@@ -78,7 +78,7 @@ def test_operators_against_the_reference(dtype, case, cell, device):
         assert a.numel() == 0 if name in ("dh0", "dc0") else torch.equal(a, b)
 
 
-@every_cell
+@every_equation
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(40))
 def test_operators_against_the_reference_at_length(seed, cell, device):
@@ -113,7 +113,7 @@ def test_gradcheck_first_and_second_order(directions, ragged, state, cell, devic
     assert torch.autograd.gradgradcheck(run, floating, fast_mode=device == "cuda")
 
 
-@every_cell
+@every_cell_fast
 def test_samples_may_differ_in_any_one_input(cell, device):
     """torch.func.vmap over gradients, with samples of gates_x, weights, a bias or a state alone."""
     floating, lengths = small_case(cell, 2, True, True, device)
@@ -132,7 +132,7 @@ def test_samples_may_differ_in_any_one_input(cell, device):
             all_near([t[k] for t in together], gradients(*before, sample, *after), f"input {place}")
 
 
-@every_cell
+@every_cell_fast
 @pytest.mark.parametrize("save", ["all", "cells", "none"])
 @pytest.mark.parametrize("state", [True, False], ids=["state", "no_state"])
 @pytest.mark.parametrize("ragged", [True, False], ids=["ragged", "full"])
@@ -148,15 +148,15 @@ def test_opcheck(ragged, state, save, cell, device):
         torch.library.opcheck(cell.backward, cell.backward_args(args, results, gradients, state))
 
 
-@every_cell
+@every_cell_fast
 def test_differentiating_what_was_not_saved_is_an_error(cell):
     floating, _ = small_case(cell, 2, False, False, "cpu")
     y = cell.forward(*floating, None, None, None, "none")[0]
-    with pytest.raises(RuntimeError, match=f'{cell.name}_recurrence was called with save="none", so it can'):
+    with pytest.raises(RuntimeError, match=f'{cell.operators}_recurrence was called with save="none", so it can'):
         y.sum().backward()
 
 
-@every_cell
+@every_cell_fast
 def test_strided_arguments(cell, device):
     args = random_case(cell, random.Random(4), torch.float32, device)
     strided = [None if a is None else torch.stack([a, a], -1)[..., 0] if a.is_floating_point() else a for a in args]
@@ -164,7 +164,7 @@ def test_strided_arguments(cell, device):
     all_near(cell.forward(*strided, "all"), cell.forward(*args, "all"))
 
 
-@every_cell
+@every_cell_fast
 def test_misaligned_arguments(cell, device):
     """The kernels must not use 16-byte accesses for a view that begins 4 bytes into its storage."""
     rows = cell.gates * 8
@@ -175,7 +175,7 @@ def test_misaligned_arguments(cell, device):
     all_near(cell.forward(shifted, *rest), cell.forward(gates_x, *rest))
 
 
-@every_cell
+@every_cell_fast
 def test_saturated_and_special_values(cell, device):
     gates_x = torch.tensor([0.0, 1e4, -1e4, float("inf"), -float("inf"), float("nan"), 88.8, -88.8], device=device)
     hidden = gates_x.numel()
@@ -193,14 +193,14 @@ def test_saturated_and_special_values(cell, device):
             torch.testing.assert_close(a[0].double(), e[0], equal_nan=True, rtol=1e-5, atol=1e-6)
 
 
-@every_cell
+@every_cell_fast
 def test_repeatable_bitwise(cell, device):
     args = random_case(cell, random.Random(8), torch.float32, device)
     first = cell.forward(*args, "all")
     assert all(torch.equal(a, b) for a, b in zip(first, cell.forward(*args, "all"), strict=True))
 
 
-@every_cell
+@every_cell_fast
 @pytest.mark.parametrize("ragged", [True, False], ids=["ragged", "full"])
 def test_bitwise_the_same_for_any_number_of_threads(ragged, cell):
     gates_x, w_hh = torch.randn(9, 13, 2, cell.gates * 21), torch.randn(2, cell.gates * 21, 21) / 5
@@ -228,7 +228,7 @@ import os, torch, birnn_ext
 torch.set_num_threads(3)
 before = len(os.listdir("/proc/self/task"))
 gates_x, w_hh = torch.zeros(2, 40, 2, {64 * cell.gates}), torch.zeros(2, {64 * cell.gates}, 64)
-torch.ops.birnn_ext.{cell.name}_recurrence(gates_x, w_hh, None, None, None, "none")
+torch.ops.birnn_ext.{cell.operators}_recurrence(gates_x, w_hh, None, None, None, "none")
 print("started", len(os.listdir("/proc/self/task")) - before)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
@@ -272,7 +272,7 @@ def test_unknown_instruction_set_fails_at_import():
     assert "ImportError: BIRNN_CPU_ISA=mmx is not available: this build and CPU run generic" in done.stderr
 
 
-@every_cell
+@every_cell_fast
 def test_reference_serves_other_devices_and_says_so_once(cell, reference_operators, monkeypatch):
     """A dispatch key without a kernel (XLA's) reaches the reference. CPU tensors stand in for the device's."""
     keys = torch._C.DispatchKeySet(torch._C.DispatchKey.XLA)
@@ -284,7 +284,7 @@ def test_reference_serves_other_devices_and_says_so_once(cell, reference_operato
         results = cell.forward.redispatch(keys, *args, "all")
         cell.forward.redispatch(keys, *args, "all")
     assert len(caught) == 1
-    assert f"birnn_ext::{cell.name}_recurrence has no compiled kernel for device 'cpu'" in str(caught[0].message)
+    assert f"birnn_ext::{cell.operators}_recurrence has no compiled kernel for device 'cpu'" in str(caught[0].message)
     assert birnn_ext.op_calls()["reference_forward"] == before + 2
     all_near(results, cell.forward(*args, "all"))
     backward_args = cell.backward_args(args, results, cell.outputs(results))

@@ -1,8 +1,9 @@
-"""The reference in plain PyTorch, which other tests compare with, agrees with nn.LSTM and nn.GRU and with itself."""
+"""The reference in plain PyTorch, which other tests compare with, agrees with PyTorch's modules and with itself."""
 
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -14,7 +15,12 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from birnn_ext import reference
 
 STEPS, BATCH, FEATURES, HIDDEN = 5, 4, 3, 6
-CELLS = {"lstm": (nn.LSTM, 4, 2), "gru": (nn.GRU, 3, 1)}  # the module, its gates, its states
+CELLS = {  # the module, its gates, its states
+    "lstm": (nn.LSTM, 4, 2),
+    "gru": (nn.GRU, 3, 1),
+    "rnn_tanh": (nn.RNN, 1, 1),
+    "rnn_relu": (partial(nn.RNN, nonlinearity="relu"), 1, 1),
+}
 CASES = [(cell, *case) for cell in CELLS for case in itertools.product([1, 2], [False, True], [False, True])]
 
 
@@ -34,7 +40,7 @@ def test_reference_is_pytorchs_module(cell, directions, ragged, state):
 
     w_ih, w_hh, bias_ih, bias_hh = ([w[k] for w in module.all_weights] for k in range(4))
     gates_x = F.linear(x, torch.cat(w_ih), torch.cat(bias_ih)).unflatten(-1, (directions, gates * HIDDEN))
-    if cell == "gru":
+    if cell != "lstm":
         args = (gates_x, torch.stack(w_hh), torch.stack(bias_hh), *(s0 or [None]))
     else:
         args = (gates_x + torch.stack(bias_hh), torch.stack(w_hh), *(s0 or [None, None]))
@@ -49,7 +55,7 @@ def random_recurrence(cell: str, directions: int, ragged: bool, state: bool) -> 
     _, gates, states = CELLS[cell]
     shapes = [(STEPS, BATCH, directions, gates * HIDDEN), (directions, gates * HIDDEN, HIDDEN)]
     if state:
-        shapes += [(directions, gates * HIDDEN)] * (cell == "gru") + [(directions, BATCH, HIDDEN)] * states
+        shapes += [(directions, gates * HIDDEN)] * (states == 1) + [(directions, BATCH, HIDDEN)] * states
     floating = [in_double(*shape).requires_grad_() for shape in shapes]
     return [*floating, *[None] * (4 - len(shapes)), torch.tensor([3, 5, 0, 4]) if ragged else None]
 
@@ -62,7 +68,9 @@ def test_reference_agrees_with_itself(cell, directions, ragged, state):
     results = getattr(reference, f"{cell}_recurrence")(*args, "all")
     cotangents = [torch.randn_like(t) for t in results]
     dy, *d_states, d_gates, d_cells = cotangents
-    dependent = [(r, c) for r, c in zip(results, cotangents, strict=True) if r.requires_grad]  # the GRU's cells are not
+    dependent = [
+        (r, c) for r, c in zip(results, cotangents, strict=True) if r.requires_grad
+    ]  # cells and gates that are empty are not
     s0 = [s for s in others[-CELLS[cell][2] :] if s is not None]
 
     def differentiate(*inputs: Tensor) -> tuple[Tensor, ...]:
@@ -75,22 +83,26 @@ def test_reference_agrees_with_itself(cell, directions, ragged, state):
         )
     else:
         bias_hh, h0 = others
-        d_gates_x, d_q, *d_s0 = reference.gru_recurrence_backward(
-            w_hh, h0, lengths, results[0], results[2], results[3], dy, *d_states, True, d_gates, None
+        direct = (d_gates, None) if cell == "gru" else ()
+        d_gates_x, d_q, *d_s0 = getattr(reference, f"{cell}_recurrence_backward")(
+            w_hh, h0, lengths, results[0], results[2], results[3], dy, *d_states, True, *direct
         )
         if bias_hh is not None:  # the gradient of W_hh h + b_hh, summed
-            assert_near(torch.cat([d_gates_x[..., : 2 * HIDDEN], d_q], -1).sum((0, 1)), *differentiate(bias_hh))
+            dz = torch.cat([d_gates_x[..., : 2 * HIDDEN], d_q], -1) if cell == "gru" else d_gates_x
+            assert_near(dz.sum((0, 1)), *differentiate(bias_hh))
     assert_near(d_gates_x, expected[0])
     if state:
         all_near(d_s0, expected[1:], "states")
 
 
-def test_gru_keeps_exact_states_for_16_bits_alone():
+@pytest.mark.parametrize("cell", [cell for cell in CELLS if cell != "lstm"])
+def test_exact_states_are_kept_for_16_bits_alone(cell):
     """Where y is exact, the states are y; in 16 bits they are a tensor of their own, from which gradients are made."""
-    args = random_recurrence("gru", 2, True, True)
-    assert reference.gru_recurrence(*args, "all")[3].numel() == 0
+    recurrence = getattr(reference, f"{cell}_recurrence")
+    args = random_recurrence(cell, 2, True, True)
+    assert recurrence(*args, "all")[3].numel() == 0
     narrow = [a.detach().half() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
-    y, h_n, gates, cells = reference.gru_recurrence(*narrow, "cells")
+    y, h_n, gates, cells = recurrence(*narrow, "cells")
     assert (y.dtype, h_n.dtype, cells.dtype) == (torch.float16, torch.float16, torch.float32)
     assert gates.numel() == 0 and torch.equal(cells.half(), y) and not torch.equal(cells, y.float())
 

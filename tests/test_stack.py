@@ -7,7 +7,7 @@ from unittest import mock
 
 import pytest
 import torch
-from cells import LSTM_CELL, Cell, every_cell
+from cells import Cell, every_cell, every_cell_fast
 from helpers import all_near, twins
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
@@ -109,10 +109,10 @@ def test_python_calls_one_operator(output, cell, device):
     x = torch.randn(2, 4, 3, device=device)
     for mode in (torch.no_grad(), torch.enable_grad()):
         with mode, mock.patch("birnn_ext.recurrent.run_layer", side_effect=AssertionError("a layer by itself")):
-            assert operators(lambda: module(x, output=output)).count(f"birnn_ext::{cell.name}") == 1
+            assert operators(lambda: module(x, output=output)).count(f"birnn_ext::{cell.operators}") == 1
 
 
-@every_cell
+@every_cell_fast
 @pytest.mark.parametrize("cast", [False, True], ids=["float32", "autocast"])
 def test_layers_below_the_trained_ones_keep_nothing(cast, cell):
     module = cell.module(3, 5, 3, bidirectional=True)
@@ -126,13 +126,13 @@ def test_layers_below_the_trained_ones_keep_nothing(cast, cell):
         y, _ = module(torch.randn(7, 2, 3))
     assert y.dtype == (torch.bfloat16 if cast else torch.float32)
     sizes = sorted(t.numel() // (7 * 2) for t in kept if t.shape[:2] == (7, 2))
-    cells = [10] if cell is LSTM_CELL or cast else []  # a GRU's are y, unless that is rounded
-    assert sizes == [3, 10, 10, *cells, 40]  # the stack's x; of layer 2 its x, its y, its cells and its gates
+    kept = [10] * cell.keeps_states(y.dtype) + [40] * (cell.saved > 0)
+    assert sizes == [3, 10, 10, *kept]  # the stack's x; of layer 2 its x, its y, its cells and its gates
     y.sum().backward()
     assert all((p.grad is not None) == ("_l2" in name) for name, p in module.named_parameters())
 
 
-@every_cell
+@every_cell_fast
 @pytest.mark.parametrize("last", [False, True], ids=["all", "last"])
 @pytest.mark.parametrize("grad", [False, True], ids=["inference", "training"])
 def test_opcheck(grad, last, cell):

@@ -12,7 +12,7 @@ from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
-from cells import LSTM_CELL, Cell, every_cell
+from cells import LSTM_CELL, Cell, every_cell, every_cell_fast
 from helpers import TutorialBiRNN, all_near, assert_near, leaves, projected_by_pytorch, twins
 from torch import Tensor, nn
 from torch.autograd import forward_ad
@@ -43,7 +43,7 @@ LAYOUTS = {
     "one_direction": {"bidirectional": False},
 }
 layouts = pytest.mark.parametrize("layout", LAYOUTS)
-forward_mode = pytest.mark.filterwarnings("ignore:birnn_ext..(lstm|gru)_.* has no forward-mode derivative:UserWarning")
+forward_mode = pytest.mark.filterwarnings("ignore:birnn_ext..\\w+_.* has no forward-mode derivative:UserWarning")
 
 
 class Case:
@@ -131,7 +131,7 @@ def eager_gradients(loss: Callable[..., Tensor], parameters: dict[str, Tensor], 
 # --- eval mode and second order ---------------------------------------------------------------------------------------
 
 
-@every_cell
+@every_cell_fast
 @pytest.mark.parametrize("lengths", [None, [5, 2, 1]], ids=["full", "ragged"])
 @pytest.mark.parametrize("recompute", [False, True], ids=["saved", "recomputed"])
 def test_backward_in_eval_mode_saliency(recompute, lengths, cell, device):
@@ -164,7 +164,7 @@ class Critic(nn.Module):
         return self.score(self.lstm(x)[0][:, -1])
 
 
-@every_cell
+@every_cell_fast
 @pytest.mark.parametrize("recompute", [False, True], ids=["saved", "recomputed"])
 def test_double_backward_gradient_penalty(recompute, cell, device):
     """A WGAN-GP critic trains for two steps, which nn.LSTM on cuDNN refuses."""
@@ -215,7 +215,7 @@ def test_double_backward_gradgradcheck(layout, cell, device):
 # --- vmap -------------------------------------------------------------------------------------------------------------
 
 
-@every_cell
+@every_cell_fast
 @layouts
 def test_vmap_over_inputs(layout, cell, device):
     """The kernels run all samples at once."""
@@ -302,7 +302,7 @@ def test_vmap_and_dropout(cell, device):
     with pytest.raises(RuntimeError, match="randomness"):
         vmap(lambda x: lstm(x)[0])(x)
     y = vmap(lambda x: lstm(x)[0], randomness="same")(x)
-    assert torch.equal(y[0], y[1])
+    assert_near(y[0], y[1])  # PyTorch's product of few columns does not round every row alike
     y = vmap(lambda x: lstm(x)[0], randomness="different")(x)
     assert not torch.equal(y[0], y[1])
     y = vmap(lambda x: lstm.eval()(x)[0])(x)
@@ -340,7 +340,7 @@ def test_vmap_over_bad_input():
 # --- gradients under torch.func ---------------------------------------------------------------------------------------
 
 
-@every_cell
+@every_cell_fast
 @layouts
 def test_per_sample_gradients(layout, cell, device):
     """vmap(grad(loss)) for weights, input and states runs in the kernels."""
@@ -525,7 +525,7 @@ def test_second_order_under_torch_func(cell, device, reference_operators):
     assert_near(vjp(grad(f), x)[1](v)[0], product, "vjp(grad)")
 
 
-@every_cell
+@every_cell_fast
 @forward_mode
 @pytest.mark.parametrize("recompute", [False, True], ids=["saved", "recomputed"])
 @pytest.mark.parametrize("ragged", [True, False], ids=["ragged", "full"])
@@ -599,9 +599,7 @@ def test_batch_of_output_gradients(dtype, how, create_graph, cell, device):
 
 
 @every_cell
-@pytest.mark.filterwarnings(
-    "ignore:birnn_ext..(lstm|gru)_recurrence has no rule for torch.func.functionalize:UserWarning"
-)
+@pytest.mark.filterwarnings("ignore:birnn_ext..\\w+_recurrence has no rule for torch.func.functionalize:UserWarning")
 def test_functionalize(cell, device, reference_operators):
     f, x = small_function(device, cell=cell)
     all_near([torch.func.functionalize(f)(x)], [f(x)])

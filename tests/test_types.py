@@ -52,7 +52,7 @@ def test_types_in_a_users_program(check):
         from torch import Tensor
         from torch.nn.utils.rnn import PackedSequence, pack_sequence
         from typing_extensions import assert_type
-        from birnn_ext import GRU, LSTM, Acceleration, BiRNN, accelerate, build_info, op_calls, restore
+        from birnn_ext import GRU, LSTM, RNN, Acceleration, BiRNN, accelerate, build_info, op_calls, restore
 
         State = tuple[Tensor, Tensor]
         lstm, x = LSTM(28, 128, bidirectional=True), torch.zeros(3, 2, 28)
@@ -65,10 +65,13 @@ def test_types_in_a_users_program(check):
         assert_type(gru(x, lengths=[3, 1], output="last"), tuple[Tensor, Tensor | None])
         assert_type(BiRNN(28, 128, 2, 10)(x), Tensor)
         assert_type(BiRNN(28, 128, 2, 10, cell="gru")(x), Tensor)
+        assert_type(RNN(28, 128, nonlinearity="relu")(x), tuple[Tensor, Tensor])
+        assert_type(BiRNN(28, 128, 2, 10, cell="rnn")(x), Tensor)
         gru(x, (x, x))  # wrong
         gru(x, return_cell_states=True)  # wrong
         GRU(28, 128, proj_size=3)  # wrong
-        BiRNN(28, 128, 2, 10, cell="rnn")  # wrong
+        BiRNN(28, 128, 2, 10, cell="RNN")  # wrong
+        RNN(28, 128, nonlinearity="sine")  # wrong
         assert_type(accelerate(lstm), Acceleration)
         assert_type(accelerate(lstm).left, dict[str, str])
         assert_type(restore(lstm), list[str])
@@ -117,7 +120,8 @@ def public() -> dict[str, object]:
     """Returns every public class, its own public methods, and every public function."""
     found = {name: getattr(birnn_ext, name) for name in birnn_ext.__all__ if name != "__version__"}
     found |= {
-        f"ops.{name}": getattr(ops, name) for name in ("lstm_recurrence", "lstm_layer", "gru_recurrence", "gru_layer")
+        f"ops.{name}": getattr(ops, name)
+        for name in ("lstm_recurrence", "lstm_layer", "gru_recurrence", "gru_layer", "rnn_recurrence", "rnn_layer")
     }
     found |= {"onnx.export": onnx.export}
     found |= {f"variants.{name}": getattr(variants, name) for name in ("lstm_variant", "lstm_variant_layer")}

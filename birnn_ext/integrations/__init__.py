@@ -4,7 +4,7 @@ Each integration adds entries for our own operators and modules. It imports no p
 
 - ``torch.utils.flop_counter.FlopCounterMode`` counts our operators (`birnn_ext.integrations.flops`).
 - thop, ptflops, calflops and DeepSpeed's profiler look up a module's rule by its type; `birnn_ext.LSTM` gets nn.LSTM's,
-  `birnn_ext.GRU` nn.GRU's.
+  `birnn_ext.GRU` nn.GRU's, `birnn_ext.RNN` nn.RNN's.
 - Opacus gets per-sample gradients of our modules (`birnn_ext.integrations.opacus`).
 
 For another tool that looks up modules by their type in a table, add these lines:
@@ -12,6 +12,7 @@ For another tool that looks up modules by their type in a table, add these lines
     import birnn_ext, torch
     table[birnn_ext.LSTM] = table[torch.nn.LSTM]
     table[birnn_ext.GRU] = table[torch.nn.GRU]
+    table[birnn_ext.RNN] = table[torch.nn.RNN]
 """
 
 from __future__ import annotations

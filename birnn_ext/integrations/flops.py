@@ -12,11 +12,13 @@ from typing import Any
 
 import torch
 
+from birnn_ext.without_kernels import H_CELLS
+
 Shape = tuple[int, ...]
 
 
 def recurrence(gates_x: Shape, w_hh: Shape, *_: Any, **__: Any) -> int:
-    """Counts ``lstm_recurrence`` and ``gru_recurrence``: W_hh h in each step."""
+    """Counts ``lstm_recurrence`` and those of other cells: W_hh h in each step."""
     steps, batch = gates_x[:2]
     return 2 * steps * batch * prod(w_hh)
 
@@ -32,7 +34,7 @@ def recurrence_backward(w_hh: Shape, *rest: Any, out_shape: Any = None) -> int:
 
 
 def layer(x: Shape, weights: list[Shape], *_: Any, **__: Any) -> int:
-    """Counts ``lstm_layer`` and ``gru_layer``: W_ih x and W_hh h."""
+    """Counts ``lstm_layer`` and those of other cells: W_ih x and W_hh h."""
     steps, batch = x[:2]
     return 2 * steps * batch * sum(prod(w) for w in weights if len(w) == 2)
 
@@ -45,12 +47,19 @@ def lstm_layer_backward(
     return _layer_backward(x, weights, bias, gates, *rest[-3:])
 
 
-def gru_layer_backward(
+def h_layer_backward(
     x: Shape, weights: list[Shape], bias: bool, h0: Any, lengths: Any, y: Shape, gates: Shape, *rest: Any,
     out_shape: Any = None,
 ) -> int:  # fmt: skip
     """Counts ``gru_layer_backward``."""
     return _layer_backward(x, weights, bias, gates, *rest[-3:])
+
+
+def plain_layer_backward(
+    x: Shape, weights: list[Shape], bias: bool, h0: Any, lengths: Any, y: Shape, *rest: Any, out_shape: Any = None
+) -> int:
+    """Counts that of a plain cell, which computes nothing again."""
+    return _layer_backward(x, weights, bias, y, *rest[-3:])
 
 
 def _layer_backward(
@@ -86,11 +95,14 @@ def register(flop_counter: ModuleType) -> None:
         "lstm_recurrence_backward": recurrence_backward,
         "lstm_layer": layer,
         "lstm_layer_backward": lstm_layer_backward,
-        "gru_recurrence": recurrence,
-        "gru_recurrence_backward": recurrence_backward,
-        "gru_layer": layer,
-        "gru_layer_backward": gru_layer_backward,
         "lstm_variant": variant,
         "lstm_variant_backward": variant_backward,
+        **{f"{cell}_recurrence": recurrence for cell in H_CELLS},
+        **{f"{cell}_recurrence_backward": recurrence_backward for cell in H_CELLS},
+        **{f"{cell}_layer": layer for cell in H_CELLS},
+        **{
+            f"{cell}_layer_backward": h_layer_backward if saved else plain_layer_backward
+            for cell, saved in H_CELLS.items()
+        },
     }.items():
         flop_counter.register_flop_formula(getattr(torch.ops.birnn_ext, name))(formula)

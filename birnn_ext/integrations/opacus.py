@@ -1,12 +1,12 @@
 """Gives Opacus per-sample gradients of our modules, for differentially private training. Importing both is enough.
 
-Opacus's hooks see a layer's positional tensors and the gradient of its first output. An LSTM or GRU also has initial
-states, lengths and final states, and without them Opacus would silently clip wrong gradients. So this module takes part
-in each call of one: all that the call returns passes through an identity, whose backward pass gets the gradients of all
-results at once. Then ``torch.func.vmap(torch.func.grad(...))`` runs all samples in the kernels, and Opacus gets the
-result.
+Opacus's hooks see a layer's positional tensors and the gradient of its first output. A recurrent module also has
+initial states, lengths and final states, and without them Opacus would silently clip wrong gradients. So this module
+takes part in each call of one: all that the call returns passes through an identity, whose backward pass gets the
+gradients of all results at once. Then ``torch.func.vmap(torch.func.grad(...))`` runs all samples in the kernels, and
+Opacus gets the result.
 
-All arguments of `birnn_ext.LSTM` and `birnn_ext.GRU` work, PackedSequences included, except dropout between layers,
+All arguments of our modules work, PackedSequences included, except dropout between layers,
 recurrent dropout and zoneout, whose masks can't be drawn a second time. ModuleValidator reports these.
 """
 

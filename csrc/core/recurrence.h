@@ -5,7 +5,8 @@
 // lengths[b] steps only: direction 1 starts at lengths[b]-1, and steps beyond are skipped.
 //
 // Shapes are the LSTM's. A GRU has 3H rows of weights, and its state is its output: c0 is h0, c_n is h_n, dc_n and dc0
-// are null, and the backward pass may read y as cells, if A is S.
+// are null, and the backward pass may read y as cells, if A is S. A plain cell has H rows, and no
+// gates are saved.
 //
 // All tensors are contiguous and distinct, unless strides are given. Element types: S is the tensors' type (double,
 // float, half, bfloat16); A is the type in which the kernels accumulate and keep the cell state (double for double,
@@ -23,17 +24,7 @@ enum class DType : int { f64, f32, f16, bf16, f32_high };
 // Bytes of an element.
 constexpr int size_of(DType type) { return type == DType::f64 ? 8 : type == DType::f16 || type == DType::bf16 ? 2 : 4; }
 
-enum class CellKind : int { lstm, gru };
-
-// Of a unit, core/cells/: gates, which count the rows of W_ih and W_hh, and values, which a step saves.
-constexpr int gates_of(CellKind cell) { return cell == CellKind::lstm ? 4 : 3; }
-constexpr int values_of(CellKind) { return 4; }
-
-// The value that a gate's recurrent part goes to, see core/cells/lstm.h.
-constexpr int recurrent_value_of(CellKind cell, int gate) {
-  const int apart = values_of(cell) - gates_of(cell);
-  return gate < gates_of(cell) - apart ? gate : gate + apart;
-}
+enum class CellKind : int { lstm, gru, rnn_tanh, rnn_relu };  // cells.h
 
 template <class S>
 using Accumulate = std::conditional_t<std::is_same_v<S, double>, double, float>;
@@ -55,7 +46,7 @@ struct InputProjection {
 
 struct ForwardParams : RecurrenceSizes {
   InputProjection input;  // x and w_ih are used if gates_x is null
-  const void* gates_x;  // S (T, B, D, 4H): input projection, gate order i, f, g, o, with both biases added; for a GRU,
+  const void* gates_x;  // S (T, B, D, 4H): input projection, gate order i, f, g, o, with both biases added; for others,
                         // and on CUDA, without those that `input` has
   const void* w_hh[2];  // S (4H, H), one per direction
   const void* h0;       // S (D, B, H), or null: zeros

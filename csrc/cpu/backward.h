@@ -14,6 +14,7 @@ struct Backward {
   const StepOrder<int64_t> order{chain.direction, p.T};
   const int64_t d = chain.direction, H = p.H, B = p.B, D = p.D, blocks = divide_up(H, L), padded = blocks * L;
   const int64_t plane = transposed_rows<S>(kGates, H), row_size = plane * kPlanes<S>;
+  const int64_t slot_size = slot_vectors(kValues, blocks) * L;
   int64_t begin, end;         // this member's blocks: whole tiles
   A* dc;                      // [row][padded]
   A* zeros;                   // (H)
@@ -102,8 +103,8 @@ struct Backward {
         BIRNN_UNROLL
         for (int k = 0; k < kValues; ++k)
           if (slots.dz) {
-            const int64_t at = dz_offset<S>(kValues * blocks, slots.capacity, k * blocks + v + n, slot);
-            store_row<S>(static_cast<Factor<S>*>(slots.dz) + at, kValues * padded, dz_values[k]);
+            const int64_t at = dz_offset<S>(slot_size / L, slots.capacity, k * blocks + v + n, slot);
+            store_row<S>(static_cast<Factor<S>*>(slots.dz) + at, slot_size, dz_values[k]);
           } else {
             S* to =
                 k < kGates ? static_cast<S*>(p.d_gates_x) + (row * kGates + k) * H : static_cast<S*>(p.d_q) + row * H;
@@ -233,7 +234,8 @@ struct Backward {
     }
     for (int64_t s0 = s_begin; s0 < s_end; s0 += steps_at_once) {
       const Steps steps(p, chain, s0, minimum(s_end, s0 + steps_at_once), false);
-      if (!p.gates) recompute(steps);
+      if constexpr (Cell::kSavesValues)
+        if (!p.gates) recompute(steps);
       for (int64_t s = s0; s < steps.end; ++s) {
         const int64_t t = order.backward(s);
         const A* gate_rows = p.gates ? nullptr : gates + steps.first[s - s0] * kValues * padded;

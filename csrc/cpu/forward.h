@@ -74,29 +74,31 @@ INLINE void project(const InputProjection& input, int64_t d, int64_t H, int64_t 
   using P = Multiplied<S>;
   using V = Vec<A>;
   constexpr int L = kLanes<A>, kGates = Cell::kGates, kValues = Cell::kValues;
-  const int64_t I = input.I, padded = divide_up(H, L) * L, K_ih = packed_rows<S>(I), K_hh = packed_rows<S>(H);
+  constexpr int kUnits = unit_vectors(kGates), kVectors = kGates * kUnits;
+  const int64_t I = input.I, padded = round_up(H, kUnits * L), K_ih = packed_rows<S>(I), K_hh = packed_rows<S>(H);
   const int64_t k_ih = kStep<S> == 1 ? I : K_ih, k_hh = kStep<S> == 1 ? H : K_hh, width = h_of ? kValues : kGates;
   for (int64_t block = begin; block < end; ++block) {
-    V bias[kGates], bias_hh[kGates];  // of the input parts, of the recurrent parts
-    for (int g = 0; g < kGates; ++g) {
-      bias[g] = V{} + load_bias<S>(input.bias_ih[d], g * H + block * L, H - block * L);
-      bias_hh[g] = load_bias<S>(input.bias_hh[d], g * H + block * L, H - block * L);
-      if (!is_apart<Cell>(g)) bias[g] += bias_hh[g];
+    V bias[kVectors], bias_hh[kVectors];  // of the input parts, of the recurrent parts
+    for (int n = 0; n < kVectors; ++n) {
+      const int64_t unit = (block * kUnits + n / kGates) * L, at = n % kGates * H + unit;
+      bias[n] = V{} + load_bias<S>(input.bias_ih[d], at, H - unit);
+      bias_hh[n] = load_bias<S>(input.bias_hh[d], at, H - unit);
+      if (!is_apart<Cell>(n % kGates)) bias[n] += bias_hh[n];
     }
-    const Factor<S>* panel_ih = static_cast<const Factor<S>*>(panels.ih) + block * K_ih * kGates * L * kPlanes<S>;
-    const Factor<S>* panel_hh = static_cast<const Factor<S>*>(panels.hh) + block * K_hh * kGates * L * kPlanes<S>;
+    const Factor<S>* panel_ih = static_cast<const Factor<S>*>(panels.ih) + block * K_ih * kVectors * L * kPlanes<S>;
+    const Factor<S>* panel_hh = static_cast<const Factor<S>*>(panels.hh) + block * K_hh * kVectors * L * kPlanes<S>;
     Cursor cursor(steps);
     for (int64_t k = 0; k < steps.total; k += kTileRows<S>) {
       const int64_t rows = minimum(steps.total - k, kTileRows<S>);
       const Factor<S>*x[kTileRows<S>], *h[kTileRows<S>];
-      V sums[kTileRows<S>][kGates], parts[kTileRows<S>][kGates];
+      V sums[kTileRows<S>][kVectors], parts[kTileRows<S>][kVectors];
       for (int m = 0; m < (kAmx<S> ? kTileRows<S> : rows); ++m) {
         x[m] = x_of(cursor, k + m);
         if (h_of) h[m] = (*h_of)(cursor, k + m);
         cursor.next();
-        for (int g = 0; g < kGates; ++g) sums[m][g] = bias[g];
+        for (int n = 0; n < kVectors; ++n) sums[m][n] = bias[n];
       }
-      multiply_rows<P, kGates>(sums[0], rows, x, panel_ih, k_ih, k_ih);
+      multiply_rows<P, kVectors>(sums[0], rows, x, panel_ih, k_ih, k_ih);
       if (h_of) {
         for (int m = 0; m < rows; ++m)
           for (int g = 0; g < kGates; ++g) {
@@ -104,10 +106,10 @@ INLINE void project(const InputProjection& input, int64_t d, int64_t H, int64_t 
             parts[m][g] = sums[m][g];
             sums[m][g] = bias_hh[g];
           }
-        multiply_rows<P, kGates>(sums[0], rows, h, panel_hh, k_hh, k_hh);
+        multiply_rows<P, kVectors>(sums[0], rows, h, panel_hh, k_hh, k_hh);
       }
       for (int m = 0; m < rows; ++m) {
-        A* to = z + ((k + m) * padded + block * L) * width;
+        A* to = z + ((k + m) * padded + block * kUnits * L) * width;
         if (h_of) {
           V values[kValues];
           place_parts<Cell>(values, [&](int g) INLINE_LAMBDA { return parts[m][g]; }, sums[m]);
@@ -116,7 +118,7 @@ INLINE void project(const InputProjection& input, int64_t d, int64_t H, int64_t 
           for (int v = 0; v < kValues; ++v) store_vector(to + v * L, values[v]);
         } else {
           BIRNN_UNROLL
-          for (int g = 0; g < kGates; ++g) store_vector(to + g * L, sums[m][g]);
+          for (int n = 0; n < kVectors; ++n) store_vector(to + n * L, sums[m][n]);
         }
       }
     }
@@ -174,20 +176,21 @@ void project_unpacked(CellKind cell, const InputProjection& input, int64_t d, in
                       int64_t rows, const S* xt, S* z) {
   using V = Vec<S>;
   constexpr int L = kLanes<S>, kUnits = kRows < L ? kRows : L;
-  const int64_t I = input.I, padded = round_up(H, L), vectors = divide_up(rows, L), gates = gates_of(cell);
+  const int64_t I = input.I, vectors = divide_up(rows, L), gates = gates_of(cell);
+  const int64_t units = unit_vectors(gates), padded = round_up(H, units * L);
   const S* w_ih = static_cast<const S*>(input.w_ih[d]);
   const S* bias_ih = static_cast<const S*>(input.bias_ih[d]);
   const S* bias_hh = static_cast<const S*>(input.bias_hh[d]);
-  for (int64_t block = begin; block < end; ++block)
+  for (int64_t block = begin * units; block < end * units; ++block)
     for (int g = 0; g < gates; ++g)
       for (int64_t v = 0, count; v < vectors; v += count) {
         count = tile_vectors(v, vectors);
         with_vectors(count, [&]<int N>() INLINE_LAMBDA {
           V sums[N][L] = {};
           const bool adds_hh = bias_hh && recurrent_value_of(cell, g) == g;
-          const int64_t first = g * H + block * L, units = minimum(L, H - block * L);
-          for (int64_t l = 0; l < units; l += kUnits)
-            with_at_most<kUnits>(units - l, [&]<int M>(int) INLINE_LAMBDA {
+          const int64_t first = g * H + block * L, left = minimum(L, H - block * L);
+          for (int64_t l = 0; l < left; l += kUnits)
+            with_at_most<kUnits>(left - l, [&]<int M>(int) INLINE_LAMBDA {
               const S* w[M];
               V acc[M][N];
               for (int m = 0; m < M; ++m) {
@@ -214,15 +217,16 @@ struct Forward {
   using A = Accumulate<S>;
   using V = Vec<A>;
   static constexpr int L = kLanes<A>, kGates = Cell::kGates, kValues = Cell::kValues;
+  static constexpr int kUnits = unit_vectors(kGates), kVectors = kGates * kUnits, kWidth = kUnits * L;  // of a block
 
   const ForwardParams& p;
   const Chain& chain;
   const Panels& panels;
   const Member& member;
   const StepOrder<int64_t> order{chain.direction, p.T};
-  const int64_t d = chain.direction, H = p.H, B = p.B, D = p.D, blocks = divide_up(H, L), padded = blocks * L;
+  const int64_t d = chain.direction, H = p.H, B = p.B, D = p.D, blocks = divide_up(H, kWidth);
   const int64_t begin = member.index * blocks / member.count, end = (member.index + 1) * blocks / member.count;
-  const int64_t own_units = minimum(H, end* L);
+  const int64_t padded = blocks * kWidth, own_units = minimum(H, end* kWidth);
   const int64_t plane = round_up(padded, kStep<S>), row_size = plane * kPlanes<S>;
   A* c;               // [row][padded]
   A* z;               // [step][block][gate][lane]: the projected steps
@@ -246,7 +250,7 @@ struct Forward {
   }
 
   static int64_t scratch(const ForwardParams& p, int64_t rows, int64_t steps) {
-    const int64_t padded = round_up(p.H, L);
+    const int64_t padded = round_up(p.H, kWidth);
     if (p.gates_x) steps = 0;
     return ((rows + kGates * rows * steps) * padded + transposed_values(p, rows, steps)) * sizeof(A) +
            2 * round_up(rows, kTileRows<S>) * round_up(padded, kStep<S>) * kPlanes<S> * sizeof(Factor<S>) +
@@ -267,7 +271,8 @@ struct Forward {
       }
     }
     for (int64_t r = first; r < minimum(first + kTileRows<S>, chain.count); ++r) {
-      const S* gates_x = static_cast<const S*>(p.gates_x) + ((t * B + chain.rows[r]) * D + d) * kGates * H + block * L;
+      const S* gates_x =
+          static_cast<const S*>(p.gates_x) + ((t * B + chain.rows[r]) * D + d) * kGates * H + block * kWidth;
       for (int g = 0; g < kGates; ++g) __builtin_prefetch(gates_x + g * H);
     }
   }
@@ -275,49 +280,55 @@ struct Forward {
   // Computes one step of some rows from `first` on, for the units of one block. z_rows has the step's projections, or
   // is null.
   INLINE void tile(int64_t rows, int64_t t, int64_t s, int64_t first, int64_t block, const A* z_rows, bool product) {
-    const int64_t unit = block * L, n = H - unit;
+    const int64_t unit = block * kWidth, left = H - unit;
     const Factor<S>* h_prev = h[s & 1] + first * row_size;
     Factor<S>* h_next = h[(s + 1) & 1] + first * row_size + unit;
     A* c_rows = c + first * padded + unit;
 
-    V sums[kTileRows<S>][kGates];
+    V sums[kTileRows<S>][kVectors];
     int64_t row[kTileRows<S>];  // index of (t, b, d), in units of a row of y
-    const auto input = [&](int m, int g) INLINE_LAMBDA {
-      return z_rows ? load_vector(z_rows + ((first + m) * padded + unit) * kGates + g * L)
-                    : load<A>(static_cast<const S*>(p.gates_x) + (row[m] * kGates + g) * H + unit, n);
+    const auto input = [&](int m, int n) INLINE_LAMBDA {
+      const int64_t at = (row[m] * kGates + n % kGates) * H + unit + n / kGates * L;
+      return z_rows ? load_vector(z_rows + ((first + m) * padded + unit) * kGates + n * L)
+                    : load<A>(static_cast<const S*>(p.gates_x) + at, left - n / kGates * L);
     };
-    const auto bias = [&](int g) INLINE_LAMBDA { return load_bias<S>(p.input.bias_hh[d], g * H + unit, n); };
+    const auto bias = [&](int n) INLINE_LAMBDA {
+      return load_bias<S>(p.input.bias_hh[d], n % kGates * H + unit + n / kGates * L, left - n / kGates * L);
+    };
     for (int m = 0; m < rows; ++m) {
       row[m] = (t * B + chain.rows[first + m]) * D + d;
-      for (int g = 0; g < kGates; ++g)
-        if (is_apart<Cell>(g))
-          sums[m][g] = bias(g);
-        else if (kValues == kGates || z_rows)  // has both biases
-          sums[m][g] = input(m, g);
+      for (int n = 0; n < kVectors; ++n)
+        if (is_apart<Cell>(n % kGates))
+          sums[m][n] = bias(n);
+        else if (z_rows)  // has both biases
+          sums[m][n] = input(m, n);
         else
-          sums[m][g] = input(m, g) + bias(g);
+          sums[m][n] = input(m, n) + bias(n);
     }
     if (!z_rows) prefetch_gates_x(t, first + rows, block);
     if (product) {
       const Factor<S>* a[kTileRows<S>];
       for (int m = 0; m < (kAmx<S> ? kTileRows<S> : rows); ++m) a[m] = h_prev + m * row_size;
       const int64_t K = packed_rows<S>(H), k = kStep<S> == 1 ? H : K;
-      multiply_rows<Multiplied<S>, kGates>(
-          sums[0], rows, a, static_cast<const Factor<S>*>(panels.hh) + block * K * kGates * L * kPlanes<S>, k, k);
+      multiply_rows<Multiplied<S>, kVectors>(
+          sums[0], rows, a, static_cast<const Factor<S>*>(panels.hh) + block * K * kVectors * L * kPlanes<S>, k, k);
     }
-    for (int m = 0; m < rows; ++m) {
-      V values[kValues], c_row = load_vector(c_rows + m * padded);
-      place_parts<Cell>(values, [&](int g) INLINE_LAMBDA { return input(m, g); }, sums[m]);
+    for (int k = 0; k < rows * kUnits; ++k) {
+      const int m = k / kUnits, first_vector = k % kUnits * kGates;
+      const int64_t at = k % kUnits * L, n = left - at, of_y = row[m] * H + unit + at;
+      V values[kValues], c_row = load_vector(c_rows + m * padded + at);
+      place_parts<Cell>(
+          values, [&](int g) INLINE_LAMBDA { return input(m, first_vector + g); }, sums[m] + first_vector);
       const V h_row = Cell::template forward<Math<S>>(values, c_row);
-      store_vector(c_rows + m * padded, c_row);
-      store_row<S>(h_next + m * row_size, plane, h_row);
-      store<A>(static_cast<S*>(p.y) + row[m] * H + unit, h_row, n);
+      store_vector(c_rows + m * padded + at, c_row);
+      store_row<S>(h_next + m * row_size + at, plane, h_row);
+      store<A>(static_cast<S*>(p.y) + of_y, h_row, n);
       if (p.gates) {
-        S* saved = static_cast<S*>(p.gates) + row[m] * kValues * H + unit;
+        S* saved = static_cast<S*>(p.gates) + row[m] * kValues * H + unit + at;
         BIRNN_UNROLL
         for (int v = 0; v < kValues; ++v) store<A>(saved + v * H, values[v], n);
       }
-      if (p.cells) store<A>(static_cast<A*>(p.cells) + row[m] * H + unit, c_row, n);
+      if (p.cells) store<A>(static_cast<A*>(p.cells) + of_y, c_row, n);
     }
   }
 
@@ -331,7 +342,7 @@ struct Forward {
     const S* c0 = static_cast<const S*>(p.c0);
     for (int64_t r = 0; r < chain.count; ++r) {
       const int64_t state = (d * B + chain.rows[r]) * H;
-      for (int64_t unit = begin * L; unit < end * L; unit += L) {
+      for (int64_t unit = begin * kWidth; unit < end * kWidth; unit += L) {
         const V h_row = h0 ? load<A>(h0 + state + unit, H - unit) : V{};
         for (Factor<S>* buffer : h) store_row<S>(buffer + r * row_size + unit, plane, h_row);
         store_vector(c + r * padded + unit, c0 ? load<A>(c0 + state + unit, H - unit) : V{});
@@ -341,7 +352,7 @@ struct Forward {
 
   // Stores the final state. A row's last iteration wrote h into the other buffer.
   void finish() {
-    const int64_t unit0 = begin * L, units = own_units - unit0;
+    const int64_t unit0 = begin * kWidth, units = own_units - unit0;
     for (int64_t r = 0; r < chain.count && units > 0; ++r) {
       const int64_t b = chain.rows[r], length = length_of(p.lengths, b, p.T);
       const int64_t last = order.last(length), iteration = order.forward(last);
@@ -391,7 +402,7 @@ struct Forward {
         if constexpr (!kConverted<S>) {
           if (member.index == 0) transpose_x<S>(in.I, steps, x_of, xt);
           member.barrier->wait(member.count);
-          project_unpacked<S>(kKind<Cell>, in, d, H, begin, end, steps.total, xt, z);
+          project_unpacked<S>(Cell::kKind, in, d, H, begin, end, steps.total, xt, z);
         }
       }
       for (int64_t s = s0; s < steps.end; ++s) {

@@ -30,7 +30,7 @@ void input_gradient(CellKind cell, const Factor<S>* dz, int64_t capacity, int64_
                     bool finite, void* const* dx_rows, int64_t begin, int64_t end) {
   using A = Accumulate<S>;
   constexpr int L = kLanes<A>;
-  const int64_t dz_vectors = values_of(cell) * divide_up(H, L), K = transposed_rows<S>(gates_of(cell), H);
+  const int64_t dz_vectors = slot_vectors(values_of(cell), divide_up(H, L)), K = transposed_rows<S>(gates_of(cell), H);
   const int64_t vectors = divide_up(I, L);
   for (int64_t v = 0, count; v < vectors; v += count) {
     count = tile_vectors(v, vectors);
@@ -56,7 +56,7 @@ template <class S>
 void input_gradient_unpacked(CellKind cell, const S* dz, int64_t capacity, int64_t count, int64_t H, int64_t I,
                              const S* w_ih, void* const* dx_rows, int64_t begin, int64_t end) {
   constexpr int L = kLanes<S>;
-  const int64_t blocks = divide_up(H, L), dz_vectors = values_of(cell) * blocks;
+  const int64_t blocks = divide_up(H, L), dz_vectors = slot_vectors(values_of(cell), blocks);
   for (int64_t v = begin, width = 0; v < end; v += width) {
     width = tile_vectors(v, end);
     with_vectors(width, [&]<int N>() INLINE_LAMBDA {
@@ -102,12 +102,12 @@ struct WeightGradients {
   static constexpr int64_t kPanel = kPairs<S> ? kPlanes<S> * kSlots * kTileVectors * L : 0;  // values of a paired one
 
   const WeightGradient& w;
-  const int64_t I = w.I, H = w.H, blocks = divide_up(w.H, L), vectors = values_of(w.cell) * blocks;
-  const int64_t panels = divide_up(vectors, kTileVectors), columns = w.I + w.H + 1;
+  const int64_t I = w.I, H = w.H, blocks = divide_up(w.H, L), vectors = slot_vectors(values_of(w.cell), blocks);
+  const int64_t panels = vectors / kTileVectors, columns = w.I + w.H + 1;
 
   // Returns how many bytes add() needs.
   static int64_t scratch(CellKind cell, int64_t H) {
-    return minimum(divide_up(values_of(cell) * divide_up(H, L), kTileVectors), kPanels) * kPanel * sizeof(Factor<S>);
+    return minimum(slot_vectors(values_of(cell), divide_up(H, L)) / kTileVectors, kPanels) * kPanel * sizeof(Factor<S>);
   }
 
   A* sums(int64_t tile, int64_t panel) const {
@@ -166,7 +166,6 @@ struct WeightGradients {
 
   // Brings the dz of K slots, of which there are `count`, into pairs: [panel][plane][slot / 2][vector][lane][slot % 2].
   INLINE void pair_dz(int64_t panel0, int64_t last, int64_t slot, int64_t count, int64_t K, Factor<S>* to) const {
-    static_assert(values_of(CellKind::lstm) % kTileVectors == 0 && values_of(CellKind::gru) % kTileVectors == 0);
     for (int64_t panel = panel0; panel < last; ++panel, to += kPanel)
       for (int64_t k = 0; k < K; k += 2)
         for (int64_t n = 0; n < kTileVectors; ++n)

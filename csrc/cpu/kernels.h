@@ -18,6 +18,10 @@ constexpr int64_t kMostStepsAtOnce = 64;
 // The width of a register tile in vectors, if its columns are not the gates of a unit. The last tile may have 2 or 1.
 constexpr int64_t kTileVectors = 4;
 
+// A register tile of the forward pass has all gates of a block, which is so many vectors of units: one, unless they
+// have a single gate, whose sums would not keep the multipliers busy.
+constexpr int64_t unit_vectors(int64_t gates) { return gates == 1 ? kTileVectors : 1; }
+
 // The weights of a direction, packed into panels for the register tiles, once per call. A vector has L lanes; there are
 // H / L blocks, rounded up; units and columns beyond the end are 0. A tile is kTileVectors neighbouring vectors of
 // columns. If pairs of bfloat16 are multiplied, each lane has two neighbouring k side by side.
@@ -48,7 +52,7 @@ struct Member {
 // [panel][slot][kTileVectors vectors][lane]. The vectors of all values, in the order value, block, are cut into panels.
 // A slot is a step of a sequence; slots are ordered by t, then longest sequence first. If pairs of bfloat16 are
 // multiplied, one panel has all vectors, [slot][plane][vector][lane], as tiles read long rows best, and gradients of
-// the weights need pairs of slots, which are made from it.
+// the weights need pairs of slots, which are made from it. Behind the last value's vectors, zeros fill the last panel.
 struct Slots {
   void* dz;                // null: the kernel writes BackwardParams::d_gates_x instead
   int64_t capacity;        // slots that a panel has room for

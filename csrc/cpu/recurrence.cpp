@@ -5,6 +5,7 @@
 #include <numeric>
 #include <vector>
 
+#include "../core/cells.h"
 #include "../core/step_order.h"
 #include "isa.h"
 #include "memory.h"
@@ -109,7 +110,8 @@ class Packing {
     for (int64_t d = 0; d < sizes_.D; ++d) {
       buffers_.push_back(allocate(kernels_.panel_bytes(dtype_, gates_, sizes_.H, columns, transposed)));
       panels[d].*member = buffers_.back().get();
-      const int64_t blocks = divide_up(transposed ? columns : sizes_.H, kernels_.lanes(dtype_));
+      const int64_t lanes = kernels_.lanes(dtype_);
+      const int64_t blocks = transposed ? divide_up(columns, lanes) : divide_up(sizes_.H, unit_vectors(gates_) * lanes);
       for (int64_t block = 0; block < blocks; ++block)
         tasks_.push_back({w[d], buffers_.back().get(), columns, block, transposed});
     }
@@ -189,8 +191,9 @@ class LayerBackward {
         bytes_(size_of(dtype)),
         zeros_(allocate_zeros(p.H * bytes_)),
         offsets_(slot_offsets(p, plan.order)) {
-    const int64_t lanes = kernels.lanes(dtype), vectors = values_of(cell) * divide_up(p.H, lanes);
-    const int64_t row = divide_up(vectors, kTileVectors) * kTileVectors * lanes;  // dz of a slot, in whole panels
+    const int64_t lanes = kernels.lanes(dtype), blocks = divide_up(p.H, lanes);
+    const int64_t panels = divide_up(values_of(cell) * blocks, kTileVectors), row = panels * kTileVectors * lanes;
+    const auto allocate_dz = values_of(cell) % kTileVectors ? allocate_zeros : allocate;
     for (int64_t d = 0; d < p.D; ++d) {
       rounds_[d] = rounds(d);
       for (size_t k = 1; k < rounds_[d].size(); ++k)
@@ -202,7 +205,7 @@ class LayerBackward {
     for (int64_t d = 0; d < p.D; ++d) {
       rows_[d] = {std::vector<const void*>(capacity_), std::vector<const void*>(capacity_),
                   std::vector<void*>(capacity_)};
-      dz_[d] = allocate(capacity_ * row * kernels.factor_bytes(dtype));
+      dz_[d] = allocate_dz(capacity_ * row * kernels.factor_bytes(dtype));
       if (p.dw_ih[0]) sums_[d] = allocate(tiles_ * kernels.rows * row * kernels.accumulate_bytes(dtype));
     }
   }

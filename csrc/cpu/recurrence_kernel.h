@@ -7,9 +7,9 @@
 //
 // A step multiplies (rows x H) * (H x gates H), cut into register tiles of kRows sequences x some vectors. The cell
 // update follows at once, so pre-activations never leave the L1 cache. In the forward pass the vectors are the gates of
-// the same units (4 for the LSTM). In the backward pass, (rows x gates H) * (gates H x H), they are kTileVectors
-// neighbouring vectors of units. Blocks of units are the outer loop, so that a panel of packed weights (H x 4 vectors)
-// stays in the L1 cache while all rows use it.
+// the same units (4 for the LSTM; of a plain cell, 4 neighbouring vectors of units). In the backward pass, (rows x
+// gates H) * (gates H x H), they are kTileVectors neighbouring vectors of units. Blocks of units are the outer loop, so
+// that a panel of packed weights (H x 4 vectors) stays in the L1 cache while all rows use it.
 //
 // Only the products are compiled for each size of a tile, and all cells share them (multiply_rows). What comes before
 // and after them takes most of the compiler's time, and loops over the rows.
@@ -22,8 +22,7 @@
 #include <type_traits>
 #include <utility>
 
-#include "../core/cells/gru.h"
-#include "../core/cells/lstm.h"
+#include "../core/cells.h"
 #include "../core/step_order.h"
 #include "../core/variant_row.h"
 #include "kernels.h"
@@ -39,9 +38,6 @@
 
 namespace birnn::cpu::BIRNN_ISA {
 namespace {
-
-template <class Cell>
-constexpr CellKind kKind = std::is_same_v<Cell, Gru> ? CellKind::gru : CellKind::lstm;
 
 constexpr int kBytes = BIRNN_ISA_BYTES;
 constexpr int kRows = BIRNN_ISA_ROWS;
@@ -107,7 +103,7 @@ void with_storage(DType dtype, const F& f) {
 // The same, with the cell's type, for the few functions that depend on it.
 template <class F>
 void with_cell(CellKind cell, DType dtype, const F& f) {
-  with_storage(dtype, [&]<class S>(S type) { cell == CellKind::lstm ? f(Lstm(), type) : f(Gru(), type); });
+  with_storage(dtype, [&]<class S>(S type) { birnn::with_cell(cell, [&](auto of) { f(of, type); }); });
 }
 
 int64_t lanes(DType dtype) { return dtype == DType::f64 ? kLanes<double> : kLanes<float>; }
@@ -131,7 +127,7 @@ int64_t panel_bytes(DType dtype, int64_t gates, int64_t H, int64_t columns, bool
   with_storage(dtype, [&]<class S>(S) {
     constexpr int64_t L = kLanes<Accumulate<S>>;
     bytes = (transposed ? transposed_rows<S>(gates, H) * round_up(columns, L)
-                        : gates * round_up(H, L) * packed_rows<S>(columns)) *
+                        : gates * round_up(H, unit_vectors(gates) * L) * packed_rows<S>(columns)) *
             kPlanes<S> * sizeof(Factor<S>);
   });
   return bytes;

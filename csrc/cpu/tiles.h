@@ -80,6 +80,9 @@ INLINE void store_row(Factor<S>* p, int64_t plane, Vec<Accumulate<S>> v) {
   if constexpr (kSplit<S>) store_aligned<A>(p + plane, rest<A>(v, load_aligned<A>(p)));
 }
 
+// Counts the vectors of a slot's dz (see Slots).
+INLINE int64_t slot_vectors(int64_t values, int64_t blocks) { return round_up(values * blocks, kTileVectors); }
+
 // Returns where the backward pass leaves a vector of a slot's dz (see Slots), which has so many vectors.
 template <class S>
 INLINE int64_t dz_offset(int64_t vectors, int64_t capacity, int64_t vector, int64_t slot) {
@@ -283,17 +286,18 @@ void pack(const void* w_, int64_t gates, int64_t H, int64_t K, int64_t block, vo
   using A = Accumulate<S>;
   constexpr int L = kLanes<A>;
   const S* w = static_cast<const S*>(w_);
-  const int64_t rows = packed_rows<S>(K);
-  Factor<S>* panel = static_cast<Factor<S>*>(panels) + block * rows * gates * L * kPlanes<S>;
-  for (int64_t g = 0; g < gates; ++g)
+  const int64_t rows = packed_rows<S>(K), vectors = gates * unit_vectors(gates);
+  Factor<S>* panel = static_cast<Factor<S>*>(panels) + block * rows * vectors * L * kPlanes<S>;
+  for (int64_t n = 0; n < vectors; ++n)
     for (int64_t k = 0; k < rows; k += L) {
+      const int64_t g = n % gates, unit = (block * unit_vectors(gates) + n / gates) * L;
       Vec<A> v[L];
 #pragma GCC unroll 16
       for (int l = 0; l < L; ++l)
-        v[l] = block * L + l < H && k < K ? load<A>(w + (g * H + block * L + l) * K + k, K - k) : Vec<A>{};
+        v[l] = unit + l < H && k < K ? load<A>(w + (g * H + unit + l) * K + k, K - k) : Vec<A>{};
       transpose<A>(v);
       const int64_t columns = minimum(L, rows - k);
-      for (int64_t j = 0; j < columns; j += 2) store_factors<S>(panel, rows, k + j, gates, g, v[j], v[j + 1]);
+      for (int64_t j = 0; j < columns; j += 2) store_factors<S>(panel, rows, k + j, vectors, n, v[j], v[j + 1]);
     }
 }
 

@@ -7,7 +7,7 @@
 #include <string>
 #include <vector>
 
-#include "../core/recurrence.h"
+#include "../core/cells.h"
 #include "persistent/plan.h"
 
 namespace birnn::cuda {

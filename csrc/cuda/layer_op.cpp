@@ -65,7 +65,7 @@ struct Cuda {
                                        const Tensor& cells, const OptionalTensor& dy, const OptionalTensor& dh_n,
                                        const OptionalTensor& dc_n, bool x_grad, bool weight_grads, bool state_grads) {
     const LayerCall layer(cell, x, {weights, bias});
-    TORCH_CHECK_VALUE(gates.dim() == 4, name_of(cell),
+    TORCH_CHECK_VALUE(!saves_values(cell) || gates.dim() == 4, name_of(cell),
                       "_layer_backward: on CUDA, gates must be those of a forward call with save=\"all\", got shape ",
                       gates.sizes());
     birnn::Backward call(cell, layer.dtype, layer.sizes(), x.options(), h0, c0, lengths, y, gates, cells, dy, dh_n,

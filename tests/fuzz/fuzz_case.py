@@ -1,4 +1,4 @@
-"""One case of the differential fuzzer: a configuration, and its check against nn.LSTM or nn.GRU in float64.
+"""One case of the differential fuzzer: a configuration, and its check against PyTorch's module in float64.
 
 Options that these lack are checked against the reference.
 """
@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 import birnn_ext
 from birnn_ext import reference
+from birnn_ext.cell import CELLS
 from birnn_ext.variants import EPS, Variant
 
 # Thousands of cases find larger rounding errors than the suite's, such as in a sum of 16-bit terms that cancel.
@@ -43,7 +44,7 @@ class Case:
     B: int = 1
     I: int = 1  # noqa: E741, the usual name
     H: int = 1
-    cell: str = "lstm"
+    cell: str = "lstm"  # as its operators' names begin
     layers: int = 1
     bidirectional: bool = False
     bias: bool = True
@@ -89,11 +90,11 @@ class Case:
 
     @property
     def ours(self) -> type[nn.RNNBase]:
-        return getattr(birnn_ext, self.cell.upper())
+        return getattr(birnn_ext, self.cell.partition("_")[0].upper())
 
     @property
     def theirs(self) -> type[nn.RNNBase]:
-        return getattr(nn, self.cell.upper())
+        return getattr(nn, self.cell.partition("_")[0].upper())
 
     @property
     def states(self) -> str:
@@ -107,7 +108,8 @@ class Case:
     @property
     def options(self) -> dict[str, Any]:
         """Returns the options that PyTorch's module lacks."""
-        return {name: getattr(self, name) for name in self.ours.CELL.options}
+        cell = next(cell for cell in CELLS if cell.operator == self.cell)
+        return {name: getattr(self, name) for name in cell.options}
 
     @property
     def beyond_torch(self) -> bool:
@@ -182,6 +184,8 @@ class Data:
 def make(cls: type[nn.RNNBase], case: Case, dtype: torch.dtype, device: str = "cpu", **kwargs) -> nn.RNNBase:
     if case.cell == "lstm":
         kwargs["proj_size"] = case.proj_size
+    if case.cell.startswith("rnn"):
+        kwargs["nonlinearity"] = case.cell.partition("_")[2]
     return cls(
         case.I, case.H, case.layers, bias=case.bias, batch_first=case.batch_first, bidirectional=case.bidirectional,
         device=device, dtype=dtype, **kwargs,
@@ -240,10 +244,17 @@ def by_torch(case: Case, dtype: torch.dtype, device: str = "cpu", nudge: float =
     return with_gradients(case, outputs, given, data)
 
 
-def gru_with_resets(
-    gates_x: Tensor, w_hh: Tensor, bias_hh: Tensor | None, h0: Tensor | None, lengths: Tensor | None, reset: Tensor
+def with_resets(
+    cell: str,
+    gates_x: Tensor,
+    w_hh: Tensor,
+    bias_hh: Tensor | None,
+    h0: Tensor | None,
+    lengths: Tensor | None,
+    reset: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Runs the reference step by step, and clears the state where a sequence begins anew."""
+    """Runs a cell's reference step by step, and clears the state where a sequence begins anew."""
+    recurrence = getattr(reference, f"{cell}_recurrence")
     steps, batch, directions, _ = gates_x.shape
     lengths = torch.full((batch,), steps) if lengths is None else lengths
     first = gates_x.new_zeros(directions, batch, w_hh.shape[-1]) if h0 is None else h0
@@ -256,7 +267,7 @@ def gru_with_resets(
             if begins < steps:
                 h = h.masked_fill((reset[begins] & (lengths > begins)).view(1, -1, 1), 0)
             one = gates_x[t : t + 1, :, d : d + 1]
-            of_direction[t], h, *_ = reference.gru_recurrence(one, *weights, h, (lengths > t).long(), "none")
+            of_direction[t], h, *_ = recurrence(one, *weights, h, (lengths > t).long(), "none")
         ys.append(torch.cat([of_direction[t] for t in range(steps)]))
         h_n.append(h)
     return torch.cat(ys, 2), torch.cat(h_n)
@@ -285,9 +296,10 @@ def by_reference(
         gates_x = torch.einsum("tbi,dgi->tbdg", x, of("weight_ih"))
         if case.layer_norm:
             gates_x = F.layer_norm(gates_x, gates_x.shape[-1:], eps=EPS) * of("weight_ln_ih")
-        if case.cell == "gru":
+        if case.cell != "lstm":
             gates_x = gates_x + of("bias_ih") if case.bias else gates_x
-            y, h = gru_with_resets(gates_x, of("weight_hh"), of("bias_hh"), *state, lengths, resets(case))
+            weights = (of("weight_hh"), of("bias_hh"))
+            y, h = with_resets(case.cell, gates_x, *weights, *state, lengths, resets(case))
             x = y.flatten(2)
             finals.append((h,))
             continue

@@ -42,6 +42,11 @@ CORPUS = [
     Case(T=4, B=3, I=2, H=5, cell="gru", bidirectional=True, reset=((0, 0), (2, 2), (1, 1)), lengths=(2, 3, 4), packed="unsorted", output="last"),
     Case(T=4, B=3, I=2, H=17, cell="gru", layers=2, bidirectional=True, lengths=(4, 0, 2), padding="nan", x_layout="gaps", output="last"),
     Case(T=0, cell="gru"), Case(B=0, cell="gru", layers=2, bidirectional=True, hx="plain"), Case(T=3, B=2, I=3, H=5, cell="gru", learned_state=True),
+    # the same of plain cells
+    Case(T=5, B=3, I=3, H=8, cell="rnn_tanh", layers=2, bidirectional=True, hx="plain", reset=((0, 0), (2, 1), (4, 2), (1, 1)), lengths=(5, 2, 0)),
+    Case(T=4, B=3, I=2, H=5, cell="rnn_relu", bidirectional=True, dtype="float64", reset=((0, 0), (2, 2), (1, 1)), lengths=(2, 3, 4), packed="unsorted", output="last"),
+    Case(T=4, B=3, I=2, H=17, cell="rnn_tanh", layers=2, bidirectional=True, lengths=(4, 0, 2), padding="nan", x_layout="gaps", output="last"),
+    Case(T=0, cell="rnn_tanh"), Case(B=0, cell="rnn_relu", layers=2, bidirectional=True, hx="plain"), Case(T=3, B=2, I=3, H=5, cell="rnn_tanh", learned_state=True),
 ]  # fmt: skip
 
 

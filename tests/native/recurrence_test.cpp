@@ -14,6 +14,7 @@
 #include <thread>
 #include <vector>
 
+#include "core/cells.h"
 #include "cpu/isa.h"
 
 namespace birnn {
@@ -98,7 +99,7 @@ void compare(const char* name, const S* found, const std::vector<double>& expect
 // function is long because it follows one problem from its buffers to the comparison.
 template <class S, class A>
 void check(CellKind cell, DType dtype, double tolerance, bool as_layer = false) {
-  const bool gru = cell == CellKind::gru;
+  const bool own_c = !birnn::state_is_output(cell), plain = !birnn::saves_values(cell);
   const int64_t G = birnn::gates_of(cell), V = birnn::values_of(cell), size = integer(0, 9);
   const bool large = size == 0, single = size > 7;  // a single step, with a row or three and whole vectors of features
   const int64_t T = large ? integer(20, 40) : single ? 1 : integer(1, 7), D = integer(1, 2);
@@ -113,20 +114,21 @@ void check(CellKind cell, DType dtype, double tolerance, bool as_layer = false) 
   for (int64_t b = 0; b < B; ++b) lengths[b] = ragged ? integer(0, T) : T;
   const auto y = unset<S>(rows * H), h_n = unset<S>(states), own_c_n = unset<S>(states), gates = unset<S>(rows * V * H);
   const auto own_cells = unset<A>(rows * H);
-  // A GRU's state is its output, and its states are y, unless that has a narrower type.
-  const S* const c0 = gru ? h0.get() : own_c0.get();
-  S* const c_n = gru ? h_n.get() : own_c_n.get();
+  // If the state is the output, the states are y, unless that has a narrower type.
+  const bool apart = V > G;
+  const S* const c0 = own_c ? own_c0.get() : h0.get();
+  S* const c_n = own_c ? own_c_n.get() : h_n.get();
   A* cells = own_cells.get();
   if constexpr (std::is_same_v<S, A>)
-    if (gru) cells = y.get();
+    if (!own_c) cells = y.get();
 
-  const auto b_hh_alone = [&](int64_t j) { return gru && bias ? double(b_hh[j]) : 0; };
+  const auto b_hh_alone = [&](int64_t j) { return !own_c && bias ? double(b_hh[j]) : 0; };
   if (as_layer)  // the kernels compute these themselves
     for (int64_t t = 0; t < T; ++t)
       for (int64_t b = 0; b < B; ++b)
         for (int64_t d = 0; d < D; ++d)
           for (int64_t j = 0; j < G * H; ++j) {
-            double z = bias ? double(b_ih[d * G * H + j]) + (gru ? 0 : double(b_hh[d * G * H + j])) : 0;
+            double z = bias ? double(b_ih[d * G * H + j]) + (own_c ? double(b_hh[d * G * H + j]) : 0) : 0;
             for (int64_t k = 0; k < I; ++k) z += double(w_ih[(d * G * H + j) * I + k]) * double(x[(t * B + b) * I + k]);
             gates_x[((t * B + b) * D + d) * G * H + j] = static_cast<S>(z);
           }
@@ -138,7 +140,7 @@ void check(CellKind cell, DType dtype, double tolerance, bool as_layer = false) 
     forward.w_hh[d] = w_hh.get() + d * G * H * H;
     input.w_ih[d] = w_ih.get() + d * G * H * I;
     if (bias && as_layer) input.bias_ih[d] = b_ih.get() + d * G * H;
-    if (bias && (as_layer || gru)) input.bias_hh[d] = b_hh.get() + d * G * H;
+    if (bias && (as_layer || !own_c)) input.bias_hh[d] = b_hh.get() + d * G * H;
   }
   forward.input = input;
   if (!as_layer) forward.gates_x = gates_x.get();
@@ -148,7 +150,8 @@ void check(CellKind cell, DType dtype, double tolerance, bool as_layer = false) 
   const auto unsaved_y = unset<S>(rows * H);
   forward.y = unsaved_y.get();  // without anything saved
   birnn::cpu::recurrence_forward(cell, dtype, forward, integer(1, 5), parallel);
-  forward.y = y.get(), forward.gates = gates.get();
+  forward.y = y.get();
+  if (!plain) forward.gates = gates.get();
   if (cells == own_cells.get()) forward.cells = cells;
   birnn::cpu::recurrence_forward(cell, dtype, forward, integer(1, 5), parallel);
 
@@ -164,11 +167,11 @@ void check(CellKind cell, DType dtype, double tolerance, bool as_layer = false) 
   for (int64_t d = 0; d < D; ++d) backward.w_hh[d] = forward.w_hh[d];
   if (state) backward.h0 = h0.get(), backward.c0 = c0;
   if (ragged) backward.lengths = lengths.get();
-  if (!recompute) backward.gates = gates.get();
+  if (plain || !recompute) backward.gates = plain ? y.get() : gates.get();
   backward.cells = cells, backward.dy = dy.get(), backward.dh_n = dh_n.get();
   backward.dy_stride_t = B * D * H, backward.dy_stride_b = D * H;
   backward.dh0 = dh0.get();
-  if (!gru) backward.dc_n = dc_n.get(), backward.dc0 = dc0.get();
+  if (own_c) backward.dc_n = dc_n.get(), backward.dc0 = dc0.get();
   if (as_layer) {
     backward.y = y.get(), backward.dx = dx.get();
     for (int64_t d = 0; d < D; ++d) {
@@ -179,7 +182,7 @@ void check(CellKind cell, DType dtype, double tolerance, bool as_layer = false) 
     }
   } else {
     backward.d_gates_x = d_gates_x.get();
-    if (gru) backward.d_q = d_q.get();
+    if (apart) backward.d_q = d_q.get();
   }
   birnn::cpu::recurrence_backward(cell, dtype, backward, integer(1, 5), parallel);
 
@@ -202,7 +205,9 @@ void check(CellKind cell, DType dtype, double tolerance, bool as_layer = false) 
             q[g] = b_hh_alone(d * G * H + g * H + u);
             for (int64_t k = 0; k < H; ++k) q[g] += double(w_hh[(d * G * H + g * H + u) * H + k]) * before[k];
           }
-          if (gru) {
+          if (plain) {
+            h[u] = c[u] = cell == CellKind::rnn_tanh ? std::tanh(z[0] + q[0]) : std::fmax(z[0] + q[0], 0);
+          } else if (!own_c) {
             const double r = sigmoid(z[0] + q[0]), keep = sigmoid(z[1] + q[1]);
             h[u] = c[u] = (1 - keep) * std::tanh(z[2] + r * q[2]) + keep * before[u];
           } else {
@@ -214,7 +219,7 @@ void check(CellKind cell, DType dtype, double tolerance, bool as_layer = false) 
       }
       for (int64_t u = 0; u < H; ++u) {
         want_h[s0 + u] = h[u], want_c[s0 + u] = c[u];
-        dh[u] = dh_n[s0 + u], dc[u] = gru ? 0 : double(dc_n[s0 + u]);
+        dh[u] = dh_n[s0 + u], dc[u] = own_c ? double(dc_n[s0 + u]) : 0;
       }
       for (int64_t s = lengths[b] - 1; s >= 0; --s) {
         const int64_t r = row(s), step = r / D;  // step counts (t, b)
@@ -223,7 +228,11 @@ void check(CellKind cell, DType dtype, double tolerance, bool as_layer = false) 
         for (int64_t u = 0; u < H; ++u) {
           const double c_before = s > 0 ? double(cells[row(s - 1) * H + u]) : state ? double(c0[s0 + u]) : 0;
           const double dh_u = dh[u] + dy[r * H + u];
-          if (gru) {
+          if (plain) {
+            const double h_u = cells[r * H + u];
+            dz[u] = dh_u * (cell == CellKind::rnn_tanh ? 1 - h_u * h_u : h_u > 0);
+            dh[u] = 0;
+          } else if (!own_c) {
             const double reset = saved(0, u), keep = saved(1, u), n = saved(2, u);
             dz[2 * H + u] = dh_u * (1 - keep) * (1 - n * n);
             want_dq[r * H + u] = dz[2 * H + u] * reset;
@@ -243,7 +252,7 @@ void check(CellKind cell, DType dtype, double tolerance, bool as_layer = false) 
         }
         for (int64_t j = 0; j < G * H; ++j) {
           const int64_t weight = d * G * H + j;
-          const double recurrent = gru && j >= 2 * H ? want_dq[r * H + j - 2 * H] : dz[j];
+          const double recurrent = apart && j >= 2 * H ? want_dq[r * H + j - 2 * H] : dz[j];
           want_bias_ih[weight] += dz[j];
           want_bias_hh[weight] += recurrent;
           for (int64_t k = 0; k < H; ++k) {
@@ -264,9 +273,9 @@ void check(CellKind cell, DType dtype, double tolerance, bool as_layer = false) 
   compare("h_n", h_n.get(), want_h, tolerance);
   compare("c_n", c_n, want_c, tolerance);
   compare("dh0", dh0.get(), want_dh, tolerance);
-  if (!gru) compare("dc0", dc0.get(), want_dc, tolerance);
+  if (own_c) compare("dc0", dc0.get(), want_dc, tolerance);
   if (!as_layer) {
-    if (gru) compare("d_q", d_q.get(), want_dq, tolerance);
+    if (apart) compare("d_q", d_q.get(), want_dq, tolerance);
     return compare("d_gates_x", d_gates_x.get(), want_dz, tolerance);
   }
   const auto compare_sums = [&](const char* name, const S* found, const std::vector<double>& expected) {
@@ -291,7 +300,7 @@ int main(int argc, char** argv) {
   failures += birnn::cell_failures();
   const int rounds = argc > 1 ? std::atoi(argv[1]) : 40;
   for (int round = 0; round < rounds; ++round)
-    for (const CellKind cell : {CellKind::lstm, CellKind::gru})
+    for (const CellKind cell : birnn::kCells)
       for (const bool as_layer : {false, true}) {
         check<double, double>(cell, DType::f64, 1e-12, as_layer);
         check<float, float>(cell, DType::f32, 2e-5, as_layer);

@@ -2,15 +2,19 @@
 #pragma once
 
 #include "../inline.h"
+#include "../recurrence.h"
 
 namespace birnn {
 
 // PyTorch's equations: n = tanh(W_in x + b_in + r * q), where q = W_hn h + b_hn; h_t = (1 - z) n + z h_{t-1}.
 struct Gru {
   enum Value : int { r, z, n, q };  // the gates are r, z and n, in nn.GRU's order
+  static constexpr CellKind kKind = CellKind::gru;
+  static constexpr const char* kName = "gru";
   static constexpr int kGates = 3;
   static constexpr int kValues = 4;
   static constexpr bool kStateIsOutput = true;
+  static constexpr bool kSavesValues = true;
 
   static BIRNN_INLINE constexpr int input_value(int gate) { return gate; }
   static BIRNN_INLINE constexpr int recurrent_value(int gate) { return gate == n ? q : gate; }

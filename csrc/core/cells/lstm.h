@@ -1,7 +1,8 @@
 // The LSTM cell, forward and backward. The equations stand only here: every kernel, CPU or CUDA, calls them with its
 // own value type V (a scalar on the GPU, a SIMD vector on the CPU) and its own M::sigmoid and M::tanh.
 //
-// A cell is a type such as Lstm below or Gru. Kernels use the following of it:
+// A cell is a type such as Lstm below or Gru, which cells.h lists. Its operators' names begin with kName. Kernels use
+// the following of it:
 // - A unit has kGates pre-activations, in the order of the rows of W_ih and W_hh. Each has an input part, W_ih x and
 //   b_ih, and a recurrent part, W_hh h and b_hh, which go to the values input_value(gate) and recurrent_value(gate). If
 //   both are one value, it is the sum of the parts, and a kernel may accumulate one onto the other.
@@ -9,21 +10,25 @@
 //   their own behind them, as a GRU's candidate has: tanh(input + r * recurrent). So a GRU has one value more than
 //   gates.
 // - forward() turns these values, in place, into those that the backward pass needs; activate() does nothing else. A
-//   step saves them and the state c, which a unit carries from step to step in the accumulation type. If
-//   kStateIsOutput, that is h, and the gradient of h_t comes in two parts, dh and dc.
+//   step saves them, if kSavesValues, and the state c, which a unit carries from step to step in the accumulation type.
+//   If kStateIsOutput, that is h, and the gradient of h_t comes in two parts, dh and dc.
 // - backward() computes dz, the gradients of the kValues values: W_ih^T multiplies those of the input parts, W_hh^T
 //   those of the recurrent parts.
 #pragma once
 
 #include "../inline.h"
+#include "../recurrence.h"
 
 namespace birnn {
 
 struct Lstm {
   enum Gate : int { i, f, g, o };  // nn.LSTM's order
+  static constexpr CellKind kKind = CellKind::lstm;
+  static constexpr const char* kName = "lstm";
   static constexpr int kGates = 4;
   static constexpr int kValues = 4;  // pre-activations z before the cell, activated gates after it
   static constexpr bool kStateIsOutput = false;
+  static constexpr bool kSavesValues = true;
 
   static BIRNN_INLINE constexpr int input_value(int gate) { return gate; }
   static BIRNN_INLINE constexpr int recurrent_value(int gate) { return gate; }

@@ -15,7 +15,7 @@
 #include <iterator>
 
 #include "../../core/inline.h"
-#include "../../core/recurrence.h"
+#include "../../core/cells.h"
 
 namespace birnn::cuda {
 

@@ -4,8 +4,7 @@
 #include <type_traits>
 #include <utility>
 
-#include "../../core/cells/gru.h"
-#include "../../core/cells/lstm.h"
+#include "../../core/cells.h"
 #include "../../core/step_order.h"
 #include "../cell_math.cuh"
 #include "../sm80/copy_async.cuh"

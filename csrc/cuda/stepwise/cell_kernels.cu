@@ -7,8 +7,7 @@
 // values, c and the c before, and writes dc and the gates' gradients twice: for the next product, and as d_gates_x.
 #include <initializer_list>
 
-#include "../../core/cells/gru.h"
-#include "../../core/cells/lstm.h"
+#include "../../core/cells.h"
 #include "../../core/step_order.h"
 #include "../cell_math.cuh"
 #include "cell_kernels.h"
@@ -210,8 +209,7 @@ cudaError_t launch(DType dtype, const Params& p, bool all_aligned, cudaStream_t 
 
 template <class Params>
 cudaError_t launch(CellKind cell, DType dtype, const Params& p, bool all_aligned, cudaStream_t stream) {
-  const auto run = cell == CellKind::lstm ? launch<Lstm, Params> : launch<Gru, Params>;
-  return run(dtype, p, all_aligned, stream);
+  return with_cell(cell, [&](auto of) { return launch<decltype(of)>(dtype, p, all_aligned, stream); });
 }
 
 }  // namespace

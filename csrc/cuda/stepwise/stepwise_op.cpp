@@ -58,7 +58,7 @@ void stepwise_backward(birnn::Backward& call, const Tensor& w_hh, const Optional
     at::bmm_out(call.dh0, dz, w_hh);
     // a sequence without steps hands its gradient through
     if (lengths && dh_n) call.dh0.add_(*dh_n * (*lengths == 0).unsqueeze(-1));
-    call.cell == CellKind::gru ? call.dh0.add_(dc) : call.dc0.copy_(dc);
+    state_is_output(call.cell) ? call.dh0.add_(dc) : call.dc0.copy_(dc);
   }
 }
 
