@@ -94,14 +94,14 @@ Run decide(const Layer& layer) {
     return resident_groups(layer.dtype, plan, layer.D, gpu.multiprocessors);
   };
   Run run{choose(layer, gpu, wished_algorithms(wish), [&](const auto& plan) { return resident(plan) > 0; })};
-  TORCH_CHECK(
-      run.choice.possible, "BIRNN_CUDA_ALGO=", wish, " can't run this layer: ", name_of(layer.cell), ", hidden_size ",
-      layer.H, ", batch ", layer.B, ", ", layer.D, " direction(s), on ", device->name, " (compute capability ",
-      device->major, ".", device->minor, ", ", gpu.multiprocessors, " multiprocessors with ", gpu.shared_memory,
-      " bytes of shared memory for a block). persistent-* run float32, float16 and bfloat16 from compute "
-      "capability 8.0, persistent-cluster from 9.0, built for it, as long as the weights fit on the chip. "
-      "stepwise runs every layer: BIRNN_CUDA_ALGO=",
-      wish, ",stepwise falls back to it");
+  TORCH_CHECK(run.choice.possible, "BIRNN_CUDA_ALGO=", wish, " can't run this layer: ", name_of(layer.cell),
+              ", hidden_size ", layer.H, ", batch ", layer.B, ", ", layer.D, " direction(s), on ", device->name,
+              " (compute capability ", device->major, ".", device->minor, ", ", gpu.multiprocessors,
+              " multiprocessors with ", gpu.shared_memory,
+              " bytes of shared memory for a block). persistent-* run float32, float16 and bfloat16 from compute "
+              "capability 8.0, persistent-cluster from 9.0, built for it, as long as the weights fit on the chip. "
+              "stepwise runs every layer: BIRNN_CUDA_ALGO=",
+              wish, ",stepwise falls back to it");
   if (run.choice.algorithm != Algorithm::stepwise) {
     run.forward_groups = resident(run.choice.forward);
     run.backward_groups = resident(run.choice.backward);

@@ -14,8 +14,8 @@
 #include <cstdint>
 #include <iterator>
 
-#include "../../core/inline.h"
 #include "../../core/cells.h"
+#include "../../core/inline.h"
 
 namespace birnn::cuda {
 
