@@ -47,7 +47,7 @@ class Hyperparameters:
     num_epochs: int = _value(2, "passes through the training set")
     learning_rate: float = _value(0.003, "Adam's")
     seed: int = _value(3, "of weights and shuffling")
-    cell: Literal["lstm", "gru"] = _value("lstm", "cell of the recurrent layers", choices=("lstm", "gru"))
+    cell: Literal["lstm", "gru", "rnn"] = _value("lstm", "cell of the recurrent layers", choices=("lstm", "gru", "rnn"))
 
     def check(self) -> None:
         """Raises UserError for values that make no model of MNIST."""
@@ -468,7 +468,9 @@ def load_model(path: Path, device: torch.device) -> tuple[BiRNN, Hyperparameters
     state = _load(path)
     try:
         classes, features = state["fc.weight"].shape
-        cell: Literal["lstm", "gru"] = "gru" if "gru.weight_ih_l0" in state else "lstm"
+        cell: Literal["lstm", "gru", "rnn"] = "lstm"
+        if "gru.weight_ih_l0" in state or "rnn.weight_ih_l0" in state:
+            cell = "gru" if "gru.weight_ih_l0" in state else "rnn"
         input_size, first = state[f"{cell}.weight_ih_l0"].shape[1], f"{cell}.weight_ih_l"
         layers = sum(str(name).startswith(first) and not str(name).endswith("_reverse") for name in state)
         hp = Hyperparameters(784 // max(input_size, 1), input_size, features // 2, layers, classes, cell=cell)

@@ -458,17 +458,18 @@ def test_training_state_with_odd_values_is_an_error(trained, tmp_path, part, val
         load_state(tmp_path / "state.pt")
 
 
-def test_a_gru_is_trained_resumed_and_evaluated(undrawn, tmp_path, capsys):
+@pytest.mark.parametrize("cell", ["gru", "rnn"])
+def test_another_cell_is_trained_resumed_and_evaluated(undrawn, tmp_path, capsys, cell):
     """The files tell the cell, so that only the training's first command has to."""
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert cli.main(["train", *TINY, "--cell", "gru", "--max-steps", "3", "--out", str(whole)]) == 0
-    assert cli.main(["train", *TINY, "--cell", "gru", "--max-steps", "1", "--out", str(parts)]) == 0
+    assert cli.main(["train", *TINY, "--cell", cell, "--max-steps", "3", "--out", str(whole)]) == 0
+    assert cli.main(["train", *TINY, "--cell", cell, "--max-steps", "1", "--out", str(parts)]) == 0
     assert cli.main(["train", *SAMPLE, "--max-steps", "3", "--resume", str(parts)]) == 0
     models = [torch.load(folder / "model.ckpt", weights_only=True) for folder in (whole, parts)]
-    assert list(models[0]) == list(BiRNN(28, 4, 2, 10, cell="gru").state_dict()) == list(models[1])
+    assert list(models[0]) == list(BiRNN(28, 4, 2, 10, cell=cell).state_dict()) == list(models[1])
     assert all(map(torch.equal, models[0].values(), models[1].values()))
     metrics = json.loads((parts / "metrics.json").read_text())
-    assert metrics["hyperparameters"]["cell"] == "gru"
+    assert metrics["hyperparameters"]["cell"] == cell
 
     digit = data.read_sample(tmp_path)[1].images[0]
     Image.fromarray(digit.numpy()).save(tmp_path / "digit.png")
@@ -478,9 +479,9 @@ def test_a_gru_is_trained_resumed_and_evaluated(undrawn, tmp_path, capsys):
     assert cli.main(["predict", str(parts / "model.ckpt"), str(tmp_path / "digit.png")]) == 0
 
     assert cli.main(["train", *SAMPLE, "--resume", str(parts), "--cell", "lstm"]) == 2
-    assert "cell of the training to resume is gru, not lstm\n" in capsys.readouterr().err
+    assert f"cell of the training to resume is {cell}, not lstm\n" in capsys.readouterr().err
     assert cli.main(["train", *TINY, "--max-steps", "3", "--out", str(parts)]) == 2
-    assert f"{parts} holds another training (cell gru, not lstm): " in capsys.readouterr().err
+    assert f"{parts} holds another training (cell {cell}, not lstm): " in capsys.readouterr().err
 
 
 def test_files_from_before_there_was_a_choice_of_the_cell_are_an_lstms(undrawn, tmp_path, capsys):
@@ -766,7 +767,7 @@ def test_help(command, capsys):
         ("train",): [
             "--hidden-size",
             "(default: 128)",
-            "--cell {lstm,gru}",
+            "--cell {lstm,gru,rnn}",
             "--seed",
             "--device",
             "--out",
