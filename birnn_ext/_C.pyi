@@ -35,7 +35,7 @@ def cuda_choice(
         capability: 80 for 8.0.
         algorithm: the only one that may; "" for any.
         largest_cluster: blocks of a cluster that the device grants.
-        cell: "lstm" or "gru".
+        cell: "lstm", "gru", or "rnn_tanh" or "rnn_relu", which stepwise alone runs.
 
     Returns:
         ``algorithm``; ``us``, the model's microseconds for a step forward and one back; of a persistent one ``forward``

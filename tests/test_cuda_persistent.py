@@ -197,7 +197,7 @@ def test_stepwise_alone_runs_a_plain_rnn(cell):
 def test_choice_of_nonsense(arguments, algorithm, message):
     with pytest.raises(ValueError, match=message):
         _C.cuda_choice(*arguments, *GPUS["A100"], algorithm)
-    with pytest.raises(ValueError, match="cell must be lstm or gru, got mlp"):
+    with pytest.raises(ValueError, match="cell must be lstm, gru, rnn_tanh or rnn_relu, got mlp"):
         _C.cuda_choice("bfloat16", 8, 1, 2, *GPUS["A100"], cell="mlp")
 
 

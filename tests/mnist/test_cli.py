@@ -657,7 +657,7 @@ ERRORS = [
     (["train", "--input-size", "30"], "must be the 784 pixels of a digit, got 28 * 30 = 840"),
     (["train", "--num-classes", "9"], "num_classes must be at least 10"),
     (["train", "--seed", str(2**63)], "seed must fit 64 bits"),
-    (["train", "--cell", "rnn"], "argument --cell: invalid choice: 'rnn'"),
+    (["train", "--cell", "mlp"], "argument --cell: invalid choice: 'mlp'"),
     (["train", "--device", "toaster"], "device 'toaster' can't be used"),
     (["train", "--device", "privateuseone"], "device 'privateuseone' can't be used"),
     (["train", "--device", "xla"], "device 'xla' can't be used: Could not run 'aten::empty.memory_format'"),
