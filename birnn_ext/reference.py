@@ -289,7 +289,7 @@ def _rnn_recurrence(
 
 @without_autocast
 def _rnn_recurrence_backward(
-    derivative: Callable[[Tensor], Tensor],
+    through: Callable[[Tensor, Tensor], Tensor],
     w_hh: Tensor,
     h0: Tensor | None,
     lengths: Tensor | None,
@@ -304,7 +304,8 @@ def _rnn_recurrence_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Computes the operator of its gradients; returns (d_gates_x, d_q, dh0), d_q being empty.
 
-    The derivative is one of the function's value. d_cells (T, B, D, H) is as for `lstm_recurrence_backward`.
+    through(dh, h) takes the gradient of h, the function's value, to that of its argument. d_cells (T, B, D, H) is as
+    for `lstm_recurrence_backward`.
     """
     steps, batch, directions, hidden = y.shape
     dtype, acc = y.dtype, cells.dtype
@@ -319,7 +320,7 @@ def _rnn_recurrence_backward(
             dh_t = dh if dy is None else dh + dy[t, :, d].to(acc)
             if d_cells is not None:
                 dh_t = dh_t + d_cells[t, :, d]
-            dz = _where(mask, dh_t * derivative(states[t, :, d]), zeros)
+            dz = _where(mask, through(dh_t, states[t, :, d]), zeros)
             dh = _where(mask, dz @ w_hh[d].to(acc), dh)
             of_direction.append(dz)
         dzs.append(torch.stack(of_direction[::-1] if d == 0 else of_direction))
@@ -329,9 +330,9 @@ def _rnn_recurrence_backward(
 
 
 rnn_tanh_recurrence = functools.partial(_rnn_recurrence, torch.tanh)
-rnn_tanh_recurrence_backward = functools.partial(_rnn_recurrence_backward, lambda h: 1 - h * h)
+rnn_tanh_recurrence_backward = functools.partial(_rnn_recurrence_backward, lambda dh, h: dh * (1 - h * h))
 rnn_relu_recurrence = functools.partial(_rnn_recurrence, torch.relu)
-rnn_relu_recurrence_backward = functools.partial(_rnn_recurrence_backward, lambda h: (h > 0).to(h.dtype))
+rnn_relu_recurrence_backward = functools.partial(_rnn_recurrence_backward, lambda dh, h: dh.masked_fill(h <= 0, 0))
 
 
 @without_autocast

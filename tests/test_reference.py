@@ -119,3 +119,13 @@ def test_gradcheck_first_and_second_order(cell):
     few = (gates_x.detach()[:2].requires_grad_(), *others)
     assert torch.autograd.gradcheck(run, few, fast_mode=True)
     assert torch.autograd.gradgradcheck(run, few, fast_mode=True)
+
+
+def test_gradients_of_relu_are_pytorchs_where_something_is_not_finite():
+    """Nothing passes a unit that is 0, not even an infinite gradient; what is NaN passes its own on."""
+    h = torch.tensor([0, 1, torch.nan, 2]).view(1, 1, 1, 4)
+    dy = torch.tensor([torch.inf, 1, 3, torch.inf]).view(1, 1, 1, 4)
+    args = (torch.zeros(1, 4, 4), None, None, h, torch.empty(0), torch.empty(0), dy, None, False)
+    expected = torch.ops.aten.threshold_backward(dy, h, 0)
+    for backward in (reference.rnn_relu_recurrence_backward, torch.ops.birnn_ext.rnn_relu_recurrence_backward):
+        assert torch.equal(backward(*args)[0], expected)
