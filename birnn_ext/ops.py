@@ -221,7 +221,7 @@ def _run_layer(
 ) -> Results:
     kinds = _KINDS if bias else _KINDS[:2]
     if len(weights) not in (len(kinds), 2 * len(kinds)):
-        name = f"{cell.operator}_layer"
+        name = f"{cell.name.lower()}_layer"
         raise ValueError(f"{name}: weights must be {len(kinds)} or {2 * len(kinds)} tensors, got {len(weights)}")
     given = LayerWeights(weights, kinds)
     return run_layer(cell, Sequences(x, lengths), given, state, options=Options(recompute=recompute))

@@ -375,6 +375,8 @@ def test_nonlinearities():
         assert (type(ours), str(ours)) == (ValueError, str(theirs))
     with pytest.raises(ValueError, match='rnn_layer: nonlinearity must be "tanh" or "relu", got \'sine\''):
         birnn_ext.ops.rnn_layer(torch.zeros(3, 2, 4), [], False, nonlinearity="sine")
+    with pytest.raises(ValueError, match=r"^rnn_layer: weights must be 2 or 4 tensors, got 0"):
+        birnn_ext.ops.rnn_layer(torch.zeros(3, 2, 4), [], False, nonlinearity="relu")
 
 
 @parametrize(OPTIONS + OTHERS)
