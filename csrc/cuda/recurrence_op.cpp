@@ -98,8 +98,9 @@ Run decide(const Layer& layer) {
               ", hidden_size ", layer.H, ", batch ", layer.B, ", ", layer.D, " direction(s), on ", device->name,
               " (compute capability ", device->major, ".", device->minor, ", ", gpu.multiprocessors,
               " multiprocessors with ", gpu.shared_memory,
-              " bytes of shared memory for a block). persistent-* run float32, float16 and bfloat16 from compute "
-              "capability 8.0, persistent-cluster from 9.0, built for it, as long as the weights fit on the chip. "
+              " bytes of shared memory for a block). persistent-* run the LSTM and the GRU in float32, float16 and "
+              "bfloat16 from compute capability 8.0, persistent-cluster from 9.0, built for it, as long as the weights "
+              "fit on the chip. "
               "stepwise runs every layer: BIRNN_CUDA_ALGO=",
               wish, ",stepwise falls back to it");
   if (run.choice.algorithm != Algorithm::stepwise) {
