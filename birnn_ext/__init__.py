@@ -1,4 +1,4 @@
-"""Fused bidirectional LSTM and GRU kernels for PyTorch, CPU and CUDA, forward and backward.
+"""Fused bidirectional LSTM, GRU and RNN kernels for PyTorch, CPU and CUDA, forward and backward.
 
 `LSTM` is a drop-in for `torch.nn.LSTM`, `GRU` for `torch.nn.GRU`, `RNN` for `torch.nn.RNN`, `BiRNN` for the classifier
 of the well-known PyTorch tutorial; `accelerate` turns the recurrent modules of a model that somebody else wrote.

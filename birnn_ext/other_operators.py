@@ -48,7 +48,7 @@ def nn_layer(
     in_reverse = torch.where(beyond, step, lengths - 1 - step).unsqueeze(-1)  # there and back again
     beyond = beyond.unsqueeze(-1)
     at_last = torch.where(lengths == 0, 0, lengths - 1).view(1, -1, 1).expand(1, -1, outputs)
-    # A further feature of the input is 1 in the padding, where its weights hold the last state. That of h needs none.
+    # A further feature of the input is 1 in the padding, where its weights hold the last c. The last h is found in y.
     holds = len(states) > 1
     hold = x.new_tensor(cell.hold).repeat_interleave(module.hidden_size).unsqueeze(1) if holds else None
     ys, finals = [], []
