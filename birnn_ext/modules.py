@@ -414,7 +414,7 @@ class RNN(Recurrent, nn.RNN):
             lengths: (B,), as for `LSTM.forward`.
             output: "all" returns every step, "last" each sequence's own last one, as for `LSTM.forward`.
             reset: bool, as for `LSTM.forward`: where it is True, that step begins a new sequence. A call with it runs
-                step by step.
+                step by step, so torch.compile and torch.export then unroll the steps, and fix their number.
 
         Returns:
             ``(output, h_n)``, as `torch.nn.RNN`, arranged as by `GRU.forward`.

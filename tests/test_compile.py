@@ -12,11 +12,11 @@ import torch
 from cells import GRU_CELL, LSTM_CELL, every_cell
 from helpers import all_near, gradients, leaves, random_state
 from torch import Tensor, nn
-from torch._dynamo.exc import Unsupported
+from torch._dynamo.exc import RecompileError, Unsupported
 from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
 
-from birnn_ext import GRU, LSTM, BiRNN, accelerate
+from birnn_ext import GRU, LSTM, RNN, BiRNN, accelerate
 
 # B, T. None is 1, which torch.compile treats specially, and the first call's sizes differ, as it identifies equal ones.
 SIZES = [(3, 7), (5, 6), (9, 2), (6, 11)]
@@ -166,6 +166,20 @@ def test_resets_of_a_gru_compile_into_one_graph_once_for_all_sizes(device):
         return (torch.randn(batch, steps, 10, device=device),), {"reset": reset}
 
     check(gru, arguments, device)
+
+
+def test_resets_of_a_plain_rnn_compile_into_one_graph_for_each_number_of_steps(device):
+    rnn = RNN(5, 8, device=device)
+    compiled = torch.compile(rnn, fullgraph=True, dynamic=True, backend="eager")
+
+    def outputs(steps: int, batch: int):
+        x, reset = torch.randn(steps, batch, 5, device=device), torch.rand(steps, batch, device=device) < 0.3
+        return [[module(x, reset=reset)[0]] for module in (compiled, rnn)]
+
+    for batch in (4, 6):
+        all_near(*outputs(3, batch))
+    with pytest.raises(RecompileError):
+        outputs(5, 6)
 
 
 @pytest.mark.parametrize("recompute", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["saved", "recompute"])
