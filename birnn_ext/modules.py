@@ -468,7 +468,7 @@ class BiRNN(nn.Module):
         cell: Literal["lstm", "gru", "rnn"] = "lstm",
     ) -> None:
         super().__init__()
-        if cell not in _BY_NAME:
+        if cell not in tuple(_BY_NAME):  # which also compares what is not hashable
             raise ValueError(f'BiRNN: cell must be "lstm", "gru" or "rnn", got {cell!r}')
         self.hidden_size = hidden_size
         self.num_layers = num_layers

@@ -55,6 +55,8 @@ def test_on_each_cell(cell, device):
 def test_other_cells_are_refused():
     with pytest.raises(ValueError, match='BiRNN: cell must be "lstm", "gru" or "rnn", got \'RNN\''):
         BiRNN(*SIZES, cell="RNN")
+    with pytest.raises(ValueError, match=r"BiRNN: cell must be .*, got \['gru'\]"):
+        BiRNN(*SIZES, cell=["gru"])
 
 
 @pytest.fixture(scope="module")
