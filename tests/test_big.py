@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from cells import Cell, every_cell
+from cells import GRU_CELL, LSTM_CELL, Cell
 from helpers import assert_near, gradients, leaves, twins
 from measuring import memory
 
 from birnn_ext import BiRNN
+
+# A plain RNN's loops and memory are the GRU's, and these tests take minutes.
+two_cells = pytest.mark.parametrize("cell", [LSTM_CELL, GRU_CELL], ids=str)
 
 
 def same_as_pytorchs(cell: Cell, x: torch.Tensor, hidden: int, bidirectional: bool = True) -> None:
@@ -26,32 +29,32 @@ def same_as_pytorchs(cell: Cell, x: torch.Tensor, hidden: int, bidirectional: bo
         assert_near(a.cpu(), e, f"result {k}", dtype=x.dtype)
 
 
-@every_cell
+@two_cells
 @pytest.mark.slow
 def test_size_limits_70000_steps(cell, device):  # PyTorch's takes most of the time, which grows as steps^2
     dtype = torch.float64 if device == "cpu" else torch.float32
     same_as_pytorchs(cell, torch.randn(70_000, 1, 2, dtype=dtype, device=device), 3)
 
 
-@every_cell
+@two_cells
 @pytest.mark.slow
 def test_size_limits_70000_sequences_of_one_unit(cell, device):
     same_as_pytorchs(cell, torch.randn(2, 70_000, 1, device=device), 1)
 
 
-@every_cell
+@two_cells
 def test_size_limits_10240_sequences(cell, device):
     same_as_pytorchs(cell, torch.randn(2, 10_240, 3, device=device), 2)
 
 
-@every_cell
+@two_cells
 @pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 3])
 def test_size_limits_4096_units(batch, cell):
     same_as_pytorchs(cell, torch.randn(2, batch, 8), 4096, bidirectional=False)
 
 
-@every_cell
+@two_cells
 @pytest.mark.slow
 def test_size_limits_more_than_2_31_elements(cell):
     """The sequences that come last in memory get the same results as they get alone."""
@@ -70,7 +73,7 @@ def test_size_limits_more_than_2_31_elements(cell):
     assert not y[:, :-5].any()
 
 
-@every_cell
+@two_cells
 @pytest.mark.slow
 def test_no_cache_grows_in_20000_steps_of_training(cell):
     """Batches have every size up to 16. The test reads memory, threads and open files after a tenth and at the end."""
