@@ -13,8 +13,9 @@ from measuring import memory
 
 from birnn_ext import BiRNN
 
-# A plain RNN's loops and memory are the GRU's, and these tests take minutes.
+# These tests take minutes, and a plain RNN's loops and memory are the GRU's.
 two_cells = pytest.mark.parametrize("cell", [LSTM_CELL, GRU_CELL], ids=str)
+one_cell = pytest.mark.parametrize("cell", [LSTM_CELL], ids=str)
 
 
 def same_as_pytorchs(cell: Cell, x: torch.Tensor, hidden: int, bidirectional: bool = True) -> None:
@@ -29,7 +30,7 @@ def same_as_pytorchs(cell: Cell, x: torch.Tensor, hidden: int, bidirectional: bo
         assert_near(a.cpu(), e, f"result {k}", dtype=x.dtype)
 
 
-@two_cells
+@one_cell
 @pytest.mark.slow
 def test_size_limits_70000_steps(cell, device):  # PyTorch's takes most of the time, which grows as steps^2
     dtype = torch.float64 if device == "cpu" else torch.float32
@@ -73,7 +74,7 @@ def test_size_limits_more_than_2_31_elements(cell):
     assert not y[:, :-5].any()
 
 
-@two_cells
+@one_cell
 @pytest.mark.slow
 def test_no_cache_grows_in_20000_steps_of_training(cell):
     """Batches have every size up to 16. The test reads memory, threads and open files after a tenth and at the end."""

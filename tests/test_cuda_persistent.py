@@ -336,7 +336,7 @@ def test_against_the_reference(algorithm, dtype, cell):
 @pytest.mark.cuda
 @pytest.mark.slow
 @every_persistent_cell
-@pytest.mark.parametrize("seed", range(1, 5))
+@pytest.mark.parametrize("seed", [1, 2])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_against_the_reference_at_length(algorithm, dtype, seed, cell):
     compare(cell, algorithm, dtype, seed, cases=12, most=largest(algorithm, dtype, 300))
