@@ -126,6 +126,11 @@ class Case:
     def computed_in(self) -> torch.dtype:
         return getattr(torch, self.autocast if self.autocast and self.dtype != "float64" else self.dtype)
 
+    @property
+    def results_in(self) -> torch.dtype:
+        """On the CPU nn.GRU's results under autocast have the wider type of autocast's and the input's."""
+        return getattr(torch, self.dtype) if self.cell == "gru" and self.device == "cpu" else self.computed_in
+
 
 def laid_out(t: Tensor, layout: str) -> Tensor:
     """Returns t in another memory layout. "expanded" repeats t's first row in its second dimension."""
@@ -402,7 +407,7 @@ def by_ours(case: Case) -> tuple[Tensors, Tensors]:
         if case.batched and case.batch_first:
             outputs[name] = outputs[name].transpose(0, 1)
     for name, t in outputs.items():
-        assert t.dtype == case.computed_in, f"{name} is {t.dtype}"
+        assert t.dtype == case.results_in, f"{name} is {t.dtype}"
         assert t.device.type == case.device, f"{name} is on {t.device}"
     if not case.batched:
         outputs = {n: t.unsqueeze(0 if n == "y" and case.output == "last" else 1) for n, t in outputs.items()}

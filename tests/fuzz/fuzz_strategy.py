@@ -98,4 +98,8 @@ def cases(draw: st.DrawFn, device: str = "cpu") -> Case:
         fields["proj_size"] = draw(st.integers(1, hidden - 1))
     if module != "accelerated" and draw(st.integers(0, 3)) == 0:
         fields |= draw(beyond_torch(fields))
+        if dtype in ("float16", "bfloat16") or fields.get("autocast"):
+            # Where a gate is nearly shut or open, rounding it to 16 bits loses its derivative. The saved gates are
+            # rounded so, and nn.LSTM's, too, but not those of the reference, which is the measure here.
+            fields["gain"] = min(fields["gain"], 1.0)
     return Case(**fields)

@@ -37,6 +37,8 @@ CORPUS = [
     # the gradient of x is one float16 value, a sum of 264 terms that cancel
     Case(T=1, B=4, H=33, bidirectional=True, bias=False, dtype="float16", x_layout="expanded", lengths=(0, 0, 0, 1), gain=3.0, grads=1, used=1, seed=290),
     Case(T=5, B=3, I=3, H=8, bidirectional=True, reset=((0, 0), (2, 1), (4, 2)), lengths=(5, 2, 0), cells=True, used=8),
+    # on the CPU a GRU's results under autocast are float32
+    Case(T=1, cell="gru", bias=False, batched=False, autocast="bfloat16", training=False, used=0),
     # resets of a GRU: of the first step, at a sequence's end, and beyond it
     Case(T=5, B=3, I=3, H=8, cell="gru", layers=2, bidirectional=True, hx="plain", reset=((0, 0), (2, 1), (4, 2), (1, 1)), lengths=(5, 2, 0)),
     Case(T=4, B=3, I=2, H=5, cell="gru", bidirectional=True, reset=((0, 0), (2, 2), (1, 1)), lengths=(2, 3, 4), packed="unsorted", output="last"),
