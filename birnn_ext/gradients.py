@@ -141,27 +141,23 @@ def _lstm_grad(
 
 def _save_h(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, w_hh, _, h0, lengths, ctx.save = inputs
-    y, _, gates, cells = output
+    y, _, gates = output
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(w_hh, h0, lengths, y, gates, cells)
+    ctx.save_for_backward(w_hh, h0, lengths, y, gates)
 
 
 def _h_grad(name: str) -> Callable[..., Gradients]:
     """Makes the formula of the operator of this name."""
 
-    def grad(
-        ctx: Any, dy: Tensor | None, dh_n: Tensor | None, d_gates: Tensor | None, d_cells: Tensor | None
-    ) -> Gradients:
+    def grad(ctx: Any, dy: Tensor | None, dh_n: Tensor | None, d_gates: Tensor | None) -> Gradients:
         _check_saved(name, ctx.save)
-        w_hh, h0, lengths, y, gates, cells = ctx.saved_tensors
+        w_hh, h0, lengths, y, gates = ctx.saved_tensors
         needs_w, needs_bias, needs_h0 = ctx.needs_input_grad[1:4]
-        args = (w_hh, h0, lengths, y, gates, cells, dy, dh_n, needs_h0)
-        # What is not kept is empty, and vmap may give it a dimension of samples.
-        d_gates, d_cells = (d if kept.dim() == 4 else None for d, kept in ((d_gates, gates), (d_cells, cells)))
-        if d_gates is None and d_cells is None:
+        args = (w_hh, h0, lengths, y, gates, dy, dh_n, needs_h0)
+        if d_gates is None or gates.dim() != 4:  # of a plain cell they are empty, and vmap may give them a dimension
             d_gates_x, d_q, dh0 = _run_backward(f"{name}_backward", args)
         else:  # double backward
-            d_gates_x, d_q, dh0 = getattr(reference, f"{name}_backward")(*args, d_gates, d_cells)
+            d_gates_x, d_q, dh0 = getattr(reference, f"{name}_backward")(*args, d_gates)
         d_w_hh = d_bias_hh = None
         if needs_w or needs_bias:
             dz = d_gates_x

@@ -195,8 +195,7 @@ def rnn_layer(
         bias: whether there are biases.
         h0: (D, B, H), the initial outputs; None stands for zeros.
         lengths: (B,) int64 as for `rnn_recurrence`.
-        recompute: as for `lstm_layer`. Where the layer is one operator, x, y and, in 16 bits, the states before they
-            are rounded are all that is kept anyway.
+        recompute: as for `lstm_layer`. Where the layer is one operator, x and y are all that is kept anyway.
         nonlinearity: "tanh" or "relu".
 
     Returns:

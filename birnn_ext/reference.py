@@ -161,8 +161,8 @@ def gru_recurrence(
     h0: Tensor | None,
     lengths: Tensor | None,
     save: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Computes the operator gru_recurrence; returns (y, h_n, gates, cells), the last two as save says."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Computes the operator gru_recurrence; returns (y, h_n, gates), the gates if save is "all"."""
     steps, batch, directions, size = gates_x.shape
     hidden = size // 3
     dtype, acc = gates_x.dtype, accumulate_dtype(gates_x.dtype)
@@ -192,9 +192,7 @@ def gru_recurrence(
     )
     if save != "all":
         all_gates = gates_x.new_empty(0)
-    # Where y is exact, it is what the backward pass needs of the states.
-    cells = gates_x.new_empty(0, dtype=acc) if save == "none" or acc == dtype else all_states
-    return all_states.to(dtype), h_n.to(dtype), all_gates.to(dtype), cells
+    return all_states.to(dtype), h_n.to(dtype), all_gates.to(dtype)
 
 
 @without_autocast
@@ -204,21 +202,19 @@ def gru_recurrence_backward(
     lengths: Tensor | None,
     y: Tensor,
     gates: Tensor,
-    cells: Tensor,
     dy: Tensor | None,
     dh_n: Tensor | None,
     state_grads: bool,
     d_gates: Tensor | None = None,
-    d_cells: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Computes the operator gru_recurrence_backward; returns (d_gates_x, d_q, dh0).
 
-    d_gates (T, B, D, 4H) and d_cells (T, B, D, H) are as for `lstm_recurrence_backward`.
+    d_gates (T, B, D, 4H) is as for `lstm_recurrence_backward`.
     """
     steps, batch, directions, hidden = y.shape
-    dtype, acc = y.dtype, cells.dtype
-    states = y if acc == dtype else cells
-    zeros = cells.new_zeros(batch, hidden)
+    dtype, acc = y.dtype, accumulate_dtype(y.dtype)
+    states = y.to(acc)
+    zeros = states.new_zeros(batch, hidden)
     per_direction = []
     for d in range(directions):
         w = w_hh[d].to(acc)
@@ -230,8 +226,6 @@ def gru_recurrence_backward(
             mask = _active(lengths, t)
             r, z, n, q = gates[t, :, d].to(acc).chunk(4, -1)
             dh_t = dh if dy is None else dh + dy[t, :, d].to(acc)
-            if d_cells is not None:
-                dh_t = dh_t + d_cells[t, :, d]
             dz = dh_t * (_before(states, h_first, lengths, t, d) - n)
             dn = dh_t * (1 - z)
             more = None if d_gates is None else d_gates[t, :, d].to(acc).chunk(4, -1)
@@ -264,8 +258,8 @@ def _rnn_recurrence(
     h0: Tensor | None,
     lengths: Tensor | None,
     save: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Computes the operator of a plain recurrence; returns (y, h_n, gates, cells), gates being empty."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Computes the operator of a plain recurrence; returns (y, h_n, gates), gates being empty."""
     steps, batch, directions, hidden = gates_x.shape
     dtype, acc = gates_x.dtype, accumulate_dtype(gates_x.dtype)
     zeros = gates_x.new_zeros(batch, hidden, dtype=acc)
@@ -283,8 +277,7 @@ def _rnn_recurrence(
         states.append(torch.stack(of_direction if d == 0 else of_direction[::-1]))
         h_ns.append(h)
     all_states, h_n = torch.stack(states, 2), torch.stack(h_ns)
-    cells = gates_x.new_empty(0, dtype=acc) if save == "none" or acc == dtype else all_states
-    return all_states.to(dtype), h_n.to(dtype), gates_x.new_empty(0), cells
+    return all_states.to(dtype), h_n.to(dtype), gates_x.new_empty(0)
 
 
 @without_autocast
@@ -295,22 +288,18 @@ def _rnn_recurrence_backward(
     lengths: Tensor | None,
     y: Tensor,
     gates: Tensor,
-    cells: Tensor,
     dy: Tensor | None,
     dh_n: Tensor | None,
     state_grads: bool,
-    d_gates: None = None,
-    d_cells: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Computes the operator of its gradients; returns (d_gates_x, d_q, dh0), d_q being empty.
 
-    through(dh, h) takes the gradient of h, the function's value, to that of its argument. d_cells (T, B, D, H) is as
-    for `lstm_recurrence_backward`.
+    through(dh, h) takes the gradient of h, the function's value, to that of its argument.
     """
     steps, batch, directions, hidden = y.shape
-    dtype, acc = y.dtype, cells.dtype
-    states = y if acc == dtype else cells
-    zeros = cells.new_zeros(batch, hidden)
+    dtype, acc = y.dtype, accumulate_dtype(y.dtype)
+    states = y.to(acc)
+    zeros = states.new_zeros(batch, hidden)
     dzs, dhs = [], []
     for d in range(directions):
         dh = zeros if dh_n is None else dh_n[d].to(acc)
@@ -318,8 +307,6 @@ def _rnn_recurrence_backward(
         for t in range(steps - 1, -1, -1) if d == 0 else range(steps):
             mask = _active(lengths, t)
             dh_t = dh if dy is None else dh + dy[t, :, d].to(acc)
-            if d_cells is not None:
-                dh_t = dh_t + d_cells[t, :, d]
             dz = _where(mask, through(dh_t, states[t, :, d]), zeros)
             dh = _where(mask, dz @ w_hh[d].to(acc), dh)
             of_direction.append(dz)

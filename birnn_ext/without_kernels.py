@@ -14,7 +14,6 @@ from birnn_ext._torch_private import call_while_tracing
 from birnn_ext.reference import accumulate_dtype
 
 Tensors3 = tuple[Tensor, Tensor, Tensor]
-Tensors4 = tuple[Tensor, Tensor, Tensor, Tensor]
 Tensors5 = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
@@ -106,26 +105,25 @@ def _(
 # --- the cells whose state is their output: all have operators of the same arguments and results
 
 
-H_CELLS = {"gru": 4, "rnn_tanh": 0, "rnn_relu": 0}  # how many values a step saves of a unit, beside its state
+H_CELLS = {"gru": 4, "rnn_tanh": 0, "rnn_relu": 0}  # how many values a step saves of a unit, beside y
 
 
-def _kept(cell: str, y: Tensor, save: str) -> tuple[Tensor, Tensor]:
-    """Makes what a forward operator keeps: gates, and the states in types in which y is not exact."""
+def _gates(cell: str, y: Tensor, save: str) -> Tensor:
+    """Makes what a forward operator keeps."""
     *sizes, hidden = y.shape
-    saved, wide = H_CELLS[cell], accumulate_dtype(y.dtype)
-    gates = y.new_empty((*sizes, saved * hidden) if saved and save == "all" else (0,))
-    return gates, y.new_empty(y.shape if save != "none" and wide != y.dtype else (0,), dtype=wide)
+    saved = H_CELLS[cell]
+    return y.new_empty((*sizes, saved * hidden) if saved and save == "all" else (0,))
 
 
 def _register_fakes(cell: str) -> None:
     @torch.library.register_fake(f"birnn_ext::{cell}_recurrence")
     def _(
         gates_x: Tensor, w_hh: Tensor, bias_hh: Tensor | None, h0: Tensor | None, lengths: Tensor | None, save: str
-    ) -> Tensors4:
+    ) -> Tensors3:
         _check_devices(gates_x, w_hh, bias_hh, h0, lengths)
         steps, batch, directions, _ = gates_x.shape
         y = gates_x.new_empty(steps, batch, directions, w_hh.shape[-1])
-        return y, y.new_empty(directions, batch, w_hh.shape[-1]), *_kept(cell, y, save)
+        return y, y.new_empty(directions, batch, w_hh.shape[-1]), _gates(cell, y, save)
 
     @torch.library.register_fake(f"birnn_ext::{cell}_recurrence_backward")
     def _(
@@ -134,7 +132,6 @@ def _register_fakes(cell: str) -> None:
         lengths: Tensor | None,
         y: Tensor,
         gates: Tensor,
-        cells: Tensor,
         dy: Tensor | None,
         dh_n: Tensor | None,
         state_grads: bool,
@@ -147,12 +144,12 @@ def _register_fakes(cell: str) -> None:
     @torch.library.register_fake(f"birnn_ext::{cell}_layer")
     def _(
         x: Tensor, weights: list[Tensor], bias: bool, h0: Tensor | None, lengths: Tensor | None, save: str
-    ) -> Tensors4:
+    ) -> Tensors3:
         _check_devices(x, *weights, h0, lengths)
         steps, batch, _ = x.shape
         directions, hidden = len(weights) // (4 if bias else 2), weights[1].shape[1]
         y = x.new_empty(steps, batch, directions, hidden)
-        return y, x.new_empty(directions, batch, hidden), *_kept(cell, y, save)
+        return y, x.new_empty(directions, batch, hidden), _gates(cell, y, save)
 
     @torch.library.register_fake(f"birnn_ext::{cell}_layer_backward")
     def _(
@@ -163,7 +160,6 @@ def _register_fakes(cell: str) -> None:
         lengths: Tensor | None,
         y: Tensor,
         gates: Tensor,
-        cells: Tensor,
         dy: Tensor | None,
         dh_n: Tensor | None,
         x_grad: bool,

@@ -25,9 +25,9 @@ void for_each_h_cell(const F& f) {
     });
 }
 
-inline FourTensors without_c(const FiveTensors& results) {
+inline ThreeTensors without_c(const FiveTensors& results) {
   const auto& [y, h_n, c_n, gates, cells] = results;
-  return {y, h_n, gates, cells};
+  return {y, h_n, gates};
 }
 
 template <class Device>
@@ -39,8 +39,8 @@ FiveTensors lstm_recurrence(const Tensor& gates_x, const Tensor& w_hh, const Opt
 }
 
 template <class Device, CellKind kCell>
-FourTensors h_recurrence(const Tensor& gates_x, const Tensor& w_hh, const OptionalTensor& bias_hh,
-                         const OptionalTensor& h0, const OptionalTensor& lengths, c10::string_view save) {
+ThreeTensors h_recurrence(const Tensor& gates_x, const Tensor& w_hh, const OptionalTensor& bias_hh,
+                          const OptionalTensor& h0, const OptionalTensor& lengths, c10::string_view save) {
   Forward call(kCell, gates_x, w_hh, bias_hh, h0, h0, lengths, save_named(save));
   Device::run(call, w_hh, h0, h0, lengths);
   return without_c(call.results());
@@ -58,9 +58,9 @@ ThreeTensors lstm_recurrence_backward(const Tensor& w_hh, const OptionalTensor& 
 
 template <class Device, CellKind kCell>
 ThreeTensors h_recurrence_backward(const Tensor& w_hh, const OptionalTensor& h0, const OptionalTensor& lengths,
-                                   const Tensor& y, const Tensor& gates, const Tensor& cells, const OptionalTensor& dy,
+                                   const Tensor& y, const Tensor& gates, const OptionalTensor& dy,
                                    const OptionalTensor& dh_n, bool state_grads) {
-  Backward call(kCell, w_hh, h0, h0, lengths, y, gates, cells, dy, dh_n, std::nullopt, state_grads);
+  Backward call(kCell, w_hh, h0, h0, lengths, y, gates, Tensor(), dy, dh_n, std::nullopt, state_grads);
   Device::run(call, w_hh, lengths, dh_n, std::nullopt);
   return {call.d_gates_x, call.d_q.defined() ? call.d_q : at::empty({0}, call.d_gates_x.options()), call.dh0};
 }
@@ -72,8 +72,8 @@ FiveTensors lstm_layer(const Tensor& x, at::TensorList weights, bool bias, const
 }
 
 template <class Device, CellKind kCell>
-FourTensors h_layer(const Tensor& x, at::TensorList weights, bool bias, const OptionalTensor& h0,
-                    const OptionalTensor& lengths, c10::string_view save) {
+ThreeTensors h_layer(const Tensor& x, at::TensorList weights, bool bias, const OptionalTensor& h0,
+                     const OptionalTensor& lengths, c10::string_view save) {
   return without_c(Device::layer(kCell, x, weights, bias, h0, h0, lengths, save));
 }
 
@@ -91,11 +91,11 @@ template <class Device, CellKind kCell>
 std::tuple<Tensor, std::vector<Tensor>, Tensor> h_layer_backward(const Tensor& x, at::TensorList weights, bool bias,
                                                                  const OptionalTensor& h0,
                                                                  const OptionalTensor& lengths, const Tensor& y,
-                                                                 const Tensor& gates, const Tensor& cells,
-                                                                 const OptionalTensor& dy, const OptionalTensor& dh_n,
-                                                                 bool x_grad, bool weight_grads, bool state_grads) {
-  auto [dx, d_weights, dh0, dc0] = Device::layer_backward(kCell, x, weights, bias, h0, h0, lengths, y, gates, cells, dy,
-                                                          dh_n, std::nullopt, x_grad, weight_grads, state_grads);
+                                                                 const Tensor& gates, const OptionalTensor& dy,
+                                                                 const OptionalTensor& dh_n, bool x_grad,
+                                                                 bool weight_grads, bool state_grads) {
+  auto [dx, d_weights, dh0, dc0] = Device::layer_backward(kCell, x, weights, bias, h0, h0, lengths, y, gates, Tensor(),
+                                                          dy, dh_n, std::nullopt, x_grad, weight_grads, state_grads);
   return {dx, d_weights, dh0};
 }
 

@@ -18,7 +18,6 @@ namespace birnn {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 using ThreeTensors = std::tuple<Tensor, Tensor, Tensor>;
-using FourTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using FiveTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // birnn_ext.op_calls() reads these: they count how often each compiled operator has run in this process.
@@ -55,11 +54,6 @@ inline DType dtype_of(const Tensor& t, const char* name) {
 
 // The kernels accumulate in this type, and save cell states in it.
 inline at::ScalarType accumulate_type(at::ScalarType type) { return type == at::kDouble ? at::kDouble : at::kFloat; }
-
-// Tells whether y itself has the states that a backward pass needs, so that `cells` is empty.
-inline bool y_has_states(CellKind cell, at::ScalarType type) {
-  return state_is_output(cell) && accumulate_type(type) == type;
-}
 
 inline void check(const Tensor& t, const char* name, at::IntArrayRef shape, at::ScalarType type, at::Device device) {
   TORCH_CHECK_VALUE(t.sizes() == shape, "birnn_ext: ", name, " must have shape ", shape, ", got ", t.sizes());
@@ -104,13 +98,14 @@ struct Held {
   }
 };
 
-// A call of a cell's forward operator. The kernels' state is h and c. If that is the output, c0 is h0, and c_n is h_n.
+// A call of a cell's forward operator. The kernels' state is h and c. If that is the output, c0 is h0, and c_n is h_n;
+// y has the states that the backward pass reads, and there are no cells.
 struct Forward {
   CellKind cell;
   DType dtype;
   ForwardParams params = {};
   Held inputs;
-  Tensor y, h_n, c_n, gates, cells;
+  Tensor y, h_n, c_n, gates, cells;  // cells: undefined if y has them
   FiveTensors results() const { return {y, h_n, c_n, gates, cells}; }
 
   // The recurrence alone uses this constructor.
@@ -132,7 +127,7 @@ struct Forward {
     const auto [T, B, D, H] = sizes;
     const auto scalar = c10::typeMetaToScalarType(options.dtype());
     const bool save_gates = save == Save::all && saves_values(cell);
-    const bool save_cells = save != Save::none && !y_has_states(cell, scalar);
+    const bool save_cells = save != Save::none;
     const auto device = options.device();
     check(h0, "h0", {D, B, H}, scalar, device);
     check(c0, "c0", {D, B, H}, scalar, device);
@@ -142,8 +137,9 @@ struct Forward {
     h_n = at::empty({D, B, H}, options);
     c_n = state_is_output(cell) ? h_n : at::empty({D, B, H}, options);
     gates = save_gates ? at::empty({T, B, D, values_of(cell) * H}, options) : at::empty({0}, options);
-    cells =
-        at::empty(save_cells ? at::DimVector{T, B, D, H} : at::DimVector{0}, options.dtype(accumulate_type(scalar)));
+    if (!state_is_output(cell))
+      cells =
+          at::empty(save_cells ? at::DimVector{T, B, D, H} : at::DimVector{0}, options.dtype(accumulate_type(scalar)));
 
     static_cast<RecurrenceSizes&>(params) = sizes;
     params.h0 = inputs.pointer(h0);
@@ -153,7 +149,7 @@ struct Forward {
     params.h_n = h_n.mutable_data_ptr();
     params.c_n = c_n.mutable_data_ptr();
     params.gates = save_gates ? gates.mutable_data_ptr() : nullptr;
-    params.cells = save_cells ? cells.mutable_data_ptr() : nullptr;
+    params.cells = save_cells && cells.defined() ? cells.mutable_data_ptr() : nullptr;
   }
 
  private:
@@ -169,7 +165,7 @@ struct Forward {
   }
 };
 
-// A call of a cell's backward operator. If the state is the output, c0 is h0, and there is no dc_n.
+// A call of a cell's backward operator. If the state is the output, c0 is h0, and there are no cells and no dc_n.
 struct Backward {
   CellKind cell;
   DType dtype;
@@ -199,13 +195,12 @@ struct Backward {
     const auto [T, B, D, H] = sizes;
     const auto scalar = c10::typeMetaToScalarType(options.dtype());
     const auto device = options.device();
-    const bool own_cells = !y_has_states(cell, scalar);
     check(h0, "h0", {D, B, H}, scalar, device);
     check(c0, "c0", {D, B, H}, scalar, device);
     check(lengths, "lengths", {B}, at::kLong, device);
     check(y, "y", {T, B, D, H}, scalar, device);
     if (gates.dim() != 1) check(gates, "gates", {T, B, D, values_of(cell) * H}, scalar, device);
-    if (own_cells) check(cells, "cells", {T, B, D, H}, accumulate_type(scalar), device);
+    if (!state_is_output(cell)) check(cells, "cells", {T, B, D, H}, accumulate_type(scalar), device);
     check(dy, "dy", {T, B, D, H}, scalar, device);
     check(dh_n, "dh_n", {D, B, H}, scalar, device);
     check(dc_n, "dc_n", {D, B, H}, scalar, device);
@@ -220,7 +215,7 @@ struct Backward {
     params.y = inputs.pointer(y);
     // Without saved values y stands for them: kernels that load before they compute may do so.
     params.gates = !saves_values(cell) ? params.y : gates.dim() == 1 ? nullptr : inputs.pointer(gates);
-    params.cells = own_cells ? inputs.pointer(cells) : params.y;
+    params.cells = state_is_output(cell) ? params.y : inputs.pointer(cells);
     if (dy) {
       const bool dense = dy->stride(3) == 1 && (D == 1 || dy->stride(2) == H);
       const Tensor& kept = inputs.hold(dense ? *dy : dy->contiguous());

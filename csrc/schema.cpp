@@ -3,7 +3,8 @@
 //
 // `save` says what an operator keeps for its backward pass, and means the same in all:
 //   "none"   nothing: cells, gates, and whatever follows them are empty
-//   "cells"  the cell states of all steps; a layer's backward pass can compute the gates from them, x and y
+//   "cells"  the cell states of all steps, if y does not have them; a layer's backward pass can compute the gates from
+//            these, x and y
 //   "all"    all that the backward pass reads
 #include <torch/library.h>
 
@@ -42,22 +43,21 @@ TORCH_LIBRARY(birnn_ext, m) {
 
   // The same of the cells whose state is their output. gates_x is W_ih x + b_ih alone; bias_hh (D, gates * H). Of a GRU
   // (gate order r, z, n), gates (T, B, D, 4H) are r, z, n, and q = W_hn h + b_hn; d_q (T, B, D, H) is the gradient of
-  // q, so that W_hh h + b_hh has the gradient (d_gates_x[..., :2H], d_q); cells are h before it is rounded, and empty
-  // if y has their type. Of a plain cell gates and d_q are empty.
+  // q, so that W_hh h + b_hh has the gradient (d_gates_x[..., :2H], d_q). Of a plain cell gates and d_q are empty.
   birnn::for_each_h_cell([&](auto of) {
     const auto define = [&](const std::string& of_a_cell) { m.def((decltype(of)::kName + of_a_cell).c_str()); };
     define(
         "_recurrence(Tensor gates_x, Tensor w_hh, Tensor? bias_hh, Tensor? h0, Tensor? lengths, str save)"
-        " -> (Tensor y, Tensor h_n, Tensor gates, Tensor cells)");
+        " -> (Tensor y, Tensor h_n, Tensor gates)");
     define(
-        "_recurrence_backward(Tensor w_hh, Tensor? h0, Tensor? lengths, Tensor y, Tensor gates, Tensor cells,"
-        " Tensor? dy, Tensor? dh_n, bool state_grads) -> (Tensor d_gates_x, Tensor d_q, Tensor dh0)");
+        "_recurrence_backward(Tensor w_hh, Tensor? h0, Tensor? lengths, Tensor y, Tensor gates, Tensor? dy,"
+        " Tensor? dh_n, bool state_grads) -> (Tensor d_gates_x, Tensor d_q, Tensor dh0)");
     define(
         "_layer(Tensor x, Tensor[] weights, bool bias, Tensor? h0, Tensor? lengths, str save)"
-        " -> (Tensor y, Tensor h_n, Tensor gates, Tensor cells)");
+        " -> (Tensor y, Tensor h_n, Tensor gates)");
     define(
         "_layer_backward(Tensor x, Tensor[] weights, bool bias, Tensor? h0, Tensor? lengths, Tensor y, Tensor gates,"
-        " Tensor cells, Tensor? dy, Tensor? dh_n, bool x_grad, bool weight_grads, bool state_grads)"
+        " Tensor? dy, Tensor? dh_n, bool x_grad, bool weight_grads, bool state_grads)"
         " -> (Tensor dx, Tensor[] d_weights, Tensor dh0)");
     define(
         "(Tensor x, Tensor[] weights, bool bias, Tensor? h0, Tensor? lengths, int layers, bool last, bool recompute)"

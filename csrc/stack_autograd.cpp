@@ -63,8 +63,8 @@ FiveTensors call_layer(CellKind cell, const Tensor& x, at::TensorList weights, b
   static const auto lstm = find<decltype(birnn::lstm_layer<Autograd>)>("birnn_ext::lstm_layer");
   static const auto others = find_of_h_cells<decltype(birnn::h_layer<Autograd, kAny>)>("_layer");
   if (cell == CellKind::lstm) return lstm.call(x, weights, bias, h0, c0, lengths, save);
-  auto [y, h_n, gates, cells] = others.at(cell).call(x, weights, bias, h0, lengths, save);
-  return {y, h_n, Tensor(), gates, cells};
+  auto [y, h_n, gates] = others.at(cell).call(x, weights, bias, h0, lengths, save);
+  return {y, h_n, Tensor(), gates, Tensor()};
 }
 
 LayerGradients call_backward(CellKind cell, const Tensor& x, at::TensorList weights, bool bias,
@@ -78,7 +78,7 @@ LayerGradients call_backward(CellKind cell, const Tensor& x, at::TensorList weig
     return lstm.call(x, weights, bias, h0, c0, lengths, y, gates, cells, dy, dh_n, dc_n, x_grad, weight_grads,
                      state_grads);
   auto [dx, d_weights, dh0] =
-      others.at(cell).call(x, weights, bias, h0, lengths, y, gates, cells, dy, dh_n, x_grad, weight_grads, state_grads);
+      others.at(cell).call(x, weights, bias, h0, lengths, y, gates, dy, dh_n, x_grad, weight_grads, state_grads);
   return {dx, d_weights, dh0, Tensor()};
 }
 
@@ -105,7 +105,7 @@ ThreeTensors differentiable_layer(CellKind cell, const Tensor& x, at::TensorList
     return {y, h_n, c_n};
   }
   const OptionalTensor bias_hh = bias ? OptionalTensor(at::stack(biases_hh)) : std::nullopt;
-  auto [y, h_n, gates, cells] = others.at(cell).call(gates_x, at::stack(w_hh), bias_hh, h0, lengths, "all");
+  auto [y, h_n, gates] = others.at(cell).call(gates_x, at::stack(w_hh), bias_hh, h0, lengths, "all");
   return {y, h_n, Tensor()};
 }
 
@@ -224,7 +224,8 @@ struct StackFunction : torch::autograd::Function<StackFunction> {
   static constexpr size_t kX = 0, kH0 = 1, kC0 = 2, kWeights = 6;
   static constexpr size_t kSavedOfPart = 4;  // tensors: its x, y, gates and cells
 
-  // Returns y, h_n and, of an LSTM, c_n, then the gates and cells of the last part. weights are those of the stack.
+  // Returns y and h_n, then the gates of the last part; of an LSTM y, h_n, c_n, gates and cells. weights are those of
+  // the stack.
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const OptionalTensor& h0,
                                const OptionalTensor& c0, const OptionalTensor& lengths, const Stack& stack,
                                c10::string_view save, at::TensorList weights) {
@@ -250,13 +251,14 @@ struct StackFunction : torch::autograd::Function<StackFunction> {
     ctx->save_for_backward(saved);
     ctx->saved_data["stack"] =
         std::vector<int64_t>{int64_t(stack.cell), int64_t(weights.size()), stack.bias, stack.layers, stack.last};
-    variable_list results = {y, h_n}, ours = {last_gates, last_cells};
-    if (c_n.defined()) results.push_back(c_n);
+    variable_list results = {y, h_n}, ours = {last_gates};
+    if (c_n.defined()) results.push_back(c_n), ours.push_back(last_cells);
+    variable_list all = results;
+    all.insert(all.end(), ours.begin(), ours.end());
     if (stack.last && stack.directions() == 2) ours.insert(ours.end(), results.begin() + 1, results.end());
-    results.insert(results.end(), {last_gates, last_cells});
     ctx->mark_non_differentiable(ours);
     ctx->set_materialize_grads(false);
-    return results;
+    return all;
   }
 
   // What forward was given, and has kept.
@@ -474,7 +476,7 @@ struct Autograd {
     LayerWeights{weights, bias}.check_count(cell);
     const Stack stack{cell, weights, bias, /*layers=*/1, /*last=*/false};
     const auto out = StackFunction::apply(x, h0, c0, lengths, stack, save, weights);
-    if (birnn::state_is_output(cell)) return {out[0], out[1], Tensor(), out[2], out[3]};
+    if (birnn::state_is_output(cell)) return {out[0], out[1], Tensor(), out[2], Tensor()};
     return {out[0], out[1], out[2], out[3], out[4]};
   }
 };

@@ -24,7 +24,7 @@ class Cell(NamedTuple):
     inputs: tuple[str, ...]  # of the recurrence, between w_hh and lengths
     results: tuple[str, ...]  # of the recurrence, and of a layer; gradients arrive of y and of the states
     gradients: tuple[str, ...]  # results of the recurrence's backward operator
-    saved: int  # values of a unit that a step saves, beside its states
+    saved: int  # values of a unit that a step saves, beside y
     nonlinearity: str = "tanh"  # of a plain cell
 
     def __str__(self) -> str:
@@ -39,10 +39,6 @@ class Cell(NamedTuple):
     def options(self) -> dict[str, Any]:
         """Arguments with which the modules are of this cell."""
         return {} if self.nonlinearity == "tanh" else {"nonlinearity": self.nonlinearity}
-
-    def keeps_states(self, dtype: torch.dtype) -> bool:
-        """Tells whether the states are saved beside y, as it does not have them, or has rounded them."""
-        return self.states == 2 or dtype.itemsize < 4
 
     def hx(self, states: Any) -> Any:
         """Returns states as the modules take them: an LSTM's pair, a GRU's tensor, or None."""
@@ -78,6 +74,10 @@ class Cell(NamedTuple):
         """Returns y and the final states, of all that an operator returned."""
         return list(results[: 1 + self.states])
 
+    def kept(self, results: Any) -> list[Tensor]:
+        """Returns the others: what it keeps for the backward pass."""
+        return list(results[1 + self.states :])
+
     def backward_args(self, args: Any, results: Any, gradients: Any, state_grads: bool = True) -> tuple[Any, ...]:
         """Returns the arguments of the backward operator, from those of the forward one and its results."""
         named = dict(zip(("gates_x", "w_hh", *self.inputs, "lengths"), args, strict=True))
@@ -85,16 +85,14 @@ class Cell(NamedTuple):
         if self.states == 2:
             saved = (named["w_hh"], named["c0"], named["lengths"], kept["gates"], kept["cells"])
         else:
-            saved = (named["w_hh"], named["h0"], named["lengths"], kept["y"], kept["gates"], kept["cells"])
+            saved = (named["w_hh"], named["h0"], named["lengths"], kept["y"], kept["gates"])
         return (*saved, *gradients, state_grads)
 
 
 LSTM_CELL = Cell(
     "lstm", "lstm", nn.LSTM, 4, 2, ("h0", "c0"), ("y", "h_n", "c_n", "gates", "cells"), ("d_gates_x", "dh0", "dc0"), 4
 )
-GRU_CELL = Cell(
-    "gru", "gru", nn.GRU, 3, 1, ("bias_hh", "h0"), ("y", "h_n", "gates", "cells"), ("d_gates_x", "d_q", "dh0"), 4
-)
+GRU_CELL = Cell("gru", "gru", nn.GRU, 3, 1, ("bias_hh", "h0"), ("y", "h_n", "gates"), ("d_gates_x", "d_q", "dh0"), 4)
 RNN_CELL = GRU_CELL._replace(name="rnn", operators="rnn_tanh", theirs=nn.RNN, gates=1, saved=0)
 RELU_CELL = RNN_CELL._replace(operators="rnn_relu", nonlinearity="relu")
 

@@ -285,10 +285,10 @@ def test_opcheck(case, dtype, save, cell):
         torch.library.opcheck(layer_op, (*detached, "none"))
         return
     torch.library.opcheck(layer_op, (*args, save))
-    y, h_n, *_, gates, cells = layer_op(*detached, save)
+    y, h_n, *_ = results = layer_op(*detached, save)
     grads = (torch.randn_like(y), torch.randn_like(h_n), None)[: 1 + cell.states]
     for wanted in ((True, True, True), (False, True, False)):
-        torch.library.opcheck(backward_op, (*detached, y, gates, cells, *grads, *wanted))
+        torch.library.opcheck(backward_op, (*detached, y, *cell.kept(results), *grads, *wanted))
 
 
 @every_cell
@@ -341,7 +341,7 @@ def test_infinite_weights_reach_the_same_sequences_for_any_number_of_threads(cel
     weights[1][0, 0] = float("inf")
     x, h0 = torch.rand(6, 24, 3, generator=generator), torch.rand(2, 24, 8, generator=generator) + 0.5
     args = (x, weights, False, h0, *[None] * cell.states)
-    y, *_, gates, cells = cell.operator("_layer")(*args, "all")
+    y, *_ = results = cell.operator("_layer")(*args, "all")
     assert not y.isnan().any()
     dy = torch.zeros_like(y)
     dy[:, ::7] = 1
@@ -350,7 +350,7 @@ def test_infinite_weights_reach_the_same_sequences_for_any_number_of_threads(cel
         for threads in (1, 2, 3, 5):
             torch.set_num_threads(threads)
             states = [None] * cell.states  # their gradients
-            dx = cell.operator("_layer_backward")(*args, y, gates, cells, dy, *states, True, True, False)[0]
+            dx = cell.operator("_layer_backward")(*args, y, *cell.kept(results), dy, *states, True, True, False)[0]
             seen.append(dx.isnan())
     finally:
         torch.set_num_threads(before)
@@ -439,13 +439,12 @@ def test_saved_state_for_the_backward_pass(cell, dtype):
     plain = cell.module(4, hidden, bidirectional=True, dtype=dtype)
     frugal = cell.module(4, hidden, bidirectional=True, recompute=True, dtype=dtype)
     x, values = torch.randn(steps, batch, 4).to(dtype), steps * batch * 2 * hidden
-    states = 1 + cell.keeps_states(dtype)  # y, and cells where y is not what is needed
-    assert saved_floats(plain, x) == (states + cell.saved) * values
-    assert saved_floats(frugal, x) == states * values
+    assert saved_floats(plain, x) == (cell.states + cell.saved) * values  # y, an LSTM's cells, and the gates
+    assert saved_floats(frugal, x) == cell.states * values
     with torch.no_grad():
         nothing = [None] * (cell.states + 1)
-        *_, gates, cells = cell.operator("_layer")(x, list(plain.parameters()), True, *nothing, "none")
-        assert gates.numel() == cells.numel() == 0
+        results = cell.operator("_layer")(x, list(plain.parameters()), True, *nothing, "none")
+        assert all(kept.numel() == 0 for kept in cell.kept(results))
         assert saved_floats(plain, x) == 0
 
 

@@ -124,10 +124,9 @@ def test_layers_below_the_trained_ones_keep_nothing(cast, cell):
         torch.autocast("cpu", torch.bfloat16, enabled=cast),
     ):
         y, _ = module(torch.randn(7, 2, 3))
-    dtype = torch.bfloat16 if cast else torch.float32
     assert torch.equal(y, y.to(torch.bfloat16)) == cast  # a GRU's is float32 again on the CPU
     sizes = sorted(t.numel() // (7 * 2) for t in kept if t.shape[:2] == (7, 2))
-    kept = [10] * cell.keeps_states(dtype) + [40] * (cell.saved > 0)
+    kept = [10] * (cell.states - 1) + [40] * (cell.saved > 0)
     assert sizes == [3, 10, 10, *kept]  # the stack's x; of layer 2 its x, its y, its cells and its gates
     y.sum().backward()
     assert all((p.grad is not None) == ("_l2" in name) for name, p in module.named_parameters())

@@ -143,13 +143,12 @@ def measure(study: Study, cell: str, algorithm: str, stats: Path, kernels: str) 
     for steps in STEPS:
         gates_x = torch.randn(steps, study.B, 2, gates * study.H).to(**options)
         dy = torch.randn(steps, study.B, 2, study.H).to(**options)
-        y, *_, saved, cells = forward(gates_x, w_hh, None, None, None, "all")
+        y, _, *saved = forward(gates_x, w_hh, None, None, None, "all")
         if study.direction == "forward":
             launches.append(counted(stats, kernels, lambda: forward(gates_x, w_hh, None, None, None, "all")))  # noqa: B023
         else:
-            states = (None, None) if cell == "lstm" else (None, None, y)
-            incoming = (dy, None, None) if cell == "lstm" else (dy, None)
-            arguments = (w_hh, *states, saved, cells, *incoming, False)
+            given = (None, None, *saved[1:], dy, None, None) if cell == "lstm" else (None, None, y, *saved, dy, None)
+            arguments = (w_hh, *given, False)
             launches.append(counted(stats, kernels, lambda: backward(*arguments)))  # noqa: B023
     ran = {name for name, calls in birnn_ext.op_calls().items() if name.startswith("cuda_persistent") and calls}
     assert f"cuda_{algorithm}" in ran, f"{ran} ran"

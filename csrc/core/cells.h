@@ -2,12 +2,24 @@
 // this file once per ISA, all is inlined: no function may be shared with code for other CPUs.
 #pragma once
 
+#include <type_traits>
+
 #include "cells/gru.h"
 #include "cells/lstm.h"
 #include "cells/rnn.h"
 #include "recurrence.h"
 
 namespace birnn {
+
+// The type in which the backward pass finds the states of a cell: that of y, if it has them.
+template <class Cell, class S>
+using SavedState = std::conditional_t<Cell::kStateIsOutput, S, Accumulate<S>>;
+
+// Tells whether the recurrent part of a gate has a value of its own.
+template <class Cell>
+BIRNN_INLINE constexpr bool is_apart(int gate) {
+  return Cell::recurrent_value(gate) != Cell::input_value(gate);
+}
 
 constexpr CellKind kCells[] = {CellKind::lstm, CellKind::gru, CellKind::rnn_tanh, CellKind::rnn_relu};
 

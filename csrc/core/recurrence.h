@@ -5,8 +5,8 @@
 // lengths[b] steps only: direction 1 starts at lengths[b]-1, and steps beyond are skipped.
 //
 // Shapes are the LSTM's. A GRU has 3H rows of weights, and its state is its output: c0 is h0, c_n is h_n, dc_n and dc0
-// are null, and the backward pass may read y as cells, if A is S. A plain cell has H rows, and no
-// gates are saved.
+// are null, no cells are saved, and the backward pass reads y, of type S, as cells. A plain cell has H rows, and no
+// gates are saved either.
 //
 // All tensors are contiguous and distinct, unless strides are given. Element types: S is the tensors' type (double,
 // float, half, bfloat16); A is the type in which the kernels accumulate and keep the cell state (double for double,

@@ -4,6 +4,7 @@ template <class Cell, class S>
 struct Backward {
   using A = Accumulate<S>;
   using V = Vec<A>;
+  using State = SavedState<Cell, S>;
   static constexpr int L = kLanes<A>, kGates = Cell::kGates, kValues = Cell::kValues;
 
   const BackwardParams& p;
@@ -79,7 +80,7 @@ struct Backward {
         if (dh_n && last_step) dh += load<A>(dh_n + (d * B + b) * H + unit, left);
         V c_prev = {};
         if (!first_step)
-          c_prev = load<A>(static_cast<const A*>(p.cells) + row_before * H + unit, left);
+          c_prev = load<A>(static_cast<const State*>(p.cells) + row_before * H + unit, left);
         else if (p.c0)
           c_prev = load<A>(static_cast<const S*>(p.c0) + (d * B + b) * H + unit, left);
         V values[kValues], dz_values[kValues];
@@ -94,7 +95,7 @@ struct Backward {
         }
         A* dc_row = dc + (first + m) * padded + unit;
         V dc_value = load_vector(dc_row);
-        const V c = load<A>(static_cast<const A*>(p.cells) + row * H + unit, left);
+        const V c = load<A>(static_cast<const State*>(p.cells) + row * H + unit, left);
         Cell::template backward<Math<A>>(values, c, c_prev, dh, dc_value, dz_values);
         store_vector(dc_row, dc_value);
         Factor<S>* dz_row = dz[s & 1] + (first + m) * row_size + unit;

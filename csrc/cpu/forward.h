@@ -39,12 +39,6 @@ struct Cursor {
   }
 };
 
-// Tells whether a gate's parts go to different values of the cell.
-template <class Cell>
-constexpr bool is_apart(int gate) {
-  return Cell::recurrent_value(gate) != Cell::input_value(gate);
-}
-
 // Loads some of the biases of a direction.
 template <class S>
 INLINE Vec<Accumulate<S>> load_bias(const void* bias, int64_t at, int64_t n) {

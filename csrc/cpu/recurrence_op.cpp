@@ -71,7 +71,8 @@ struct Cpu {
   template <class... Unused>
   static void run(birnn::Forward& call, const Unused&...) {
     check_lengths(call.params.lengths, call.params);
-    for (const Tensor& t : {call.y, call.gates, call.cells}) advise(t);
+    for (const Tensor& t : {call.y, call.gates, call.cells})
+      if (t.defined()) advise(t);
     recurrence_forward(call.cell, effective(call.dtype), call.params, max_threads(), parallel);
     ++op_calls.cpu_forward;
   }

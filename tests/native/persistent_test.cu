@@ -75,11 +75,11 @@ template <class Cell>
 constexpr CellKind kKind = std::is_same_v<Cell, Lstm> ? CellKind::lstm : CellKind::gru;
 
 // A layer's arguments and results: y, h_n, c_n, gates, cells; d_gates_x, dh0, dc0, d_q. Where a cell's state is its
-// output, c0 is h0, and there are no c_n, dc_n and dc0; in float32 y has the cells, too.
+// output, c0 is h0, y has the cells, and there are no c_n, dc_n and dc0.
 template <class S, class Cell>
 struct Layer {
   static constexpr int kSize = sizeof(S), kGates = Cell::kGates, kValues = Cell::kValues;
-  static constexpr bool kStateIsOutput = Cell::kStateIsOutput, kOwnCells = !kStateIsOutput || kSize != 4;
+  static constexpr bool kStateIsOutput = Cell::kStateIsOutput;
   DType dtype;
   RecurrenceSizes n;
   size_t outputs, states;
@@ -139,7 +139,7 @@ struct Layer {
       f.input.bias_hh[d] = bias_hh.device + d * kGates * n.H;
     }
     f.y = y.device, f.h_n = h_n.device, f.c_n = kStateIsOutput ? h_n.device : c_n.device, f.gates = gates.device;
-    f.cells = kOwnCells ? cells.device : nullptr;
+    f.cells = kStateIsOutput ? nullptr : cells.device;
     f.plan = forward;
     f.weights_aligned = n.H * kSize % 8 == 0;
     const ForwardRow& forward_row = row_of(kSize, forward);
@@ -151,7 +151,8 @@ struct Layer {
     Numbers<S> d_gates_x(outputs * kGates, 0), dh0(states, 0), dc0(states, 0), d_q(outputs, 0);
     PersistentBackward b{};
     static_cast<RecurrenceSizes&>(b) = n;
-    b.c0 = c0.device, b.gates = gates.device, b.cells = kOwnCells ? (void*)cells.device : y.device, b.dy = dy.device;
+    b.c0 = c0.device, b.gates = gates.device, b.cells = kStateIsOutput ? (void*)y.device : cells.device,
+    b.dy = dy.device;
     b.dy_stride_t = n.B * n.D * n.H, b.dy_stride_b = n.D * n.H;
     b.dh_n = dh_n.device, b.d_gates_x = d_gates_x.device, b.dh0 = dh0.device;
     if (!kStateIsOutput) b.dc_n = dc_n.device, b.dc0 = dc0.device;
@@ -166,7 +167,7 @@ struct Layer {
                h_n.now(),
                kStateIsOutput ? h_n.now() : c_n.now(),
                gates.now(),
-               kOwnCells ? cells.now() : y.now(),
+               kStateIsOutput ? y.now() : cells.now(),
                d_gates_x.now(),
                dh0.now(),
                dc0.now(),

@@ -114,13 +114,10 @@ void check(CellKind cell, DType dtype, double tolerance, bool as_layer = false) 
   for (int64_t b = 0; b < B; ++b) lengths[b] = ragged ? integer(0, T) : T;
   const auto y = unset<S>(rows * H), h_n = unset<S>(states), own_c_n = unset<S>(states), gates = unset<S>(rows * V * H);
   const auto own_cells = unset<A>(rows * H);
-  // If the state is the output, the states are y, unless that has a narrower type.
   const bool apart = V > G;
   const S* const c0 = own_c ? own_c0.get() : h0.get();
   S* const c_n = own_c ? own_c_n.get() : h_n.get();
-  A* cells = own_cells.get();
-  if constexpr (std::is_same_v<S, A>)
-    if (!own_c) cells = y.get();
+  const auto cells = [&](int64_t k) { return own_c ? double(own_cells[k]) : double(y[k]); };
 
   const auto b_hh_alone = [&](int64_t j) { return !own_c && bias ? double(b_hh[j]) : 0; };
   if (as_layer)  // the kernels compute these themselves
@@ -152,7 +149,7 @@ void check(CellKind cell, DType dtype, double tolerance, bool as_layer = false) 
   birnn::cpu::recurrence_forward(cell, dtype, forward, integer(1, 5), parallel);
   forward.y = y.get();
   if (!plain) forward.gates = gates.get();
-  if (cells == own_cells.get()) forward.cells = cells;
+  if (own_c) forward.cells = own_cells.get();
   birnn::cpu::recurrence_forward(cell, dtype, forward, integer(1, 5), parallel);
 
   const auto dy = random<S>(rows * H, 1), dh_n = random<S>(states, 1), dc_n = random<S>(states, 1);
@@ -168,7 +165,8 @@ void check(CellKind cell, DType dtype, double tolerance, bool as_layer = false) 
   if (state) backward.h0 = h0.get(), backward.c0 = c0;
   if (ragged) backward.lengths = lengths.get();
   if (plain || !recompute) backward.gates = plain ? y.get() : gates.get();
-  backward.cells = cells, backward.dy = dy.get(), backward.dh_n = dh_n.get();
+  backward.cells = own_c ? static_cast<const void*>(own_cells.get()) : y.get();
+  backward.dy = dy.get(), backward.dh_n = dh_n.get();
   backward.dy_stride_t = B * D * H, backward.dy_stride_b = D * H;
   backward.dh0 = dh0.get();
   if (own_c) backward.dc_n = dc_n.get(), backward.dc0 = dc0.get();
@@ -226,10 +224,10 @@ void check(CellKind cell, DType dtype, double tolerance, bool as_layer = false) 
         const auto saved = [&](int64_t value, int64_t u) { return double(gates[(r * V + value) * H + u]); };
         double* dz = &want_dz[r * G * H];
         for (int64_t u = 0; u < H; ++u) {
-          const double c_before = s > 0 ? double(cells[row(s - 1) * H + u]) : state ? double(c0[s0 + u]) : 0;
+          const double c_before = s > 0 ? cells(row(s - 1) * H + u) : state ? double(c0[s0 + u]) : 0;
           const double dh_u = dh[u] + dy[r * H + u];
           if (plain) {
-            const double h_u = cells[r * H + u];
+            const double h_u = cells(r * H + u);
             dz[u] = dh_u * (cell == CellKind::rnn_tanh ? 1 - h_u * h_u : h_u > 0);
             dh[u] = 0;
           } else if (!own_c) {
@@ -241,7 +239,7 @@ void check(CellKind cell, DType dtype, double tolerance, bool as_layer = false) 
             dh[u] = dh_u * keep;
           } else {
             const double i = saved(0, u), f = saved(1, u), g = saved(2, u), o = saved(3, u),
-                         tanh_c = std::tanh(double(cells[r * H + u])), dc_u = dc[u] + dh_u * o * (1 - tanh_c * tanh_c);
+                         tanh_c = std::tanh(cells(r * H + u)), dc_u = dc[u] + dh_u * o * (1 - tanh_c * tanh_c);
             dz[u] = dc_u * g * i * (1 - i);
             dz[H + u] = dc_u * c_before * f * (1 - f);
             dz[2 * H + u] = dc_u * i * (1 - g * g);

@@ -175,6 +175,7 @@ struct BackwardWeights {
 template <class S, class Row>
 struct BackwardRing : Ring<S, Row> {
   using Base = Ring<S, Row>;
+  using State = SavedState<typename Row::Cell, S>;
   static constexpr int kCell = Row::template kStageBytes<S> / Row::kCells;  // bytes
   static constexpr int kValues = Row::Cell::kValues, kDy = 2 * kTile * int(sizeof(S)), kGates = kValues * kDy;
   int at;  // the lane's first value, and its cell before the step
@@ -185,14 +186,14 @@ struct BackwardRing : Ring<S, Row> {
       : Base(shared, p.plan.ring, p.plan.warps, turn, place, p.access) {
     const int value = place.octet % 2 * kTile + place.octet / 2 * 8 + place.row;
     at = kept(this->first + value * int(sizeof(S)));
-    cell_at = kept(this->first + kGates + kDy + value * int(sizeof(float)));
+    cell_at = kept(this->first + kGates + kDy + value * int(sizeof(State)));
     const StepOrder order{int64_t(place.d), p.T};
     const int64_t t0 = order.backward(0), dt = order.before(t0) - t0;
 #pragma unroll
     for (int j = 0; j < Base::kOfLane; ++j) {
       const int id = Base::id(place.lane, j), i = id * kPiece / kCell, in = id * kPiece % kCell;
       const bool is_gate = in < kGates, is_cell = in >= kGates + kDy;
-      const int size = is_cell ? int(sizeof(float)) : int(sizeof(S));
+      const int size = is_cell ? int(sizeof(State)) : int(sizeof(S));
       const int value = (is_gate ? in : is_cell ? in - kGates - kDy : in - kGates) / size;
       const int64_t b = b0 + place.eight(i) * kEight + place.pair(i) * 2 + value / kTile % 2;
       const int64_t unit = place.rank * Row::template kUnits<S> + place.tile(i) * kTile + value % kTile;
@@ -231,7 +232,7 @@ struct BackwardRing : Ring<S, Row> {
 #pragma unroll
       for (int v = 0; v < kValues; ++v) x[i].gates[v] = value(v);
       x[i].dy = value(kValues);
-      x[i].c_before = *reinterpret_cast<const float*>(this->memory + (cell_at + stage + i * kCell));
+      x[i].c_before = load<State>(this->memory + (cell_at + stage + i * kCell), 0);
     }
     this->release(s, stage);
   }
@@ -274,7 +275,7 @@ struct BackwardCells {
       there[i] = kept(int(b < p.B && unit < p.H));
       dc[i] = there[i] ? state_of(p, place, b0, i, p.dc_n) : 0.f;
       const int64_t at = (t0 * p.B + b) * p.D + place.d;
-      c[i] = there[i] ? static_cast<const float*>(p.cells)[at * p.H + unit] : 0.f;
+      c[i] = there[i] ? load<SavedState<Cell, S>>(p.cells, at * p.H + unit) : 0.f;
       d_gates_x[i] = static_cast<char*>(p.d_gates_x) + (at * kGates * p.H + unit) * int(sizeof(S));
       d_q[i] = static_cast<char*>(p.d_q) + (at * p.H + unit) * int(sizeof(S));
       dz[i] = {};

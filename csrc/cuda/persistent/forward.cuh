@@ -287,6 +287,7 @@ struct GatesRing : Ring<S, Row> {
 template <class S, class Row>
 struct ForwardCells {
   using Cell = typename Row::Cell;
+  static constexpr bool kHasCells = !Cell::kStateIsOutput;  // beside y
   static constexpr int N = Row::kCells, kValues = Cell::kValues;
   static constexpr int kColumns = N / (Row::kSplitsBlocks ? 1 : Row::kBlocks);  // cells of the lane's first block
   float c[N];
@@ -306,7 +307,7 @@ struct ForwardCells {
     const int64_t t0 = order.forward(0), row = (order.after(t0) - t0) * p.B * p.D * p.H;
     stride[0] = kept(row * int(sizeof(S)));
     stride[1] = kept(row * kValues * int(sizeof(S)));
-    stride[2] = sizeof(S) == sizeof(float) ? stride[0] : kept(row * int(sizeof(float)));
+    stride[2] = sizeof(S) == sizeof(float) || !kHasCells ? stride[0] : kept(row * int(sizeof(float)));
 #pragma unroll
     for (int i = 0; i < N; ++i) {
       const int64_t b = b0 + place.sequence(i);
@@ -346,7 +347,7 @@ struct ForwardCells {
   __device__ void write(int i, S h, const float (&z)[kValues], float c) {
     const int j = i % kColumns, further = i / kColumns * kBlock;
     reinterpret_cast<S*>(y[j])[further] = h;
-    if (saves_cells) reinterpret_cast<float*>(cells[j])[further] = c;
+    if (kHasCells && saves_cells) reinterpret_cast<float*>(cells[j])[further] = c;
     if (!saves_gates) return;
 #pragma unroll
     for (int k = 0; k < kValues; ++k) reinterpret_cast<S*>(gates[j] + gate[k])[further] = convert(z[k], S());

@@ -82,7 +82,7 @@ struct BackwardRow {
   constexpr int most_tiles() const { return warps / splits * tiles; }  // of a layer
   constexpr int memory_fragments() const { return tiles * steps - resident; }
   constexpr int stage_bytes(int size) const {  // values, dy, cells
-    return cells * 2 * kTile * ((values_of(cell) + 1) * size + 4);
+    return cells * 2 * kTile * ((values_of(cell) + 1) * size + (state_is_output(cell) ? size : 4));
   }
 };
 

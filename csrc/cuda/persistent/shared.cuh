@@ -24,12 +24,6 @@ constexpr bool kCanRun = kArchitecture >= (kExchange == Exchange::cluster ? 90 :
 template <CellKind kCell>
 using CellOf = std::conditional_t<kCell == CellKind::lstm, Lstm, Gru>;
 
-// Whether a gate's recurrent part has a value of its own.
-template <class Cell>
-constexpr __device__ bool is_apart(int gate) {
-  return Cell::recurrent_value(gate) != Cell::input_value(gate);
-}
-
 // A thread's place: its lane (g and t as in mma.cuh; t is not a time step), its warp in the CTA, the CTA's rank in its
 // group, the group of CTAs, and the direction d that this group runs.
 struct Place {

@@ -118,6 +118,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(const CellForward p) 
 template <class Cell, class S, int N>
 __global__ void __launch_bounds__(kThreads) backward_kernel(const CellBackward p) {
   using A = Accumulate<S>;
+  using State = SavedState<Cell, S>;
   constexpr int kGates = Cell::kGates, kValues = Cell::kValues;
   const auto [d, b, unit, valid] = place<N>(p);
   if (!valid) return;
@@ -147,8 +148,8 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(const CellBackward p
   if (t == order.first(length))
     load<S, N>(c_prev, p.c0, state);
   else
-    load<A, N>(c_prev, p.cells, row_before * p.H + unit);
-  load<A, N>(c, p.cells, row * p.H + unit);
+    load<State, N>(c_prev, p.cells, row_before * p.H + unit);
+  load<State, N>(c, p.cells, row * p.H + unit);
   load<A, N>(dc, p.dc, state);
 #pragma unroll
   for (int v = 0; v < kValues; ++v) add_value<S>(values, v, p.gates, (row * kValues + v) * p.H + unit);
