@@ -22,7 +22,7 @@ template <Exchange kExchange>
 constexpr bool kCanRun = kArchitecture >= (kExchange == Exchange::cluster ? 90 : 80);
 
 template <CellKind kCell>
-using CellOf = std::conditional_t<kCell == CellKind::lstm, Lstm, Gru>;
+using CellOf = std::conditional_t<kCell == CellKind::lstm, Lstm, std::conditional_t<kCell == CellKind::gru, Gru, void>>;
 
 // A thread's place: its lane (g and t as in mma.cuh; t is not a time step), its warp in the CTA, the CTA's rank in its
 // group, the group of CTAs, and the direction d that this group runs.
