@@ -210,8 +210,8 @@ def run_layer(
         return *_run_projected(cell, route, sequences, weights, state), None
     assert isinstance(weights, LayerWeights)
     if route.way is Way.LAYER:
-        y, *final, _, _ = cell.layer(x, parameters, "bias_ih" in weights.kinds, *state, lengths, route.save)
-        return y, tuple(final), None
+        y, *results = cell.layer(x, parameters, "bias_ih" in weights.kinds, *state, lengths, route.save)
+        return y, tuple(results[: len(cell.states)]), None
     if route.way is Way.TORCH:
         assert recorded is not None
         first = tuple(s for s in state if s is not None)
@@ -421,8 +421,8 @@ def run_recurrence(
         run, save = cell.reference, "none"
     else:
         run, save = cell.function if route.way is Way.FUNCTION else cell.recurrence, route.save
-    y, *final, _, _ = run(gates_x, *weights, *state, lengths, save)
-    return y, tuple(final)
+    y, *results = run(gates_x, *weights, *state, lengths, save)
+    return y, tuple(results[: len(cell.states)])
 
 
 def run_variant(

@@ -62,7 +62,9 @@ def test_two_processes_reach_the_model_of_one(tmp_path, cell):
     assert metrics["epoch_accuracy"] == one.progress.accuracies
     model = torch.load(tmp_path / "model.ckpt", weights_only=True)
     assert list(model) == list(one.model.state_dict())
-    all_near(model.values(), one.model.state_dict().values())
+    for trained, expected in zip(model.values(), one.model.state_dict().values(), strict=True):
+        # Adam divides by a gradient's size, which magnifies the rounding of those near 0. A step is up to 1e-2.
+        torch.testing.assert_close(trained, expected, rtol=0, atol=1e-4)
 
     # only the first process prints, and prints what a single process would
     printed = [line for line in run.stdout.splitlines() if not line.startswith("[Gloo]")]  # as torch 2.10 does

@@ -550,7 +550,7 @@ ERRORS = [
     (lambda: gru_op(w(4, 2, 3), OK_GRU, True, None, None, "none"), ValueError, "gru_layer: weights must be 4 or 8 tensors, got 2"),
     (lambda: gru_op(w(4, 2, 3), [w(6, 3), w(6)], False, None, None, "none"), ValueError, r"w_hh must have shape \(3H, H\), got \[6\]"),
     (lambda: gru_op(w(4, 2, 3), OK, False, None, None, "none"), ValueError, r"w_ih must have shape \[6, 3\], got \[8, 3\]"),
-    (lambda: gru_backward_op(w(4, 2, 3), OK_GRU, False, None, None, w(4, 2, 1, 3), w(0), w(0), None, None, True, True, False), ValueError, "y must have shape"),
+    (lambda: gru_backward_op(w(4, 2, 3), OK_GRU, False, None, None, w(4, 2, 1, 3), w(0), None, None, True, True, False), ValueError, "y must have shape"),
 ]  # fmt: skip
 
 
