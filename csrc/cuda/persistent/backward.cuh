@@ -350,22 +350,31 @@ struct BackwardCells {
   }
 };
 
-// The whole sum of the lane's cell i: eight neighbouring lanes add a quarter of the sources each for the four cells of
+// The whole sums of the lane's cells: eight neighbouring lanes add a quarter of the sources each for the four cells of
 // units row and row + 8 and a pair of sequences; then each octet keeps its own cell.
 template <class S, class Row, class Exchange>
-__device__ float whole_sum(const Exchange& exchange, const BackwardPlace<S, Row>& place, int i) {
-  float4 sum = {0, 0, 0, 0};
+__device__ void whole_sums(const Exchange& exchange, const BackwardPlace<S, Row>& place, float (&sums)[Row::kCells]) {
+  float4 quarters[Row::kCells] = {};
 #pragma unroll(Row::kWarps > 8 ? 2 : 4)
   for (int k = 0; k < exchange.quarter; ++k) {
-    const float4 part = exchange.part(i, 4 * k * Exchange::kSource);
-    sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
+#pragma unroll
+    for (int i = 0; i < Row::kCells; ++i) {
+      const float4 part = exchange.part(i, 4 * k * Exchange::kSource);
+      float4& sum = quarters[i];
+      sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
+    }
   }
   // octets 0 and 1 have units g, 2 and 3 units g + 8; odd ones the odd sequence
   const bool high = place.high, odd = place.odd;
-  float even_sequence = high ? sum.z : sum.x, odd_sequence = high ? sum.w : sum.y;
-  even_sequence += __shfl_xor_sync(~0u, high ? sum.x : sum.z, 16);
-  odd_sequence += __shfl_xor_sync(~0u, high ? sum.y : sum.w, 16);
-  return (odd ? odd_sequence : even_sequence) + __shfl_xor_sync(~0u, odd ? even_sequence : odd_sequence, 8);
+#pragma unroll
+  for (int i = 0; i < Row::kCells; ++i) {
+    const float4 sum = quarters[i];
+    float even_sequence = high ? sum.z : sum.x, odd_sequence = high ? sum.w : sum.y;
+    even_sequence += __shfl_xor_sync(~0u, high ? sum.x : sum.z, 16);
+    odd_sequence += __shfl_xor_sync(~0u, high ? sum.y : sum.w, 16);
+    const float own = odd ? odd_sequence : even_sequence, other = odd ? even_sequence : odd_sequence;
+    sums[i] = own + __shfl_xor_sync(~0u, other, 8);
+  }
 }
 
 // What a group of sequences has for itself, in one pass, and its step. docs/cuda.md tells a step's data flow.
@@ -391,10 +400,14 @@ struct BackwardGroup {
     const int dz = exchange.kBuffers == 1 ? 0 : (Row::kTurns == 1 ? s & 1 : turn) * kDz;  // the buffer's offset
     typename BackwardRing<S, Row>::Input x[Row::kCells];
     ring.take(x, s);
-    if (s > 0) exchange.wait();
+    float dh[Row::kCells] = {};
+    if (s > 0) {
+      exchange.wait();
+      whole_sums<S, Row>(exchange, place, dh);
+    }
 #pragma unroll
     for (int i = 0; i < Row::kCells; ++i) {
-      cells.step(p, place, b0, i, s, x[i], s > 0 ? whole_sum<S, Row>(exchange, place, i) : 0.f);
+      cells.step(p, place, b0, i, s, x[i], dh[i]);
       cells.hand_on(i, memory + dz);
     }
 #if !defined(BIRNN_WITHOUT_BARRIER)  // to see that a test would notice
@@ -410,8 +423,10 @@ struct BackwardGroup {
 
   __device__ void store_states(const PersistentBackward& p, const BackwardPlace<S, Row>& place) {
     exchange.wait();
+    float dh[Row::kCells];
+    whole_sums<S, Row>(exchange, place, dh);
 #pragma unroll
-    for (int i = 0; i < Row::kCells; ++i) cells.store_states(p, place, b0, i, whole_sum<S, Row>(exchange, place, i));
+    for (int i = 0; i < Row::kCells; ++i) cells.store_states(p, place, b0, i, dh[i]);
   }
 };
 
