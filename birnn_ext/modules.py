@@ -349,8 +349,7 @@ class RNN(Recurrent, nn.RNN):
         device: of the parameters.
         dtype: of the parameters; float64, float32, float16 or bfloat16.
         recompute: keep the input alone for the backward pass where a layer is not one operator, as in `LSTM`. Where it
-            is one, this changes nothing: input, output and, in 16 bits, the states before they are rounded are all
-            that is kept.
+            is one, this changes nothing: input and output are all that is kept.
         learned_state: a parameter ``h_0`` (D * num_layers, H), zeros at first, is the initial state of every sequence
             where forward is given none.
         refused: other arguments, such as proj_size, raise nn.RNN's errors.

@@ -133,7 +133,7 @@ def gru_layer(
         bias: whether there are biases.
         h0: (D, B, H), the initial outputs; None stands for zeros.
         lengths: (B,) int64 as for `gru_recurrence`.
-        recompute: as for `lstm_layer`.
+        recompute: as for `lstm_layer`. Where the layer is one operator, x and y are all that is kept.
 
     Returns:
         y (T, B, D, H) and h_n (D, B, H).
